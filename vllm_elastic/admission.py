@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a request before it enters the engine, so that a bad one is a 400 and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_elastic.config import ConfigError, ElasticConfig
+
+_WRAPPED = "_vllm_elastic_wrapped"
+
+
+def check_requests_at_admission() -> None:
+    """Wrap ``InputProcessor.process_inputs``, once. Requests of other models pass untouched.
+
+    See patches/admission: vLLM has no hook that sees the prompt's length and can still refuse.
+    """
+    if hasattr(InputProcessor.process_inputs, _WRAPPED):
+        return
+    process_inputs = InputProcessor.process_inputs
+
+    def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if is_served_by_us(self.vllm_config) and request.sampling_params is not None:
+            if request.prompt_token_ids is None:
+                raise VLLMValidationError(
+                    "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
+                    parameter="prompt_embeds",
+                )
+            check_sampling_params(request.sampling_params, self.vllm_config)
+            check_canvas(len(request.prompt_token_ids), request.sampling_params, self.vllm_config)
+        return request
+
+    setattr(checked, _WRAPPED, True)
+    InputProcessor.process_inputs = checked  # type: ignore[method-assign]
+
+
+def is_served_by_us(vllm_config: VllmConfig) -> bool:
+    """Whether this engine runs our scheduler."""
+    return "vllm_elastic" in str(vllm_config.scheduler_config.scheduler_cls)
+
+
+def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Refuse a canvas that the model or the KV cache cannot hold.
+
+    Raises:
+        VLLMValidationError: names max_tokens, both numbers and the remedy.
+    """
+    assert params.max_tokens is not None
+    canvas = prompt_length + params.max_tokens
+    limit = vllm_config.model_config.max_model_len
+    if canvas > limit:
+        raise VLLMValidationError(
+            f"max_tokens={params.max_tokens} is the canvas: with a prompt of {prompt_length} "
+            f"tokens it makes {canvas} positions, but the model's maximum length is {limit}. "
+            f"Lower max_tokens to {max(limit - prompt_length, 0)} or shorten the prompt.",
+            parameter="max_tokens",
+            value=params.max_tokens,
+        )
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks:
+        # One block is vLLM's null block.
+        capacity = (cache.num_gpu_blocks - 1) * cache.block_size
+        if canvas > capacity:
+            raise VLLMValidationError(
+                f"max_tokens={params.max_tokens} is the canvas: with a prompt of "
+                f"{prompt_length} tokens it makes {canvas} positions, but the KV cache holds "
+                f"{capacity}. Lower max_tokens, or give the server more KV cache "
+                "(--kv-cache-memory-bytes).",
+                parameter="max_tokens",
+                value=params.max_tokens,
+            )
+
+
+def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Refuse what would otherwise be ignored or fail in the worker.
+
+    Raises:
+        VLLMValidationError: names the parameter and what is allowed.
+    """
+    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+    try:
+        elastic.for_request(params.extra_args)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    for name, (allowed, remedy) in _RESTRICTED.items():
+        value = getattr(params, name)
+        if value not in allowed:
+            raise VLLMValidationError(
+                f"{name}={value!r} is not supported for LLaDA: {remedy}",
+                parameter=name,
+                value=value,
+            )
+
+
+_GREEDY = "decoding is greedy (temperature 0)"
+_RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "temperature": ((0.0,), f"{_GREEDY}; send temperature=0."),
+    "presence_penalty": ((0.0,), "penalties are not implemented; leave it at 0."),
+    "frequency_penalty": ((0.0,), "penalties are not implemented; leave it at 0."),
+    "repetition_penalty": ((1.0,), "penalties are not implemented; leave it at 1."),
+    "min_tokens": ((0,), "an answer's end is predicted like any token; leave it at 0."),
+    "logit_bias": ((None, {}), "leave it out."),
+    "allowed_token_ids": ((None, []), "leave it out."),
+    "bad_words": ((None, []), "leave it out."),
+    "logprobs": ((None,), "log probabilities are not implemented yet; leave it out."),
+    "prompt_logprobs": ((None,), "a bidirectional model defines none; leave it out."),
+    "structured_outputs": (
+        (None,),
+        "a grammar needs left-to-right decoding; leave out response_format and guided options.",
+    ),
+    "repetition_detection": ((None,), "leave it out."),
+    "thinking_token_budget": ((None,), "leave it out."),
+}
+"""Parameters that are refused, with the values that mean 'not asked for'."""

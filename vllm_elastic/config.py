@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of the decoder, its default and its check; overrides per request.
+
+Knows nothing of torch or vLLM: the front end, the scheduler and the simulator all read it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+REQUEST_PREFIX = "elastic_"
+"""Per-request knobs travel in ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``) as elastic_*."""
+
+
+class ConfigError(ValueError):
+    """A knob is unknown or out of range; the message names it and says what is allowed."""
+
+
+def _integer(low: int, high: int, *, optional: bool = False) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value is None and optional:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON clients send 16.0
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(
+                f"must be an integer from {low} to {high}{' or null' if optional else ''}"
+            )
+        return value
+
+    return check
+
+
+def _number(low: float, high: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"must be a number from {low:g} to {high:g}")
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ConfigError(f"must be a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise ConfigError(f"must be one of {', '.join(map(repr, allowed))}")
+        return str(value)
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError("must be true or false")
+    return value
+
+
+def _policy(value: Any) -> str:
+    from vllm_elastic.decoding.policies import POLICIES
+
+    return _choice(*POLICIES)(value)
+
+
+def _knob(default: Any, check: Callable[[Any], Any], *, per_request: bool = True) -> Any:
+    return field(default=default, metadata={"check": check, "per_request": per_request})
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """How LLaDA is decoded. Published defaults: arXiv 2510.14973, released scripts.
+
+    Attributes:
+        policy: what is recomputed when. ``none`` everything at every step; ``dual-cache`` the
+            canvas at the start of each text block, else the block; ``elastic`` Elastic-Cache.
+        window: masked positions predicted at a step (beta), in positions.
+        threshold: a prediction at least this probable is committed (epsilon). The best one of a
+            step is committed in any case.
+        gamma: drift threshold. A layer whose similarity is below it makes the cache stale from
+            the next layer on. 0 never fires, above 1 always.
+        track_num: most-attended positions tracked in each layer.
+        statistic: ``released`` cosine across heads for each key (the authors' code), ``paper``
+            cosine across keys for each head.
+        tokens_per_step: commit just this many positions a step, by rank; the threshold is
+            ignored. null: commit by threshold.
+        block_length: text block of ``dual-cache``, in positions.
+        default_max_tokens: canvas length when a client names none.
+        record: keep one entry for every pass of every request (memory: about 1 KB a pass).
+    """
+
+    policy: str = _knob("elastic", _policy)
+    window: int = _knob(16, _integer(1, 1 << 20))
+    threshold: float = _knob(0.9, _number(0.0, 1.0))
+    gamma: float = _knob(0.9, _number(0.0, 2.0))
+    track_num: int = _knob(1, _integer(1, 64))
+    statistic: str = _knob("released", _choice("released", "paper"))
+    tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
+    block_length: int = _knob(32, _integer(1, 1 << 20))
+    default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
+    record: bool = _knob(False, _flag, per_request=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:
+        """Build from JSON-like values (``--elastic-config``, ``additional_config["elastic"]``).
+
+        Raises:
+            ConfigError: unknown key or value out of range; names the key and what is allowed.
+        """
+        if values is None:
+            return cls()
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"elastic config must be a JSON object, not {values!r}")
+        return cls()._updated(values, prefix="", allowed=[f.name for f in fields(cls)])
+
+    def for_request(self, extra_args: Mapping[str, Any] | None) -> ElasticConfig:
+        """These settings with one request's ``elastic_*`` overrides; other keys are not ours.
+
+        Raises:
+            ConfigError: as ``from_dict``, naming the key with its prefix.
+        """
+        overrides = {
+            key.removeprefix(REQUEST_PREFIX): value
+            for key, value in (extra_args or {}).items()
+            if isinstance(key, str) and key.startswith(REQUEST_PREFIX)
+        }
+        if not overrides:
+            return self
+        allowed = [f.name for f in fields(self) if f.metadata["per_request"]]
+        return self._updated(overrides, prefix=REQUEST_PREFIX, allowed=allowed)
+
+    def _updated(
+        self, values: Mapping[str, Any], *, prefix: str, allowed: list[str]
+    ) -> ElasticConfig:
+        checks = {f.name: f.metadata["check"] for f in fields(self)}
+        checked = {}
+        for key, value in values.items():
+            if key not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, n=1)
+                hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
+                names = ", ".join(prefix + name for name in allowed)
+                raise ConfigError(f"unknown parameter '{prefix}{key}'.{hint} Allowed: {names}.")
+            try:
+                checked[key] = checks[key](value)
+            except ConfigError as error:
+                raise ConfigError(f"'{prefix}{key}' {error}, got {value!r}.") from None
+        return replace(self, **checked)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward pass computes: rows and join layers (see docs/design.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.decoding.canvas import Positions
+
+NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Segment:
+    """Rows of one request that join a pass at one layer.
+
+    Join layer 0 starts from the embedding, j > 0 from the stored hidden state at layer j's input.
+    """
+
+    join_layer: int
+    positions: Positions
+
+
+@dataclass(slots=True)
+class PassPlan:
+    """One request's part in a forward pass.
+
+    Attributes:
+        kind: ``first``, ``window``, ``replay`` or ``full``: what the record calls this pass.
+        segments: ascending join layer; layer l works on the segments with join_layer <= l.
+        tokens: int32 [T], the canvas.
+        window: positions whose candidates are wanted; their attention is the attention mass.
+        tested: rows whose attention is compared before and after the pass (drift test).
+        trackable: bool [T], positions that may be tracked, or None: no statistics wanted.
+        block_ids: the request's KV blocks, filled in by whoever owns them.
+    """
+
+    request_id: str
+    kind: str
+    denoising_step: int
+    segments: list[Segment]
+    tokens: npt.NDArray[np.int32]
+    window: Positions
+    tested: Positions = field(default_factory=lambda: NO_POSITIONS)
+    trackable: npt.NDArray[np.bool_] | None = None
+    track_num: int = 1
+    statistic: str = "released"
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(segment.positions) for segment in self.segments)
+
+    @property
+    def start_layer(self) -> int:
+        return self.segments[0].join_layer
+
+    def row_layers(self, num_layers: int) -> int:
+        """Rows computed, summed over layers: the machine-independent measure of work."""
+        return sum(len(s.positions) * (num_layers - s.join_layer) for s in self.segments)
+
+
+@dataclass(slots=True)
+class PassResult:
+    """What a pass reports of one request.
+
+    Attributes:
+        token_ids: int32 [W], the most probable token of each window position.
+        probabilities: float64 [W], its probability; NaN where the logits were not finite.
+        most_attended: int32 [layers, track_num], layers from the pass's start layer on, -1 where
+            fewer positions may be tracked; None: not asked for.
+        similarities: float32 [L], 1 = no drift; None: no test asked for.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float64]
+    most_attended: npt.NDArray[np.int32] | None = None
+    similarities: npt.NDArray[np.float32] | None = None
+
+
+def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:
+    """Group the positions that take part (join layer < L) by their join layer, ascending."""
+    layers = np.unique(join_layers)
+    return [
+        Segment(int(layer), np.flatnonzero(join_layers == layer).astype(np.int32))
+        for layer in layers
+        if layer < num_layers
+    ]

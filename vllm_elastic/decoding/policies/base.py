@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a refresh policy decides, and when it is asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.decoding.canvas import Positions
+
+if TYPE_CHECKING:
+    from vllm_elastic.config import ElasticConfig
+    from vllm_elastic.decoding.request import DenoisingRequest
+
+
+class RefreshPolicy:
+    """Decides what a step recomputes. Reads the request, changes only its block validity.
+
+    Attributes:
+        name: what ``policy`` in the config calls it.
+        measures: whether passes report attention statistics (tracked positions, similarities).
+    """
+
+    name: ClassVar[str]
+    measures: ClassVar[bool] = False
+
+    def __init__(self, config: ElasticConfig) -> None:
+        self.config = config
+
+    def begin_step(self, request: DenoisingRequest) -> None:
+        """Before a denoising step's first pass: may invalidate blocks. A step may be planned
+        more than once after a restart, never twice without one."""
+
+    def window(self, request: DenoisingRequest) -> Positions:
+        """The masked positions predicted in this step."""
+        return request.canvas.first_masked(self.config.window)
+
+    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
+        """Positions recomputed from layer 0 whether their block is stale or not."""
+        return window
+
+    def judge(
+        self, request: DenoisingRequest, similarities: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.int16] | int | None:
+        """After a pass with a drift test: from which layer blocks turned out to be stale.
+
+        One layer for all blocks, int16 [blocks], or None: the pass stands.
+        """
+        return None

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request's way through its denoising steps: plan a pass, digest what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.canvas import Canvas, Positions
+from vllm_elastic.decoding.commit import choose_commits
+from vllm_elastic.decoding.plan import (
+    NO_POSITIONS,
+    PassPlan,
+    PassResult,
+    segments_by_join_layer,
+)
+from vllm_elastic.decoding.policies import make_policy
+from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.validity import BlockValidity
+
+
+class NotFiniteError(ValueError):
+    """The model's output for a request is not a number."""
+
+
+class DenoisingRequest:
+    """The state machine of one request.
+
+    ``plan`` names the next pass; ``digest`` takes its result and either commits tokens or, where
+    the policy found the cache stale, discards the candidates so that the next plan is the replay
+    of the same step. Calling ``plan`` again before ``digest`` returns the same plan, so a plan
+    that did not fit a batch is simply asked for again.
+
+    Attributes:
+        tracked: positions whose attention the drift test watches, ascending.
+        just_committed: positions committed in the previous step, ascending.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int,
+        config: ElasticConfig,
+        *,
+        mask_token_id: int,
+        end_token_ids: frozenset[int],
+        num_layers: int,
+        block_size: int,
+    ) -> None:
+        self.request_id = request_id
+        self.config = config
+        self.num_layers = num_layers
+        self.canvas = Canvas(prompt_token_ids, max_tokens, mask_token_id, end_token_ids)
+        self.validity = BlockValidity(self.canvas.length, block_size, num_layers)
+        self.policy = make_policy(config)
+        self.record = DecodingRecord(keep_steps=config.record)
+        self.tracked: Positions = NO_POSITIONS
+        self.just_committed: Positions = NO_POSITIONS
+        self._plan: PassPlan | None = None
+        self._verified: PassResult | None = None  # the window pass that the replay repeats
+
+    def restart(self) -> None:
+        """The KV blocks were taken away: keep what is committed, recompute the canvas."""
+        self.validity.invalidate(0)
+        self.tracked = NO_POSITIONS
+        self.just_committed = NO_POSITIONS
+        self._plan = None
+        self._verified = None
+
+    def plan(self) -> PassPlan:
+        """The next pass. Pure until ``digest``."""
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def digest(self, result: PassResult) -> list[int]:
+        """Take the planned pass's result; returns tokens that joined the finished prefix.
+
+        Raises:
+            NotFiniteError: a candidate's probability is NaN.
+        """
+        plan = self.plan()
+        self._plan = None
+        self.validity.validate()  # the pass recomputed all that was stale
+        if not np.isfinite(result.probabilities).all():
+            raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
+        if plan.tested.size and self._verified is None and result.similarities is not None:
+            stale_from = self.policy.judge(self, result.similarities)
+            if stale_from is not None:
+                self.validity.invalidate(stale_from)
+                self._verified = result
+                self.record.add_pass(plan, self.num_layers, None, result.similarities)
+                return []
+        self._update_tracked(plan, result)
+        self._verified = None
+        chosen = choose_commits(
+            result.probabilities, self.config.threshold, self.config.tokens_per_step
+        )
+        self.just_committed = plan.window[chosen]
+        self.canvas.commit(self.just_committed, result.token_ids[chosen])
+        self.record.add_pass(
+            plan, self.num_layers, self.just_committed.tolist(), result.similarities
+        )
+        return self.canvas.take_finished()
+
+    def _make_plan(self) -> PassPlan:
+        replay = self._verified is not None
+        if not replay:
+            self.policy.begin_step(self)
+        window = self.policy.window(self)
+        join = self.validity.join_layers()
+        everything = bool((join == 0).all())
+        # In a replay the window pass's rows go again too, from where the first block is stale.
+        rows = self.policy.rows(self, window)
+        join[rows] = np.minimum(join[rows], int(join.min()) if replay else 0)
+        if replay:
+            kind = "replay"
+        elif everything:
+            kind = "first" if self.record.passes == 0 else "full"
+        else:
+            kind = "window"
+        measures = self.policy.measures
+        return PassPlan(
+            request_id=self.request_id,
+            kind=kind,
+            denoising_step=self.record.denoising_steps,
+            segments=segments_by_join_layer(join, self.num_layers),
+            tokens=self.canvas.tokens.copy(),
+            window=window,
+            tested=self.tracked if measures and kind == "window" else NO_POSITIONS,
+            trackable=~self.canvas.masked if measures else None,
+            track_num=self.config.track_num,
+            statistic=self.config.statistic,
+        )
+
+    def _update_tracked(self, plan: PassPlan, result: PassResult) -> None:
+        """Union over layers of the most attended; a replay measured the layers it recomputed."""
+        if result.most_attended is None:
+            return
+        measured: list[npt.NDArray[np.int32]] = [result.most_attended.ravel()]
+        if self._verified is not None and self._verified.most_attended is not None:
+            measured.append(self._verified.most_attended[: plan.start_layer].ravel())
+        union = np.unique(np.concatenate(measured))
+        self.tracked = union[union >= 0].astype(np.int32)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From which layer on each KV block of a canvas is stale."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.decoding.canvas import Positions
+
+
+class BlockValidity:
+    """Per KV block the first layer whose keys, values and input are stale; L means valid.
+
+    A block that is stale from layer j holds usable hidden states at the *input* of layer j (j = 0:
+    the embedding), so its rows can join a pass there.
+
+    Attributes:
+        stale_from: int16 [blocks], 0 .. L.
+    """
+
+    def __init__(self, canvas_length: int, block_size: int, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self._canvas_length = canvas_length
+        self._block_size = block_size
+        num_blocks = -(-canvas_length // block_size)
+        self.stale_from: npt.NDArray[np.int16] = np.zeros(num_blocks, dtype=np.int16)
+
+    @property
+    def all_valid(self) -> bool:
+        return bool((self.stale_from == self.num_layers).all())
+
+    def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
+        """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
+        self.stale_from = np.minimum(self.stale_from, stale_from).astype(np.int16)
+
+    def validate(self) -> None:
+        """All blocks were brought up to date by the pass that just ran."""
+        self.stale_from[:] = self.num_layers
+
+    def blocks_of(self, positions: Positions) -> npt.NDArray[np.intp]:
+        """The KV block of each position."""
+        return positions // self._block_size
+
+    def join_layers(self) -> npt.NDArray[np.int16]:
+        """int16 [T]: the layer at which each position has to join to be valid again; L = not."""
+        return np.repeat(self.stale_from, self._block_size)[: self._canvas_length]

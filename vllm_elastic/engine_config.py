@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's configuration becomes for a LLaDA: what is switched off, set, or refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_elastic.config import ElasticConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.vllm_elastic.engine_config")
+
+BLOCK_SIZE = 32
+"""Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
+a multiple of 32."""
+
+
+class LLaDAEngineConfig(VerifyAndUpdateConfig):
+    """vLLM calls this for ``LLaDAModelLM`` before it builds anything."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the configuration and put our scheduler and worker in place.
+
+        Raises:
+            ValueError: a feature that needs left-to-right decoding or is not built yet; the
+                message names the flag and the remedy.
+        """
+        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        _refuse_unsupported(vllm_config)
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        scheduler.scheduler_cls = "vllm_elastic.scheduling.scheduler.ElasticScheduler"
+        parallel.worker_cls = "vllm_elastic.execution.worker.ElasticWorker"
+        if cache.enable_prefix_caching:
+            logger.info(
+                "prefix caching is off: attention is bidirectional, so a prompt's keys and "
+                "values depend on the answer"
+            )
+        cache.enable_prefix_caching = False
+        if scheduler.enable_chunked_prefill:
+            logger.info(
+                "chunked prefill is off: a canvas is computed as a whole; beyond the row budget "
+                "(max_num_batched_tokens=%d) in row chunks inside each layer",
+                scheduler.max_num_batched_tokens,
+            )
+        scheduler.enable_chunked_prefill = False
+        if scheduler.async_scheduling:
+            logger.info("async scheduling is off: every step's plan depends on the last result")
+        scheduler.async_scheduling = False
+        if not cache.user_specified_block_size:
+            cache.block_size = BLOCK_SIZE
+            cache.user_specified_block_size = True
+        # Plans change shape at every step; there is nothing to compile or capture yet.
+        model.enforce_eager = True
+        # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
+        defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
+        model.override_generation_config = {**defaults, **model.override_generation_config}
+        logger.info("Elastic-Cache: %s", elastic)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    problems = {
+        "--pipeline-parallel-size": (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism is not supported; use --tensor-parallel-size",
+        ),
+        "--decode-context-parallel-size": (
+            parallel.decode_context_parallel_size > 1,
+            "decode context parallelism splits a causal cache; leave it at 1",
+        ),
+        "--speculative-config": (
+            vllm_config.speculative_config is not None,
+            "speculative decoding needs left-to-right decoding; a denoising step commits "
+            "several tokens already",
+        ),
+        "--enable-lora": (vllm_config.lora_config is not None, "LoRA is not supported"),
+        "--kv-transfer-config": (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors move causal caches, which are not valid for LLaDA",
+        ),
+        "--kv-cache-dtype": (
+            vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            "a quantized KV cache is not supported; use auto",
+        ),
+    }
+    for flag, (present, reason) in problems.items():
+        if present:
+            raise ValueError(f"{flag}: {reason} (LLaDA with vllm_elastic).")

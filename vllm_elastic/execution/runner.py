@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executes step plans: owns the weights and the paged keys, values and hidden states.
+
+Keeps nothing of a request between steps but what is in its KV blocks, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.tasks import SupportedTask
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
+
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.execution.candidates import candidates
+from vllm_elastic.execution.row_batch import RowBatch, RowLayout
+from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs
+from vllm_elastic.ops.key_layout import KeyLayout
+
+logger = init_logger("vllm.vllm_elastic.runner")
+
+
+@dataclass
+class ElasticRunnerOutput(ModelRunnerOutput):
+    """vLLM's output with each request's pass result; tokens are the scheduler's to commit."""
+
+    pass_results: list[PassResult] = field(default_factory=list)
+
+
+class ElasticRunner:
+    """The model runner behind ``ElasticWorker``; the same on CPU and GPU."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.device = device
+        self.max_chunk_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.mask_token_id: int = self.model_config.hf_config.mask_token_id
+        self.model: Any = None
+        self.kv_caches: dict[str, torch.Tensor] = {}
+
+    # Called by the worker at start, in this order.
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        self.model = get_model(vllm_config=self.vllm_config)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return get_kv_cache_spec(self.vllm_config)
+
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        """Nothing to do before there is a cache: activations are bounded by the row budget."""
+
+    def warming_up_model(self) -> None:
+        """Nothing is compiled."""
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager | None = None,
+    ) -> None:
+        """Allocate the paged cache and learn how the backend lays keys out in it."""
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise RuntimeError(
+                "keys, values and hidden states must share one KV cache group, got "
+                f"{len(kv_cache_config.kv_cache_groups)}"
+            )
+        with set_current_vllm_config(self.vllm_config):
+            groups, _, kernel_block_sizes = init_attn_backend(
+                kv_cache_config, self.vllm_config, self.device
+            )
+            context = self.vllm_config.compilation_config.static_forward_context
+            self.kv_caches = init_kv_cache(
+                context,
+                kv_cache_config,
+                self.device,
+                kernel_block_sizes,
+                self.vllm_config,
+                kv_cache_allocation_context,
+            )
+        layers = [block.self_attn.attn for block in self.model.blocks]
+        names = {layer.layer_name for layer in layers}
+        self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
+        self.block_size = layers[0].kv_cache.shape[2]
+        attention = self.model.blocks[0].self_attn
+        self.shape = AttentionShape(
+            num_layers=len(layers),
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            key_layout=KeyLayout.measure(layers[0]),
+            key_planes=_stack_views([KeyLayout.planes(layer.kv_cache) for layer in layers]),
+        )
+        logger.info(
+            "keys are stored %s by %s",
+            self.shape.key_layout.name,
+            type(layers[0].impl).__name__,
+        )
+
+    # Called once a step.
+
+    @torch.inference_mode()
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
+    ) -> ModelRunnerOutput:
+        """Run the plans that the scheduler put on its output (``elastic_plans``)."""
+        plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
+        if not plans:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        results = self.run(plans)
+        req_ids = [plan.request_id for plan in plans]
+        return ElasticRunnerOutput(
+            req_ids=req_ids,
+            req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
+            sampled_token_ids=[[] for _ in plans],
+            pass_results=results,
+        )
+
+    def run(self, plans: list[PassPlan]) -> list[PassResult]:
+        """One forward pass over the rows of all plans."""
+        layout = RowLayout.of(plans, self.block_size)
+        statistics = StatisticsInputs(plans, layout, self.block_size)
+        self._plans = plans
+        self._block_table = self._make_block_table(plans)
+        batch = RowBatch.build(
+            plans,
+            layout,
+            statistics.tested_positions,
+            statistics.query_rows,
+            self.max_chunk_rows,
+            self._build_metadata,
+            self.device,
+        )
+        statistics.allocate(self.shape, self.device, self.model_config.dtype)
+        hidden = self.model(batch.tokens, batch.positions, batch, statistics)
+        token_ids, probabilities = candidates(self.model.compute_logits(hidden), self.mask_token_id)
+        tokens_np = token_ids.to(torch.int32).cpu().numpy()
+        probabilities_np = probabilities.cpu().numpy()
+        results, start = [], 0
+        for index, plan in enumerate(plans):
+            rows = slice(start, start + len(plan.window))
+            start = rows.stop
+            tracked, similarities = statistics.measure(index) or (None, None)
+            results.append(
+                PassResult(tokens_np[rows], probabilities_np[rows], tracked, similarities)
+            )
+        return results
+
+    def _make_block_table(self, plans: list[PassPlan]) -> np.ndarray:
+        table = np.zeros((len(plans), max(len(p.block_ids) for p in plans)), dtype=np.int32)
+        for row, plan in zip(table, plans, strict=True):
+            row[: len(plan.block_ids)] = plan.block_ids
+        return table
+
+    def _build_metadata(self, pieces: list[tuple[int, int]], rows: slice) -> Any:
+        """Attention metadata of a chunk: each piece is one sequence of T keys, not causal."""
+        owners = np.array([index for index, _ in pieces])
+        lengths = np.array([length for _, length in pieces], dtype=np.int32)
+        starts = np.zeros(len(pieces) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        keys = np.array([len(self._plans[i].tokens) for i in owners], dtype=np.int32)
+        starts_cpu = torch.from_numpy(starts)
+        keys_cpu = torch.from_numpy(keys)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts_cpu.to(self.device),
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=keys_cpu.to(self.device),
+            seq_lens_cpu_upper_bound=keys_cpu,
+            num_reqs=len(pieces),
+            num_actual_tokens=int(lengths.sum()),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(keys.max()),
+            block_table_tensor=torch.from_numpy(self._block_table[owners]).to(self.device),
+            # Writes go through LLaDAAttention.write with the batch's own slots.
+            slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
+            causal=False,
+        )
+        return self._attention_group.build_metadata(common)
+
+    # Asked by vLLM's worker now and then.
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def sample_tokens(self, grammar_output: Any) -> None:
+        return None
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def reset_mm_cache(self) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def shutdown(self) -> None:
+        self.kv_caches.clear()
+
+
+def _stack_views(planes: list[torch.Tensor]) -> torch.Tensor:
+    """Per-layer views as one [L, ...] view without a copy.
+
+    vLLM lays the layers out at a constant stride in one allocation.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    first = planes[0]
+    offsets = [plane.storage_offset() for plane in planes]
+    stride = offsets[1] - offsets[0] if len(offsets) > 1 else 0
+    same_storage = {plane.untyped_storage().data_ptr() for plane in planes}
+    if len(same_storage) != 1 or offsets != [offsets[0] + i * stride for i in range(len(offsets))]:
+        raise RuntimeError("the layers' KV caches are not at a constant stride in one allocation")
+    return first.as_strided((len(planes), *first.shape), (stride, *first.stride()), offsets[0])

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention statistics of a pass: kept while it runs, worked out once when it is over.
+
+A pass overwrites keys as it goes. What the drift test needs of the state before is little: the
+tested rows' old queries and the old keys of the rows that the pass writes; every other key is
+still there afterwards. So nothing is computed inside the layers, and with tensor parallelism
+partial sums are to be reduced once a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.execution.row_batch import IntArray, RowLayout
+from vllm_elastic.ops import attention_statistics as ops
+from vllm_elastic.ops.key_layout import KeyLayout
+
+_NONE: IntArray = np.empty(0, dtype=np.int64)
+
+
+@dataclass(slots=True)
+class _RequestRows:
+    """One request's places in the saved queries and keys."""
+
+    plan: PassPlan
+    window_queries: IntArray  # into the saved queries
+    tested_queries: IntArray
+    old_queries: slice  # into the saved old queries
+    old_keys: slice  # into the saved old keys
+    written: IntArray  # canvas positions of these keys
+
+
+class StatisticsInputs:
+    """What a pass has to keep, and where it keeps it.
+
+    Attributes:
+        query_rows: int64 [S] ascending, rows whose queries are kept.
+        tested_positions: int64 [M], positions under test, plan by plan.
+    """
+
+    def __init__(self, plans: Sequence[PassPlan], layout: RowLayout, block_size: int) -> None:
+        wanted = [i for i, plan in enumerate(plans) if plan.trackable is not None]
+        rows = [np.union1d(plans[i].window, plans[i].tested) for i in wanted]
+        self.query_rows: IntArray = np.sort(
+            np.concatenate(
+                [_NONE, *(layout.row_of[i][r] for i, r in zip(wanted, rows, strict=True))]
+            )
+        )
+        tested, key_rows = [_NONE], [_NONE]
+        self._requests: dict[int, _RequestRows] = {}
+        num_tested = num_keys = 0
+        for index in wanted:
+            plan = plans[index]
+            written = _NONE
+            if plan.tested.size:
+                written = plan.segments[0].positions.astype(np.int64)
+                tested.append(plan.tested.astype(np.int64))
+                key_rows.append(layout.row_of[index][written])
+            row_of = layout.row_of[index]
+            self._requests[index] = _RequestRows(
+                plan=plan,
+                window_queries=np.searchsorted(self.query_rows, row_of[plan.window]),
+                tested_queries=np.searchsorted(self.query_rows, row_of[plan.tested]),
+                old_queries=slice(num_tested, num_tested + plan.tested.size),
+                old_keys=slice(num_keys, num_keys + written.size),
+                written=written,
+            )
+            num_tested += plan.tested.size
+            num_keys += written.size
+        self.tested_positions: IntArray = np.concatenate(tested)
+        self._key_rows_np: IntArray = np.concatenate(key_rows)
+        self._tested_rows_np: IntArray = np.concatenate(
+            [_NONE, *(layout.row_of[i][plans[i].tested] for i in wanted)]
+        )
+        self._layout = layout
+        self._block_size = block_size
+        self.tested_rows: torch.Tensor
+        self.tested_slots: torch.Tensor | None = None
+
+    def allocate(self, model: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
+        """Make room on the device for what the layers save."""
+
+        def put(array: IntArray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self._shape = model
+        self._query_rows = put(self.query_rows)
+        self._queries = torch.zeros(
+            model.num_layers,
+            len(self.query_rows),
+            model.num_heads,
+            model.head_dim,
+            device=device,
+            dtype=dtype,
+        )
+        if self.tested_positions.size:
+            self.tested_rows = put(self._tested_rows_np)
+            self.tested_slots = put(self._layout.slots[self._tested_rows_np])
+            self._key_slots = put(self._layout.slots[self._key_rows_np])
+            self._old_queries = self._queries.new_empty(
+                model.num_layers, len(self.tested_positions), model.num_heads, model.head_dim
+            )
+            self._old_keys = self._queries.new_empty(
+                model.num_layers, len(self._key_rows_np), model.num_kv_heads, model.head_dim
+            )
+
+    def save_layer(
+        self, layer: int, q: torch.Tensor, num_rows: int, attn: Any, num_queries: int
+    ) -> None:
+        """Called in each layer before its keys are written.
+
+        Args:
+            q: [num_rows + M, Hq, D], the M tested rows' queries from stored hidden states last.
+            num_queries: the first so many of ``query_rows`` are active at this layer.
+        """
+        if num_queries:
+            self._queries[layer, :num_queries] = q[self._query_rows[:num_queries]]
+        if self.tested_slots is not None:
+            self._old_queries[layer] = q[num_rows:]
+            planes = KeyLayout.planes(attn.kv_cache)
+            self._old_keys[layer] = self._shape.key_layout.read_slots(planes, self._key_slots)
+
+    def measure(self, index: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Statistics of plan ``index`` after the pass.
+
+        Returns:
+            most attended positions int32 [L - start layer, track_num], and similarities
+            float32 [L] where rows were tested; None where the plan wants no statistics.
+        """
+        rows = self._requests.get(index)
+        if rows is None:
+            return None
+        plan, shape = rows.plan, self._shape
+        start, length = plan.start_layer, len(plan.tokens)
+        device = self._queries.device
+        blocks = torch.tensor(plan.block_ids, device=device)
+        keys = shape.key_layout.read_blocks(shape.key_planes[start:], blocks)[..., :length]
+        order = np.concatenate([rows.window_queries, rows.tested_queries])
+        queries = self._queries[start:, torch.from_numpy(order).to(device)]
+        attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
+        num_window = len(rows.window_queries)
+        mass = ops.attention_mass(attention[:, :, :num_window])
+        trackable = torch.from_numpy(plan.trackable).to(device)
+        tracked = ops.most_attended(mass, trackable, plan.track_num)
+        similarities = None
+        if plan.tested.size:
+            old = ops.attention_scores(self._old_queries[:, rows.old_queries], keys, shape.scale)
+            old_keys = self._old_keys[:, rows.old_keys].permute(0, 2, 3, 1)
+            written = torch.from_numpy(rows.written).to(device)
+            old[..., written] = ops.attention_scores(
+                self._old_queries[:, rows.old_queries], old_keys, shape.scale
+            )
+            similarities = ops.drift_similarity(
+                old.softmax(dim=-1), attention[:, :, num_window:], plan.statistic
+            )
+        return (
+            tracked.to(torch.int32).cpu().numpy(),
+            None if similarities is None else similarities.cpu().numpy(),
+        )
+
+
+@dataclass(slots=True)
+class AttentionShape:
+    """The model's attention as the statistics see it.
+
+    Attributes:
+        num_heads, num_kv_heads: of this rank.
+        key_planes: [L, blocks, Hkv, plane], all layers' paged keys.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    key_layout: KeyLayout
+    key_planes: torch.Tensor

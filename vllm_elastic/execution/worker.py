@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's workers with the elastic runner in place of theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_elastic.execution.runner import ElasticRunner
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as _BaseWorker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as _BaseWorker
+
+
+class ElasticWorker(_BaseWorker):
+    """The platform's worker; only the runner and the warm-up differ."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.model_runner: Any = ElasticRunner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        return CompilationTimes(language_model=0.0, encoder=0.0)

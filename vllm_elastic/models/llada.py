@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA (LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5) from vLLM's parallel layers.
+
+A Llama-like transformer without a causal mask: pre-RMSNorm, rotate-half RoPE, SwiGLU, no biases.
+The forward takes rows and join layers (``RowBatch``); it branches on the plan, never on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from vllm_elastic.execution.hidden_states import HiddenStateCache
+from vllm_elastic.execution.row_batch import RowBatch, Stage
+from vllm_elastic.execution.statistics import StatisticsInputs
+from vllm_elastic.models.llada_config import LLaDAConfig
+from vllm_elastic.ops.key_layout import KeyLayout
+
+
+class LLaDAAttention(nn.Module):
+    """Bidirectional attention of a pass's rows over all T stored positions of their canvases."""
+
+    def __init__(self, config: LLaDAConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = config.d_model // config.n_heads
+        self.num_heads = config.n_heads // tp_size
+        self.num_kv_heads = max(1, config.n_kv_heads // tp_size)
+        self.scale = self.head_dim**-0.5
+        self.qkv_proj = QKVParallelLinear(
+            config.d_model,
+            self.head_dim,
+            config.n_heads,
+            config.n_kv_heads,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.attn_out = RowParallelLinear(
+            config.d_model,
+            config.d_model,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attn_out",
+        )
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=max(config.max_sequence_length, vllm_config.model_config.max_model_len),
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            is_neox_style=True,
+        )
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.scale,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def project(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated q [R, Hq, D], rotated k [R, Hkv, D] and v [R, Hkv, D] of normed rows [R, d]."""
+        qkv, _ = self.qkv_proj(hidden)
+        q_size = self.num_heads * self.head_dim
+        kv_size = self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q.contiguous(), k.contiguous())
+        return (
+            q.view(-1, self.num_heads, self.head_dim),
+            k.view(-1, self.num_kv_heads, self.head_dim),
+            v.view(-1, self.num_kv_heads, self.head_dim),
+        )
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put keys and values [R, Hkv, D] into their slots [R] of the paged cache."""
+        attn = self.attn
+        attn.impl.do_kv_cache_update(attn, k, v.contiguous(), attn.kv_cache, slots)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stage: Stage
+    ) -> torch.Tensor:
+        """Attention output [R, Hq * D] of the queries [R, Hq, D], chunk by chunk of the stage."""
+        output = torch.empty_like(q)
+        attn = self.attn
+        for chunk in stage.chunks:
+            rows = slice(chunk.start, chunk.stop)
+            attn.impl.forward(
+                attn, q[rows], k[rows], v[rows], attn.kv_cache, chunk.metadata, output[rows]
+            )
+        return output.view(q.shape[0], -1)
+
+
+class LLaDABlock(nn.Module):
+    def __init__(self, config: LLaDAConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        self.attn_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ff_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.self_attn = LLaDAAttention(config, vllm_config, prefix)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.d_model,
+            [config.mlp_hidden_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.ff_out = RowParallelLinear(
+            config.mlp_hidden_size,
+            config.d_model,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.ff_out",
+        )
+        self.act = SiluAndMul()
+
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(hidden)
+        out, _ = self.ff_out(self.act(gate_up))
+        return out
+
+    def forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        old_x: torch.Tensor | None,
+        stage: Stage,
+        batch: RowBatch,
+        statistics: StatisticsInputs | None,
+    ) -> torch.Tensor:
+        """One block for the rows that are active at this layer.
+
+        Args:
+            x: [R, d] the rows' input; R = stage.num_rows.
+            old_x: [M, d] the tested rows' input as stored before this pass, or None.
+
+        Returns:
+            [R, d] the next layer's input.
+        """
+        attention = self.self_attn
+        num_rows = stage.num_rows
+        rows_x = x if old_x is None else torch.cat([x, old_x])
+        if len(stage.chunks) == 1:
+            q, k, v = attention.project(self.attn_norm(rows_x), stage.positions)
+        else:
+            # Keys and values of all chunks first: every chunk attends to all of them.
+            parts = [
+                attention.project(self.attn_norm(rows_x[start:stop]), stage.positions[start:stop])
+                for start, stop in stage.spans(rows_x.shape[0])
+            ]
+            q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+        slots = batch.slots[:num_rows]
+        if statistics is not None:
+            # Before the write: the keys that the tested rows' old attention saw.
+            statistics.save_layer(layer, q, num_rows, attention.attn, stage.num_queries)
+        attention.write(k[:num_rows], v[:num_rows], slots)
+        attended = attention.attend(q[:num_rows], k[:num_rows], v[:num_rows], stage)
+        if len(stage.chunks) == 1:
+            return self._finish(x, attended)
+        return torch.cat(
+            [self._finish(x[c.start : c.stop], attended[c.start : c.stop]) for c in stage.chunks]
+        )
+
+    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        out, _ = self.self_attn.attn_out(attended)
+        x = x + out
+        return x + self.mlp(self.ff_norm(x))
+
+
+class LLaDAModelLM(nn.Module):
+    """LLaDA with its paged keys, values and hidden states.
+
+    Weight names are those of the released checkpoints (``model.transformer.*``).
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LLaDAConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.num_layers = config.n_layers
+        self.wte = VocabParallelEmbedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            LLaDABlock(config, vllm_config, maybe_prefix(prefix, f"blocks.{i}"))
+            for i in range(config.n_layers)
+        )
+        # Layer 0's input is the embedding of the canvas; it needs no storage.
+        self.hidden_states = nn.ModuleList(
+            HiddenStateCache(
+                config.d_model, vllm_config, maybe_prefix(prefix, f"hidden_states.{i}")
+            )
+            for i in range(1, config.n_layers)
+        )
+        self.ln_f = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.lm_head = ParallelLMHead(
+            config.embedding_size,
+            config.d_model,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.weight_tying:
+            self.lm_head = self.lm_head.tie_weights(self.wte)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.wte(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: RowBatch,
+        statistics: StatisticsInputs | None = None,
+    ) -> torch.Tensor:
+        """Run a step plan.
+
+        Args:
+            input_ids: int64 [R0], tokens of the rows that join at layer 0.
+            positions: int64 [R], canvas positions of all rows (kept in the stages as well).
+            batch: rows sorted by join layer, their slots and their attention metadata.
+            statistics: filled with what the attention statistics need, or None.
+
+        Returns:
+            [W, d] final normed hidden states of the rows whose candidates are wanted.
+        """
+        tested_slots = statistics.tested_slots if statistics is not None else None
+        x = self.wte(input_ids)
+        old_x = (
+            x[statistics.tested_rows]
+            if statistics is not None and tested_slots is not None
+            else None
+        )
+        num_rows = x.shape[0]
+        for layer, block in enumerate(self.blocks):
+            stage = batch.stage_of(layer)
+            if layer > 0:
+                store = self.hidden_states[layer - 1]
+                if tested_slots is not None:
+                    old_x = store.read(tested_slots)
+                if num_rows:
+                    store.write(x, batch.slots[:num_rows])
+                if stage.num_rows > num_rows:
+                    joining = store.read(batch.slots[num_rows : stage.num_rows])
+                    x = torch.cat([x, joining]) if num_rows else joining
+            num_rows = stage.num_rows
+            if num_rows == 0:
+                continue
+            x = block(layer, x, old_x, stage, batch, statistics)
+        return self.ln_f(x[batch.window_rows])
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [W, vocab_size] of rows [W, d]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def key_layouts(self) -> list[KeyLayout]:
+        raise NotImplementedError
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load LLaDA's own tensor names; returns the parameters that were filled.
+
+        Raises:
+            ValueError: a tensor that LLaDA does not have.
+        """
+        stacked: dict[str, tuple[str, str | int]] = {
+            "q_proj": ("self_attn.qkv_proj", "q"),
+            "k_proj": ("self_attn.qkv_proj", "k"),
+            "v_proj": ("self_attn.qkv_proj", "v"),
+            "ff_proj": ("gate_up_proj", 0),
+            "up_proj": ("gate_up_proj", 1),
+        }
+        renamed = {"attn_out": "self_attn.attn_out"}
+        params = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for full_name, weight in weights:
+            name = full_name.removeprefix("model.").removeprefix("transformer.")
+            shard: str | int | None = None
+            if name.startswith("blocks."):
+                _, index, module, suffix = name.split(".", 3)
+                if module in stacked:
+                    module, shard = stacked[module]
+                name = f"blocks.{index}.{renamed.get(module, module)}.{suffix}"
+            elif name.startswith("ff_out."):
+                if self.config.weight_tying:
+                    continue
+                name = name.replace("ff_out.", "lm_head.")
+            if name not in params:
+                raise ValueError(f"LLaDA has no tensor {full_name!r} (looked for {name!r}).")
+            param = params[name]
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, weight) if shard is None else loader(param, weight, shard)
+            loaded.add(name)
+        if self.config.weight_tying:
+            loaded.add("lm_head.weight")
+        return loaded

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows, attention mass and drift for a handful of queries, all layers at once.
+
+Each function has its obviously right twin in ``naive.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NORM_FLOOR = 1e-8
+"""Norms are clamped here before the division, as the released Elastic-Cache code does."""
+
+
+def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled scores in float32.
+
+    Args:
+        queries: [L, R, Hq, D]; keys: [L, Hkv, D, T], Hq a multiple of Hkv.
+
+    Returns:
+        float32 [L, Hq, R, T].
+    """
+    num_layers, num_rows, num_heads, dim = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.float().view(num_layers, num_rows, kv_heads, num_heads // kv_heads, dim)
+    grouped = grouped.permute(0, 2, 3, 1, 4).reshape(num_layers, kv_heads, -1, dim)
+    scores = torch.matmul(grouped * scale, keys.float())
+    return scores.view(num_layers, num_heads, num_rows, -1)
+
+
+def attention_mass(attention: torch.Tensor) -> torch.Tensor:
+    """Attention that the given rows pay each position: [L, H, W, T] summed to [L, T]."""
+    return attention.sum(dim=(1, 2))
+
+
+def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -> torch.Tensor:
+    """Per layer the ``track_num`` trackable positions with the largest mass.
+
+    Args:
+        mass: [L, T]; trackable: bool [T].
+
+    Returns:
+        int64 [L, track_num]; ties go to the smaller position; -1 where there are too few.
+    """
+    mass = mass.masked_fill(~trackable, -1.0)
+    if track_num == 1:
+        best = mass.argmax(dim=-1, keepdim=True)
+    else:
+        best = mass.sort(dim=-1, descending=True, stable=True).indices[:, :track_num]
+    best = torch.where(mass.gather(-1, best) < 0, -1, best)
+    return torch.nn.functional.pad(best, (0, track_num - best.shape[-1]), value=-1)
+
+
+def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
+    """How alike the tested rows' attention is before and after an update; 1 = no drift.
+
+    Args:
+        old, new: float32 [L, H, M, T], attention rows (softmax over T).
+        statistic: ``released``: cosine across the heads for every tested row and key, mean over
+            both (the authors' code); ``paper``: cosine across the keys for every head and tested
+            row, mean over both (arXiv 2510.14973).
+
+    Returns:
+        float32 [L].
+    """
+    across = 1 if statistic == "released" else 3
+    dot = (old * new).sum(dim=across)
+    norms = old.norm(dim=across).clamp_min(NORM_FLOOR) * new.norm(dim=across).clamp_min(NORM_FLOOR)
+    return (dot / norms).flatten(1).mean(dim=1)

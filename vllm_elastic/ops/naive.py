@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow twins of ``attention_statistics``: loops that follow the definitions word by word."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    num_layers, num_rows, num_heads, _ = queries.shape
+    group = num_heads // keys.shape[1]
+    out = torch.empty(num_layers, num_heads, num_rows, keys.shape[-1])
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            for row in range(num_rows):
+                query = queries[layer, row, head].float()
+                out[layer, head, row] = query @ keys[layer, head // group].float() * scale
+    return out
+
+
+def attention_mass(attention: torch.Tensor) -> torch.Tensor:
+    num_layers, num_heads, num_rows, num_keys = attention.shape
+    mass = torch.zeros(num_layers, num_keys)
+    for head in range(num_heads):
+        for row in range(num_rows):
+            mass += attention[:, head, row]
+    return mass
+
+
+def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -> torch.Tensor:
+    rows = []
+    for layer in mass.tolist():
+        ranked = sorted(
+            (p for p, ok in enumerate(trackable.tolist()) if ok), key=lambda p: -layer[p]
+        )
+        rows.append((ranked + [-1] * track_num)[:track_num])
+    return torch.tensor(rows)
+
+
+def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+        norm = max(math.sqrt(float(a @ a)), 1e-8) * max(math.sqrt(float(b @ b)), 1e-8)
+        return float(a @ b) / norm
+
+    num_layers, num_heads, num_rows, num_keys = old.shape
+    result = []
+    for layer in range(num_layers):
+        a, b = old[layer], new[layer]
+        if statistic == "released":
+            values = [
+                cosine(a[:, m, t], b[:, m, t]) for m in range(num_rows) for t in range(num_keys)
+            ]
+        else:
+            values = [cosine(a[h, m], b[h, m]) for h in range(num_heads) for m in range(num_rows)]
+        result.append(sum(values) / len(values))
+    return torch.tensor(result)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler for canvases: admission by KV blocks, plans within the row budget, commits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
+
+logger = init_logger("vllm.vllm_elastic.scheduler")
+
+
+class ElasticScheduler(Scheduler):
+    """Owns the canvas of every request and decides what each step computes and commits.
+
+    A request holds the KV blocks of its whole canvas (P + max_tokens) from admission on, so
+    running out of blocks never preempts. Each step serves running requests in the order in which
+    they were served last, until the row budget (``max_num_batched_tokens``) is full; the first
+    one that does not fit ends the step and is first in the next. So a request waits for at most
+    as many steps as there are running requests. A request with more rows than the budget runs
+    alone, in row chunks.
+
+    Attributes:
+        records: finished requests' records, kept only with ``record`` in the config.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.elastic_config = ElasticConfig.from_dict(
+            self.vllm_config.additional_config.get("elastic")
+        )
+        hf_config = self.vllm_config.model_config.hf_config
+        self._mask_token_id: int = hf_config.mask_token_id
+        self._num_layers: int = hf_config.n_layers
+        self._canvases: dict[str, DenoisingRequest] = {}
+        self._last_served: dict[str, int] = {}
+        self.records: dict[str, DecodingRecord] = {}
+
+    # One step: admit, plan, and take the results.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Plan one step; the plans travel on the output as ``elastic_plans``."""
+        self.current_step += 1
+        self.kv_cache_manager.new_step_starts()
+        if self._pause_state == PauseState.UNPAUSED:
+            self._admit()
+        plans: list[PassPlan] = []
+        if self._pause_state != PauseState.PAUSED_ALL:
+            plans = self._plan_step()
+        rows = {plan.request_id: plan.num_rows for plan in plans}
+        output = SchedulerOutput(
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=CachedRequestData.make_empty(),
+            num_scheduled_tokens=rows,
+            total_num_scheduled_tokens=sum(rows.values()),
+            scheduled_spec_decode_tokens={},
+            scheduled_encoder_inputs={},
+            finished_req_ids=self.finished_req_ids,
+            free_encoder_mm_hashes=[],
+            preempted_req_ids=self.reset_preempted_req_ids,
+        )
+        output.elastic_plans = plans  # type: ignore[attr-defined]  # survives pickling
+        self.kv_cache_manager.take_new_block_ids()
+        self._update_after_schedule(output)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Commit what the passes predicted and emit every finished prefix."""
+        results: list[PassResult] = getattr(model_runner_output, "pass_results", [])
+        failed: list[str] = []
+        for index, result in enumerate(results):
+            request_id = model_runner_output.req_ids[index]
+            canvas = self._canvases.get(request_id)
+            if canvas is None:
+                continue  # aborted while the pass ran
+            try:
+                model_runner_output.sampled_token_ids[index] = canvas.digest(result)
+            except NotFiniteError as error:
+                logger.error("%s; the request is ended with an error", error)
+                failed.append(request_id)
+        # vLLM ends these with FINISHED_ERROR and tells the client.
+        self.grammar_compile_error_reqs.update(failed)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None:
+                # vLLM counts rows as tokens computed; a canvas has no such frontier.
+                request.num_computed_tokens = request.num_tokens
+        return outputs
+
+    # What a step is made of.
+
+    def _admit(self) -> None:
+        """Move waiting requests to running while blocks for their whole canvases are free."""
+        while self.waiting and len(self.running) < self.max_num_active_reqs:
+            request = self.waiting.peek_request()
+            blocks = self.kv_cache_manager.allocate_slots(
+                request,
+                request.num_prompt_tokens,
+                num_lookahead_tokens=request.max_tokens,
+                has_scheduled_reqs=bool(self.running),
+            )
+            if blocks is None:
+                return
+            self.waiting.pop_request()
+            resumed = request.status == RequestStatus.PREEMPTED
+            request.status = RequestStatus.RUNNING
+            if request.prefill_stats is not None and not resumed:
+                request.prefill_stats.set(
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_local_cached_tokens=0,
+                    num_external_cached_tokens=0,
+                )
+            if self.log_stats:
+                request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
+            if resumed:
+                self._canvases[request.request_id].restart()
+            else:
+                self._canvases[request.request_id] = self._new_canvas(request)
+            self._last_served[request.request_id] = -1
+            self.running.append(request)
+
+    def _new_canvas(self, request: Request) -> DenoisingRequest:
+        params = request.sampling_params
+        assert params is not None and request.prompt_token_ids is not None
+        end_token_ids = set(params.stop_token_ids or ())
+        if params.eos_token_id is not None:
+            end_token_ids.add(params.eos_token_id)
+        return DenoisingRequest(
+            request.request_id,
+            request.prompt_token_ids,
+            request.max_tokens,
+            self.elastic_config.for_request(params.extra_args),
+            mask_token_id=self._mask_token_id,
+            end_token_ids=frozenset(end_token_ids),
+            num_layers=self._num_layers,
+            block_size=self.block_size,
+        )
+
+    def _plan_step(self) -> list[PassPlan]:
+        plans: list[PassPlan] = []
+        budget = self.max_num_scheduled_tokens
+        for request in sorted(self.running, key=lambda r: self._last_served[r.request_id]):
+            plan = self._canvases[request.request_id].plan()
+            if plans and plan.num_rows > budget:
+                break
+            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
+            plans.append(plan)
+            budget -= plan.num_rows
+            self._last_served[request.request_id] = self.current_step
+        return plans
+
+    # Where vLLM asks.
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        new_token_ids, stopped = super()._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
+        return new_token_ids, stopped
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        canvas = self._canvases.pop(request.request_id, None)
+        self._last_served.pop(request.request_id, None)
+        if canvas is not None and self.elastic_config.record:
+            self.records[request.request_id] = canvas.record
+        return super()._free_request(request, delay_free_blocks)
