@@ -91,6 +91,7 @@ class ElasticConfig:
         block_length: text block of ``dual-cache``, in positions.
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
+        record_similarities: keep every drift test's similarities in these entries.
     """
 
     policy: str = _knob("elastic", _policy)
@@ -103,6 +104,7 @@ class ElasticConfig:
     block_length: int = _knob(32, _integer(1, 1 << 20))
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
+    record_similarities: bool = _knob(False, _flag, per_request=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:

@@ -35,6 +35,7 @@ class PassPlan:
         window: positions whose candidates are wanted; their attention is the attention mass.
         tested: rows whose attention is compared before and after the pass (drift test).
         trackable: bool [T], positions that may be tracked, or None: no statistics wanted.
+        fresh: the first pass over these KV blocks; what they hold is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
 
@@ -48,6 +49,7 @@ class PassPlan:
     trackable: npt.NDArray[np.bool_] | None = None
     track_num: int = 1
     statistic: str = "released"
+    fresh: bool = False
     block_ids: list[int] = field(default_factory=list)
 
     @property

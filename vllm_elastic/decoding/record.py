@@ -20,6 +20,7 @@ class DecodingRecord:
         passes: forward passes; a replay is a second one.
         row_layers: sum over passes and layers of the rows computed, discarded ones included.
         full_row_layers: T x L x denoising steps, what recomputing everything takes.
+        seconds: from admission to the end, filled in by whoever keeps the clock.
     """
 
     keep_steps: bool = False
@@ -27,6 +28,7 @@ class DecodingRecord:
     passes: int = 0
     row_layers: int = 0
     full_row_layers: int = 0
+    seconds: float = 0.0
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def add_pass(

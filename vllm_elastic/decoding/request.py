@@ -62,6 +62,7 @@ class DenoisingRequest:
         self.just_committed: Positions = NO_POSITIONS
         self._plan: PassPlan | None = None
         self._verified: PassResult | None = None  # the window pass that the replay repeats
+        self._fresh = True  # no pass has written the KV blocks yet
 
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
@@ -70,6 +71,7 @@ class DenoisingRequest:
         self.just_committed = NO_POSITIONS
         self._plan = None
         self._verified = None
+        self._fresh = True
 
     def plan(self) -> PassPlan:
         """The next pass. Pure until ``digest``."""
@@ -85,6 +87,7 @@ class DenoisingRequest:
         """
         plan = self.plan()
         self._plan = None
+        self._fresh = False
         self.validity.validate()  # the pass recomputed all that was stale
         if not np.isfinite(result.probabilities).all():
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
@@ -93,7 +96,7 @@ class DenoisingRequest:
             if stale_from is not None:
                 self.validity.invalidate(stale_from)
                 self._verified = result
-                self.record.add_pass(plan, self.num_layers, None, result.similarities)
+                self._add_to_record(plan, result, None)
                 return []
         self._update_tracked(plan, result)
         self._verified = None
@@ -102,9 +105,7 @@ class DenoisingRequest:
         )
         self.just_committed = plan.window[chosen]
         self.canvas.commit(self.just_committed, result.token_ids[chosen])
-        self.record.add_pass(
-            plan, self.num_layers, self.just_committed.tolist(), result.similarities
-        )
+        self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
 
     def _make_plan(self) -> PassPlan:
@@ -135,7 +136,14 @@ class DenoisingRequest:
             trackable=~self.canvas.masked if measures else None,
             track_num=self.config.track_num,
             statistic=self.config.statistic,
+            fresh=self._fresh,
         )
+
+    def _add_to_record(
+        self, plan: PassPlan, result: PassResult, committed: list[int] | None
+    ) -> None:
+        similarities = result.similarities if self.config.record_similarities else None
+        self.record.add_pass(plan, self.num_layers, committed, similarities)
 
     def _update_tracked(self, plan: PassPlan, result: PassResult) -> None:
         """Union over layers of the most attended; a replay measured the layers it recomputed."""

@@ -104,10 +104,23 @@ class ElasticRunner:
             key_layout=KeyLayout.measure(layers[0]),
             key_planes=_stack_views([KeyLayout.planes(layer.kv_cache) for layer in layers]),
         )
+        self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
+
+    def _log_capacity(self, kv_cache_config: KVCacheConfig, backend: str) -> None:
+        (group,) = kv_cache_config.kv_cache_groups
+        token_bytes = group.kv_cache_spec.page_size_bytes // self.block_size
+        hidden_bytes = sum(layer.width * layer.dtype.itemsize for layer in self.model.hidden_states)
+        canvas = self.model_config.max_model_len
+        canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // self.block_size)
         logger.info(
-            "keys are stored %s by %s",
+            "a canvas position costs %d bytes (%d of them hidden states); %d full canvases of "
+            "%d positions fit; keys are stored %s by %s",
+            token_bytes,
+            hidden_bytes,
+            canvases,
+            canvas,
             self.shape.key_layout.name,
-            type(layers[0].impl).__name__,
+            backend,
         )
 
     # Called once a step.
@@ -144,6 +157,7 @@ class ElasticRunner:
             self._build_metadata,
             self.device,
         )
+        self._clear_padding(plans)
         statistics.allocate(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
         token_ids, probabilities = candidates(self.model.compute_logits(hidden), self.mask_token_id)
@@ -158,6 +172,16 @@ class ElasticRunner:
                 PassResult(tokens_np[rows], probabilities_np[rows], tracked, similarities)
             )
         return results
+
+    def _clear_padding(self, plans: list[PassPlan]) -> None:
+        """Zero the block that a fresh canvas fills only in part.
+
+        Attention kernels multiply a whole block by probabilities that are 0 beyond T, and a NaN
+        that an earlier owner left there would survive that.
+        """
+        padded = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.block_size]
+        if padded:
+            self.shape.key_planes[:, torch.tensor(padded, device=self.device)] = 0
 
     def _make_block_table(self, plans: list[PassPlan]) -> np.ndarray:
         table = np.zeros((len(plans), max(len(p.block_ids) for p in plans)), dtype=np.int32)

@@ -46,6 +46,7 @@ class ElasticScheduler(Scheduler):
         self._num_layers: int = hf_config.n_layers
         self._canvases: dict[str, DenoisingRequest] = {}
         self._last_served: dict[str, int] = {}
+        self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
 
     # One step: admit, plan, and take the results.
@@ -127,6 +128,7 @@ class ElasticScheduler(Scheduler):
                 )
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
+            self._admitted_at.setdefault(request.request_id, time.monotonic())
             if resumed:
                 self._canvases[request.request_id].restart()
             else:
@@ -166,19 +168,13 @@ class ElasticScheduler(Scheduler):
 
     # Where vLLM asks.
 
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], is_stale: bool = False
-    ) -> tuple[list[int], bool]:
-        new_token_ids, stopped = super()._update_request_with_output(
-            request, new_token_ids, is_stale
-        )
-        return new_token_ids, stopped
-
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         canvas = self._canvases.pop(request.request_id, None)
         self._last_served.pop(request.request_id, None)
-        if canvas is not None and self.elastic_config.record:
+        admitted_at = self._admitted_at.pop(request.request_id, None)
+        if canvas is not None and admitted_at is not None and self.elastic_config.record:
+            canvas.record.seconds = time.monotonic() - admitted_at
             self.records[request.request_id] = canvas.record
         return super()._free_request(request, delay_free_blocks)

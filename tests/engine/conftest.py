@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in this process, one for each model and session, over NaN-poisoned KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_elastic.reference import LLaDA, LLaDAConfig
+
+EOS, MASK = 290, 291
+
+RANDOM_MODELS = {
+    # odd sizes on purpose: the vocabulary is no multiple of anything
+    "gqa-tied": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=5, weight_tying=True),
+    "mha-head64": dict(d_model=192, n_heads=3, n_kv_heads=3, n_layers=4, weight_tying=False),
+}
+
+
+@dataclass
+class Served:
+    """A model in the oracle and in the engine."""
+
+    name: str
+    directory: Path
+    oracle: LLaDA
+    engine: object
+
+
+def random_config(**options: object) -> LLaDAConfig:
+    return LLaDAConfig(
+        mlp_hidden_size=224,
+        vocab_size=293,
+        embedding_size=320,
+        max_sequence_length=256,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def poison(engine: object) -> None:
+    """Fill every KV block with NaN: an element that is read before it is written can't pass."""
+    for cache in engine.runner.kv_caches.values():  # type: ignore[attr-defined]
+        cache.fill_(float("nan"))
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Served]]:
+    """A random model by name, loaded once."""
+    from vllm_elastic.bench.engine import BenchEngine
+
+    loaded: dict[str, Served] = {}
+
+    def load(name: str) -> Served:
+        if name not in loaded:
+            directory = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            oracle = LLaDA.random(random_config(**RANDOM_MODELS[name]), seed=3)
+            oracle.save_pretrained(directory)
+            engine = BenchEngine(
+                directory,
+                batch_size=16,
+                max_model_len=256,
+                kv_cache_memory_bytes=64 << 20,
+                similarities=True,
+            )
+            poison(engine)
+            loaded[name] = Served(name, directory, oracle, engine)
+        return loaded[name]
+
+    yield load

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine against the oracle in float32: tokens, passes, start layers, commits, similarities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_elastic.reference import (
+    DecodingOptions,
+    DualCacheOptions,
+    ElasticOptions,
+    decode,
+    dual_cache,
+    elastic_cache,
+)
+
+from .conftest import MASK, RANDOM_MODELS, Served
+
+pytestmark = pytest.mark.engine
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "none": {"policy": "none"},
+    "none-topk": {"policy": "none", "tokens_per_step": 3},
+    "never": {"policy": "elastic", "gamma": 0.0},
+    "released-low": {"policy": "elastic", "gamma": 0.75},
+    "released-high": {"policy": "elastic", "gamma": 0.9, "track_num": 3},
+    "paper-low": {"policy": "elastic", "gamma": 0.8, "statistic": "paper"},
+    "paper-high": {"policy": "elastic", "gamma": 0.97, "statistic": "paper", "window": 5},
+    "always": {"policy": "elastic", "gamma": 1.1},
+    "always-topk": {"policy": "elastic", "gamma": 1.1, "statistic": "paper", "tokens_per_step": 2},
+    "wide": {"policy": "elastic", "gamma": 0.8, "window": 200, "threshold": 0.05},
+    "dual-cache": {"policy": "dual-cache", "block_length": 8},
+}
+LENGTHS = [1, 7, 16, 33, 20]
+
+
+def problems(count: int = 32) -> list[tuple[list[int], int]]:
+    """Prompts of 1 to 90 tokens (masks among them) and canvases of 1 to 33."""
+    generator = torch.Generator().manual_seed(5)
+    result = []
+    for index in range(count):
+        size = 1 + (index * 37) % 90
+        prompt = torch.randint(0, MASK, (size,), generator=generator).tolist()
+        result.append((prompt, LENGTHS[index % len(LENGTHS)]))
+    return result
+
+
+def ask_oracle(served: Served, prompt: list[int], max_tokens: int, config: dict[str, Any]) -> Any:
+    options = dict(config)
+    policy = options.pop("policy")
+    if policy == "none":
+        return decode(served.oracle, prompt, max_tokens, DecodingOptions(**options))
+    if policy == "dual-cache":
+        return dual_cache(served.oracle, prompt, max_tokens, DualCacheOptions(**options))
+    return elastic_cache(served.oracle, prompt, max_tokens, ElasticOptions(**options))
+
+
+_answers: dict[tuple[str, int, str], Any] = {}
+
+
+def compare(served: Served, index: int, name: str, result: dict[str, Any]) -> None:
+    """Everything the record says, against the oracle's."""
+    prompt, max_tokens = problems()[index]
+    key = (served.name, index, name)
+    if key not in _answers:
+        _answers[key] = ask_oracle(served, prompt, max_tokens, CONFIGS[name])
+    expected = _answers[key]
+    passes = [{k: v for k, v in p.items() if k != "similarities"} for p in result["steps"]]
+    assert passes == expected.steps, f"{key}: passes differ"
+    assert result["token_ids"] == expected.token_ids, f"{key}: tokens differ"
+    assert result["denoising_steps"] == expected.denoising_steps
+    assert result["passes"] == expected.passes
+    assert result["row_layers"] == expected.row_layers
+    assert result["full_row_layers"] == expected.full_row_layers
+    for entry in result["steps"]:
+        if "similarities" not in entry:
+            continue
+        wanted = expected.similarities[entry["denoising_step"]]
+        assert entry["similarities"][: len(wanted)] == pytest.approx(wanted, abs=2e-4), key
+
+
+def request(index: int, name: str) -> dict[str, Any]:
+    prompt, max_tokens = problems()[index]
+    knobs = {f"elastic_{key}": value for key, value in CONFIGS[name].items()}
+    return {"id": (index, name), "prompt_token_ids": prompt, "max_tokens": max_tokens, **knobs}
+
+
+@pytest.mark.parametrize("model", RANDOM_MODELS)
+def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
+    """All configurations mixed in one batch, joining and leaving as they come and finish."""
+    served = serve(model)
+    cases = list(itertools.product(range(32), CONFIGS))
+    results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
+    for (index, name), result in zip(cases, results, strict=True):
+        compare(served, index, name, result)
+    kinds = {p["kind"] for result in results for p in result["steps"]}
+    assert kinds == {"first", "window", "replay", "full"}
+
+
+@pytest.mark.parametrize("model", RANDOM_MODELS)
+def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
+    """The same requests alone in the engine."""
+    served = serve(model)
+    cases = [(i, name) for i in range(32) for j, name in enumerate(CONFIGS) if (i + j) % 4 == 0]
+    scheduler = served.engine.scheduler  # type: ignore[attr-defined]
+    limit, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
+    try:
+        results = served.engine.run([request(*c) for c in cases])  # type: ignore[attr-defined]
+    finally:
+        scheduler.max_num_active_reqs = limit
+    for (index, name), result in zip(cases, results, strict=True):
+        compare(served, index, name, result)

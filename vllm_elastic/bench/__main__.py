@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m vllm_elastic.bench COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm_elastic.bench import run
+
+
+def main() -> None:
+    """Parse the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run.add_parser(commands)
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real engine in this process, with every request's record at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.config import ElasticConfig
+
+DEFAULT_ROW_BUDGET = 8192
+
+
+class BenchEngine:
+    """vLLM's ``LLM`` with the scheduler in reach; at most ``batch_size`` requests at a time.
+
+    Args:
+        model: directory of a LLaDA.
+        elastic_config: engine-wide knobs; requests may override them.
+        max_model_len: canvas positions; None: what the model was made for.
+        row_budget: max_num_batched_tokens.
+        similarities: keep every drift test's similarities in the records.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        batch_size: int = 1,
+        elastic_config: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
+        row_budget: int = DEFAULT_ROW_BUDGET,
+        similarities: bool = False,
+        **llm_options: Any,
+    ) -> None:
+        # The scheduler must live in this process: its records are the result.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        knobs = dict(elastic_config or {}, record=True, record_similarities=similarities)
+        ElasticConfig.from_dict(knobs)
+        tokenizer = any((Path(model) / name).exists() for name in ("tokenizer.json",))
+        self.llm = LLM(
+            model=str(model),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=batch_size,
+            max_num_batched_tokens=max(row_budget, batch_size),
+            skip_tokenizer_init=not tokenizer,
+            additional_config={"elastic": knobs},
+            disable_log_stats=True,
+            **{"kv_cache_memory_bytes": 1 << 30, **llm_options},
+        )
+        config = self.llm.llm_engine.vllm_config.model_config.hf_config
+        self.mask_token_id: int = config.mask_token_id
+        self.eos_token_id: int | None = config.eos_token_id
+        self._has_tokenizer = tokenizer
+
+    @property
+    def scheduler(self) -> Any:
+        """The ``ElasticScheduler`` in this process."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def runner(self) -> Any:
+        """The ``ElasticRunner`` in this process."""
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    def run(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Serve requests and return one result each, in order.
+
+        Args:
+            requests: ``prompt`` or ``prompt_token_ids``; optional ``id``, ``max_tokens``
+                (default: the engine's ``default_max_tokens``) and ``elastic_*`` knobs.
+
+        Returns:
+            id, token_ids (up to and without the first end token), text, denoising_steps, passes,
+            row_layers, full_row_layers, steps, seconds.
+        """
+        from vllm import SamplingParams
+
+        default = self.scheduler.elastic_config.default_max_tokens
+        prompts, params = [], []
+        for request in requests:
+            if "prompt_token_ids" in request:
+                prompts.append({"prompt_token_ids": list(request["prompt_token_ids"])})
+            else:
+                prompts.append({"prompt": request["prompt"]})
+            knobs = {k: v for k, v in request.items() if k.startswith("elastic_")}
+            params.append(
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=request.get("max_tokens") or default,
+                    extra_args=knobs or None,
+                    detokenize=self._has_tokenizer,
+                    # Without a tokenizer vLLM knows of no end token.
+                    stop_token_ids=None if self._has_tokenizer else self._end_token_ids(),
+                )
+            )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [
+            self._result(request.get("id", index), output)
+            for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
+        ]
+
+    def _end_token_ids(self) -> list[int]:
+        return [] if self.eos_token_id is None else [self.eos_token_id]
+
+    def _result(self, request_id: Any, output: Any) -> dict[str, Any]:
+        # vLLM appends a suffix of its own to the ids that requests carry inside.
+        (key,) = (k for k in self.scheduler.records if k.split("-")[0] == output.request_id)
+        record = self.scheduler.records.pop(key)
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        if completion.finish_reason == "stop" and token_ids:
+            token_ids = token_ids[:-1]
+        return {
+            "id": request_id,
+            "token_ids": token_ids,
+            "text": completion.text,
+            "denoising_steps": record.denoising_steps,
+            "passes": record.passes,
+            "row_layers": record.row_layers,
+            "full_row_layers": record.full_row_layers,
+            "seconds": record.seconds,
+            "steps": record.steps,
+        }

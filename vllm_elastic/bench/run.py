@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench run``: prompts in, one record a request out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET, BenchEngine
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``run`` to the command line."""
+    parser = commands.add_parser(
+        "run",
+        help="run prompts through the engine and write a record of every request",
+        description="Reads JSONL (id, prompt or prompt_token_ids, optional max_tokens and "
+        "elastic_* knobs) and writes one JSON line a request: the answer and what it cost.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--max-model-len", type=int, default=None, metavar="N")
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=DEFAULT_ROW_BUDGET,
+        metavar="N",
+        help="row budget of a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--similarities", action="store_true", help="record each drift test's similarities"
+    )
+    parser.set_defaults(function=main)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Requests of a file.
+
+    Raises:
+        SystemExit: a line is not a JSON object with a prompt; names file and line.
+    """
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise SystemExit(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(request, dict) or not {"prompt", "prompt_token_ids"} & set(request):
+            raise SystemExit(f"{path}:{number}: needs 'prompt' or 'prompt_token_ids'")
+        yield request
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the prompts; records go to ``--out``, a summary to standard error."""
+    requests = list(read_jsonl(args.prompts))
+    engine = BenchEngine(
+        args.model,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        elastic_config=args.elastic_config,
+        max_model_len=args.max_model_len,
+        row_budget=args.max_num_batched_tokens,
+        similarities=args.similarities,
+    )
+    started = time.perf_counter()
+    results = engine.run(requests)
+    seconds = time.perf_counter() - started
+    with args.out.open("w") as out:
+        for result in results:
+            out.write(json.dumps(result) + "\n")
+    print(summary(results, seconds), file=sys.stderr)
+
+
+def summary(results: list[dict[str, Any]], seconds: float) -> str:
+    """One line: requests, tokens, passes, work relative to no cache, tokens per second."""
+    tokens = sum(len(result["token_ids"]) for result in results)
+    passes = sum(result["passes"] for result in results)
+    row_layers = sum(result["row_layers"] for result in results)
+    full = sum(result["full_row_layers"] for result in results)
+    return (
+        f"{len(results)} requests, {tokens} tokens, {passes} passes, "
+        f"{row_layers / max(full, 1):.3f} of the row-layers without a cache, "
+        f"{tokens / seconds:.1f} tokens/s"
+    )
