@@ -1,0 +1,48 @@
+# `make` lists the targets. Everything runs in $(VENV), which `make setup` makes.
+
+VENV ?= .venv
+PYTHON ?= python3.11
+CONSTRAINTS ?= scripts/constraints.txt
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin/python -m
+
+# Nothing here needs a hub, or tells vLLM's usage statistics that it ran.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-long demo lint format constraints clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## make .venv with vLLM's CPU build and this project in it; at once when it is there
+	@VENV=$(VENV) PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) bash scripts/setup.sh
+
+test: lint ## lint, then all tests but the long ones
+	$(RUN) pytest $(PYTEST_ARGS)
+
+test-long: setup ## the long tests only
+	$(RUN) pytest -m long $(PYTEST_ARGS)
+
+demo: setup ## serve the tiny model and stream three answers
+	$(VENV)/bin/python examples/demo.py
+
+lint: setup ## ruff and mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: setup ## sort imports, mend what ruff can mend, format
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+constraints: setup ## write what .venv holds to scripts/constraints.txt
+	$(VENV)/bin/pip freeze --exclude-editable --exclude vllm > $(VENV)/frozen.txt
+	{ grep '^#' scripts/constraints.txt; cat $(VENV)/frozen.txt; } > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt scripts/constraints.txt
+
+clean: ## remove .venv and all caches
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
