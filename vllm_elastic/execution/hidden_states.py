@@ -48,11 +48,12 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         """Stored rows [R, d] at slots [R] (int64)."""
-        return self._rows()[slots]
+        return self.rows()[slots]
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Store rows [R, d] at slots [R] (int64), none of them twice."""
-        self._rows()[slots] = rows
+        self.rows()[slots] = rows
 
-    def _rows(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
+        """All slots [slots, d], a view."""
         return self.kv_cache.view(-1, self.width)

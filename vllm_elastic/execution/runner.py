@@ -103,6 +103,7 @@ class ElasticRunner:
             scale=attention.scale,
             key_layout=KeyLayout.measure(layers[0]),
             key_planes=_stack_views([KeyLayout.planes(layer.kv_cache) for layer in layers]),
+            hidden_rows=_stack_views([store.rows() for store in self.model.hidden_states]),
         )
         self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
 
@@ -158,7 +159,7 @@ class ElasticRunner:
             self.device,
         )
         self._clear_padding(plans)
-        statistics.allocate(self.shape, self.device, self.model_config.dtype)
+        statistics.prepare(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
         token_ids, probabilities = candidates(self.model.compute_logits(hidden), self.mask_token_id)
         tokens_np = token_ids.to(torch.int32).cpu().numpy()
@@ -247,6 +248,8 @@ def _stack_views(planes: list[torch.Tensor]) -> torch.Tensor:
     Raises:
         RuntimeError: it does not.
     """
+    if not planes:
+        return torch.empty(0)  # a model of one layer stores no hidden states
     first = planes[0]
     offsets = [plane.storage_offset() for plane in planes]
     stride = offsets[1] - offsets[0] if len(offsets) > 1 else 0

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -42,6 +40,8 @@ class StatisticsInputs:
     Attributes:
         query_rows: int64 [S] ascending, rows whose queries are kept.
         tested_positions: int64 [M], positions under test, plan by plan.
+        tested_rows: int64 [M], their rows.
+        old_inputs: [L - 1, M, d], their stored inputs of layers 1 .. L - 1, or None: no test.
     """
 
     def __init__(self, plans: Sequence[PassPlan], layout: RowLayout, block_size: int) -> None:
@@ -81,10 +81,10 @@ class StatisticsInputs:
         self._layout = layout
         self._block_size = block_size
         self.tested_rows: torch.Tensor
-        self.tested_slots: torch.Tensor | None = None
+        self.old_inputs: torch.Tensor | None = None
 
-    def allocate(self, model: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
-        """Make room on the device for what the layers save."""
+    def prepare(self, model: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
+        """Read what the pass is going to overwrite, and make room for what the layers save."""
 
         def put(array: IntArray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -100,20 +100,18 @@ class StatisticsInputs:
             dtype=dtype,
         )
         if self.tested_positions.size:
+            # Before the pass: what the tested rows' old attention saw.
             self.tested_rows = put(self._tested_rows_np)
-            self.tested_slots = put(self._layout.slots[self._tested_rows_np])
-            self._key_slots = put(self._layout.slots[self._key_rows_np])
+            tested_slots = put(self._layout.slots[self._tested_rows_np])
+            self.old_inputs = model.hidden_rows[:, tested_slots]
+            key_slots = put(self._layout.slots[self._key_rows_np])
+            self._old_keys = model.key_layout.read_slots(model.key_planes, key_slots)
             self._old_queries = self._queries.new_empty(
                 model.num_layers, len(self.tested_positions), model.num_heads, model.head_dim
             )
-            self._old_keys = self._queries.new_empty(
-                model.num_layers, len(self._key_rows_np), model.num_kv_heads, model.head_dim
-            )
 
-    def save_layer(
-        self, layer: int, q: torch.Tensor, num_rows: int, attn: Any, num_queries: int
-    ) -> None:
-        """Called in each layer before its keys are written.
+    def save_layer(self, layer: int, q: torch.Tensor, num_rows: int, num_queries: int) -> None:
+        """Called in each layer.
 
         Args:
             q: [num_rows + M, Hq, D], the M tested rows' queries from stored hidden states last.
@@ -121,10 +119,8 @@ class StatisticsInputs:
         """
         if num_queries:
             self._queries[layer, :num_queries] = q[self._query_rows[:num_queries]]
-        if self.tested_slots is not None:
+        if self.old_inputs is not None:
             self._old_queries[layer] = q[num_rows:]
-            planes = KeyLayout.planes(attn.kv_cache)
-            self._old_keys[layer] = self._shape.key_layout.read_slots(planes, self._key_slots)
 
     def measure(self, index: int) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Statistics of plan ``index`` after the pass.
@@ -171,7 +167,8 @@ class AttentionShape:
 
     Attributes:
         num_heads, num_kv_heads: of this rank.
-        key_planes: [L, blocks, Hkv, plane], all layers' paged keys.
+        key_planes: [L, blocks, Hkv, plane], all layers' paged keys (and values).
+        hidden_rows: [L - 1, slots, d], the stored inputs of layers 1 .. L - 1.
     """
 
     num_layers: int
@@ -181,3 +178,4 @@ class AttentionShape:
     scale: float
     key_layout: KeyLayout
     key_planes: torch.Tensor
+    hidden_rows: torch.Tensor

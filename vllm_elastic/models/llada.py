@@ -34,7 +34,6 @@ from vllm_elastic.execution.hidden_states import HiddenStateCache
 from vllm_elastic.execution.row_batch import RowBatch, Stage
 from vllm_elastic.execution.statistics import StatisticsInputs
 from vllm_elastic.models.llada_config import LLaDAConfig
-from vllm_elastic.ops.key_layout import KeyLayout
 
 
 class LLaDAAttention(nn.Module):
@@ -147,7 +146,7 @@ class LLaDABlock(nn.Module):
         x: torch.Tensor,
         old_x: torch.Tensor | None,
         stage: Stage,
-        batch: RowBatch,
+        slots: torch.Tensor,
         statistics: StatisticsInputs | None,
     ) -> torch.Tensor:
         """One block for the rows that are active at this layer.
@@ -155,6 +154,7 @@ class LLaDABlock(nn.Module):
         Args:
             x: [R, d] the rows' input; R = stage.num_rows.
             old_x: [M, d] the tested rows' input as stored before this pass, or None.
+            slots: int64 [R] of the paged cache.
 
         Returns:
             [R, d] the next layer's input.
@@ -171,10 +171,8 @@ class LLaDABlock(nn.Module):
                 for start, stop in stage.spans(rows_x.shape[0])
             ]
             q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
-        slots = batch.slots[:num_rows]
         if statistics is not None:
-            # Before the write: the keys that the tested rows' old attention saw.
-            statistics.save_layer(layer, q, num_rows, attention.attn, stage.num_queries)
+            statistics.save_layer(layer, q, num_rows, stage.num_queries)
         attention.write(k[:num_rows], v[:num_rows], slots)
         attended = attention.attend(q[:num_rows], k[:num_rows], v[:num_rows], stage)
         if len(stage.chunks) == 1:
@@ -244,37 +242,30 @@ class LLaDAModelLM(nn.Module):
         Returns:
             [W, d] final normed hidden states of the rows whose candidates are wanted.
         """
-        tested_slots = statistics.tested_slots if statistics is not None else None
         x = self.wte(input_ids)
-        old_x = (
-            x[statistics.tested_rows]
-            if statistics is not None and tested_slots is not None
-            else None
-        )
+        old_inputs = statistics.old_inputs if statistics is not None else None
+        # A tested position's token has not changed: its old input of layer 0 is its embedding.
+        old_x = None if old_inputs is None else x[statistics.tested_rows]
         num_rows = x.shape[0]
         for layer, block in enumerate(self.blocks):
             stage = batch.stage_of(layer)
             if layer > 0:
                 store = self.hidden_states[layer - 1]
-                if tested_slots is not None:
-                    old_x = store.read(tested_slots)
                 if num_rows:
                     store.write(x, batch.slots[:num_rows])
                 if stage.num_rows > num_rows:
                     joining = store.read(batch.slots[num_rows : stage.num_rows])
                     x = torch.cat([x, joining]) if num_rows else joining
+                if old_inputs is not None:
+                    old_x = old_inputs[layer - 1]
             num_rows = stage.num_rows
-            if num_rows == 0:
-                continue
-            x = block(layer, x, old_x, stage, batch, statistics)
+            if num_rows:
+                x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics)
         return self.ln_f(x[batch.window_rows])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [W, vocab_size] of rows [W, d]."""
         return self.logits_processor(self.lm_head, hidden_states)
-
-    def key_layouts(self) -> list[KeyLayout]:
-        raise NotImplementedError
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load LLaDA's own tensor names; returns the parameters that were filled.

@@ -21,14 +21,22 @@ class KeyLayout:
 
     Attributes:
         offsets: int64 [D, block_size], offset of (dimension, slot) inside a (block, head) plane.
-        name: ``transposed`` [D, block], ``plain`` [block, ...], else ``interleaved``.
+        tile, pack: the plane is [block/tile, D/pack, tile, pack] (tile = block size and pack = 1
+            for plain transposed keys, 16 and 2 for AMX), or both 0: read element by element.
     """
 
     def __init__(self, offsets: torch.Tensor) -> None:
         self.offsets = offsets
         self.head_dim, self.block_size = offsets.shape
-        self.name = self._classify()
+        self.tile, self.pack = self._find_tiling()
         self._flat_offsets = offsets.reshape(-1)
+
+    @property
+    def name(self) -> str:
+        """For the log: how keys lie in a (block, head) plane."""
+        if not self.tile:
+            return "scattered"
+        return f"[block/{self.tile}, D/{self.pack}, {self.tile}, {self.pack}]"
 
     @classmethod
     def measure(cls, attn: Any) -> KeyLayout:
@@ -71,35 +79,37 @@ class KeyLayout:
         Returns:
             [..., Hkv, D, B * block_size], in slot order.
         """
-        if self.name == "transposed":
-            view = planes[..., : self.head_dim * self.block_size]
-            view = view.unflatten(-1, (self.head_dim, self.block_size))
-            view = view.movedim(-4, -2)  # [..., Hkv, D, blocks, block_size]
-            return view.index_select(-2, blocks).flatten(-2)
-        chosen = planes.index_select(-3, blocks)[..., self._flat_offsets]
-        chosen = chosen.unflatten(-1, (self.head_dim, self.block_size))
-        return chosen.movedim(-4, -2).flatten(-2)
+        if not self.tile:
+            chosen = planes.index_select(-3, blocks)[..., self._flat_offsets]
+            chosen = chosen.unflatten(-1, (self.head_dim, self.block_size))
+            return chosen.movedim(-4, -2).flatten(-2)
+        tiles = (self.block_size // self.tile, self.head_dim // self.pack, self.tile, self.pack)
+        view = planes[..., : self.head_dim * self.block_size].unflatten(-1, tiles)
+        # [..., blocks, Hkv, tiles, D/pack, tile, pack] -> [..., Hkv, D/pack, pack, blocks, ...]
+        view = view.movedim((-4, -1, -6), (-2, -4, -3))
+        return view.index_select(-3, blocks).flatten(-3).flatten(-3, -2)
 
     def read_slots(self, planes: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Keys [R, Hkv, D] of single slots [R] of one layer's planes [blocks, Hkv, plane]."""
+        """Keys [..., R, Hkv, D] of single slots int64 [R] of planes [..., blocks, Hkv, plane]."""
         block, offset = slots // self.block_size, slots % self.block_size
+        heads = torch.arange(planes.shape[-2], device=planes.device)
         inside = self.offsets.t()[offset]  # [R, D]
-        return planes[block[:, None, None], self._heads(planes), inside[:, None, :]]
+        return planes[..., block[:, None, None], heads[None, :, None], inside[:, None, :]]
 
     @staticmethod
     def planes(cache: torch.Tensor) -> torch.Tensor:
         """A layer's cache [blocks, Hkv, block_size, C] as [blocks, Hkv, plane]."""
         return cache.flatten(-2)
 
-    @staticmethod
-    def _heads(planes: torch.Tensor) -> torch.Tensor:
-        return torch.arange(planes.shape[1], device=planes.device)[None, :, None]
-
-    def _classify(self) -> str:
-        ordered = torch.arange(self.offsets.numel(), device=self.offsets.device)
-        if torch.equal(self.offsets.reshape(-1), ordered):
-            return "transposed"
-        steps = self.offsets[:, 1:] - self.offsets[:, :-1]
-        if (steps == steps[0, 0]).all():
-            return "plain"
-        return "interleaved"
+    def _find_tiling(self) -> tuple[int, int]:
+        """(tile, pack) if the plane is [block/tile, D/pack, tile, pack], else (0, 0)."""
+        dim = torch.arange(self.head_dim, device=self.offsets.device)[:, None]
+        slot = torch.arange(self.block_size, device=self.offsets.device)[None]
+        for tile in (self.block_size, 32, 16):
+            for pack in (1, 2, 4):
+                if self.block_size % tile or self.head_dim % pack:
+                    continue
+                tiled = (slot // tile) * (self.head_dim * tile) + (slot % tile) * pack
+                if torch.equal(tiled + (dim // pack) * (tile * pack) + dim % pack, self.offsets):
+                    return tile, pack
+        return 0, 0
