@@ -40,7 +40,7 @@ LENGTHS = [1, 7, 16, 33, 20]
 
 
 def problems(count: int = 32) -> list[tuple[list[int], int]]:
-    """Prompts of 1 to 90 tokens (masks among them) and canvases of 1 to 33."""
+    """Prompts of 1 to 90 tokens and canvases of 1 to 33."""
     generator = torch.Generator().manual_seed(5)
     result = []
     for index in range(count):

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_elastic.bench import run
+from vllm_elastic.bench import gamma, run
 
 
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    run.add_parser(commands)
+    for command in (run, gamma):
+        command.add_parser(commands)
     args = parser.parse_args()
     args.function(args)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a step's predictions are committed (shared/paper step 6: parallel decoding)."""
+"""Which of a step's predictions are committed (arXiv 2510.14973: parallel decoding)."""
 
 from __future__ import annotations
 

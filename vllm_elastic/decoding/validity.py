@@ -6,8 +6,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
-
 
 class BlockValidity:
     """Per KV block the first layer whose keys, values and input are stale; L means valid.
@@ -37,10 +35,6 @@ class BlockValidity:
     def validate(self) -> None:
         """All blocks were brought up to date by the pass that just ran."""
         self.stale_from[:] = self.num_layers
-
-    def blocks_of(self, positions: Positions) -> npt.NDArray[np.intp]:
-        """The KV block of each position."""
-        return positions // self._block_size
 
     def join_layers(self) -> npt.NDArray[np.int16]:
         """int16 [T]: the layer at which each position has to join to be valid again; L = not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Stage:
     def spans(self, total: int) -> list[tuple[int, int]]:
         """The chunks' rows, the last span stretched to ``total`` rows."""
         bounds = [chunk.start for chunk in self.chunks] + [total]
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(pairwise(bounds))
 
 
 @dataclass(slots=True)

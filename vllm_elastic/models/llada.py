@@ -113,6 +113,8 @@ class LLaDAAttention(nn.Module):
 
 
 class LLaDABlock(nn.Module):
+    """One transformer block, over the rows of a stage."""
+
     def __init__(self, config: LLaDAConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
@@ -243,9 +245,11 @@ class LLaDAModelLM(nn.Module):
             [W, d] final normed hidden states of the rows whose candidates are wanted.
         """
         x = self.wte(input_ids)
-        old_inputs = statistics.old_inputs if statistics is not None else None
-        # A tested position's token has not changed: its old input of layer 0 is its embedding.
-        old_x = None if old_inputs is None else x[statistics.tested_rows]
+        old_inputs = old_x = None
+        if statistics is not None and statistics.old_inputs is not None:
+            old_inputs = statistics.old_inputs
+            # A tested position's token has not changed: its embedding is its old input.
+            old_x = x[statistics.tested_rows]
         num_rows = x.shape[0]
         for layer, block in enumerate(self.blocks):
             stage = batch.stage_of(layer)

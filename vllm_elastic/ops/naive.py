@@ -9,6 +9,7 @@ import torch
 
 
 def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled scores, one query and one head at a time."""
     num_layers, num_rows, num_heads, _ = queries.shape
     group = num_heads // keys.shape[1]
     out = torch.empty(num_layers, num_heads, num_rows, keys.shape[-1])
@@ -21,6 +22,7 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
 
 
 def attention_mass(attention: torch.Tensor) -> torch.Tensor:
+    """Attention summed over heads and rows."""
     num_layers, num_heads, num_rows, num_keys = attention.shape
     mass = torch.zeros(num_layers, num_keys)
     for head in range(num_heads):
@@ -30,6 +32,7 @@ def attention_mass(attention: torch.Tensor) -> torch.Tensor:
 
 
 def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -> torch.Tensor:
+    """Trackable positions ranked by mass; Python's sort keeps the smaller position first."""
     rows = []
     for layer in mass.tolist():
         ranked = sorted(
@@ -40,6 +43,8 @@ def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -
 
 
 def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
+    """Mean cosine, one pair of vectors at a time."""
+
     def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         norm = max(math.sqrt(float(a @ a)), 1e-8) * max(math.sqrt(float(b @ b)), 1e-8)
         return float(a @ b) / norm

@@ -72,7 +72,7 @@ class ElasticScheduler(Scheduler):
             free_encoder_mm_hashes=[],
             preempted_req_ids=self.reset_preempted_req_ids,
         )
-        output.elastic_plans = plans  # type: ignore[attr-defined]  # survives pickling
+        output.elastic_plans = plans  # survives pickling
         self.kv_cache_manager.take_new_block_ids()
         self._update_after_schedule(output)
         return output

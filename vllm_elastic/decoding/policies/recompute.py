@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 class Recompute(RefreshPolicy):
+    """All T rows at layer 0 in each step; the same window and commit rule as any policy."""
+
     name = "none"
 
     def begin_step(self, request: DenoisingRequest) -> None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canvas, candidates, commit rules, and the end at an EOS. EOS is 12, the mask 13."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_elastic.reference.canvas import Canvas
+from vllm_elastic.reference.commit import at_threshold, candidates, choose, most_confident
+
+confidences = st.lists(
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]), min_size=1, max_size=12
+)
+
+
+def tensor(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_window_skips_holes_and_keeps_its_size(llada):
+    canvas = Canvas(llada(), [1, 2, 3], 6)
+    canvas.commit(tensor(3, 5), tensor(7, 7))
+    assert canvas.window(3).tolist() == [4, 6, 7]
+    assert canvas.window(99).tolist() == [4, 6, 7, 8]
+    assert canvas.tokens.tolist() == [1, 2, 3, 7, 13, 7, 13, 13, 13]
+
+
+def test_masked_positions_beyond_an_eos_are_dropped_and_stay_masked(llada):
+    canvas = Canvas(llada(), [1], 6)
+    canvas.commit(tensor(3, 5), tensor(12, 7))
+    assert canvas.open().tolist() == [1, 2]
+    assert canvas.dropped.nonzero().flatten().tolist() == [4, 6]
+    assert canvas.masked.nonzero().flatten().tolist() == [1, 2, 4, 6]
+    assert canvas.tokens.tolist() == [1, 13, 13, 12, 13, 7, 13]
+
+
+def test_of_several_eos_in_one_commit_the_leftmost_counts(llada):
+    for after_every in (True, False):
+        canvas = Canvas(llada(), [1], 6, after_every)
+        canvas.commit(tensor(2, 5), tensor(12, 12))
+        assert canvas.open().tolist() == [1]
+
+
+@pytest.mark.parametrize(("after_every", "left"), [(True, [1]), (False, [1, 3, 4])])
+def test_a_later_eos_that_is_earlier(llada, after_every, left):
+    canvas = Canvas(llada(), [1], 6, after_every)
+    canvas.commit(tensor(5), tensor(12))
+    assert canvas.open().tolist() == [1, 2, 3, 4]
+    canvas.commit(tensor(2), tensor(12))
+    assert canvas.open().tolist() == left
+
+
+def test_an_eos_in_the_prompt_ends_nothing(llada):
+    canvas = Canvas(llada(), [12, 1], 2)
+    canvas.commit(tensor(2), tensor(5))
+    assert canvas.open().tolist() == [3]
+    canvas.commit(tensor(3), tensor(12))
+    assert canvas.answer() == [5]
+
+
+def test_answer_stops_before_the_first_eos(llada):
+    canvas = Canvas(llada(), [1], 4)
+    canvas.commit(tensor(1, 2, 3, 4), tensor(5, 12, 6, 12))
+    assert canvas.answer() == [5]
+
+
+def test_without_an_eos_nothing_is_dropped(endless):
+    canvas = Canvas(endless(), [1], 3)
+    canvas.commit(tensor(1, 2), tensor(12, 12))
+    assert canvas.open().tolist() == [3]
+    assert canvas.answer() == [12, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 4, "at least one prompt token"),
+        ([1], 0, "at least one prompt token"),
+        ([1, 13], 4, "mask token 13"),
+        ([1, 16], 4, r"outside 0\.\.15"),
+        ([-1], 4, "outside"),
+        ([1], 96, "97 positions is beyond the model's 96"),
+    ],
+)
+def test_impossible_canvases_are_refused(llada, prompt, max_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Canvas(llada(), prompt, max_tokens)
+
+
+def test_the_mask_is_no_candidate_and_takes_no_probability():
+    logits = torch.tensor([[1.0, 3.0, 9.0], [2.0, 0.0, 1.0]])
+    token_ids, confidence = candidates(logits, mask_token_id=2)
+    assert token_ids.tolist() == [1, 0]
+    expected = [1 / (1 + math.exp(-2.0))] * 2
+    assert confidence.tolist() == pytest.approx(expected, abs=1e-12)
+    assert confidence.dtype == torch.float64
+    assert logits[0, 2] == 9.0  # the caller's logits are left as they were
+
+
+def test_equal_logits_go_to_the_smaller_token_and_a_far_mask_is_ignored():
+    token_ids, confidence = candidates(torch.tensor([[0.0, 5.0, 5.0, 5.0]]), mask_token_id=4)
+    assert token_ids.tolist() == [1]
+    assert confidence.item() < 1 / 3
+
+
+def test_confidences_are_told_apart_beyond_float32():
+    logits = torch.tensor([[20.0, 0.0], [20.5, 0.0]])
+    _, confidence = candidates(logits, mask_token_id=9)
+    assert confidence[0] < confidence[1] < 1
+
+
+@settings(derandomize=True)
+@given(confidences, st.sampled_from([0.0, 0.3, 0.9, 1.0, 1.5]))
+def test_threshold_commits_the_best_and_all_above(values, threshold):
+    chosen = at_threshold(torch.tensor(values, dtype=torch.float64), threshold).tolist()
+    assert chosen == [v >= threshold or v == max(values) for v in values]
+    assert any(chosen)
+    assert choose(torch.tensor(values), threshold, None).tolist() == chosen
+
+
+@settings(derandomize=True)
+@given(confidences, st.integers(1, 15))
+def test_top_k_commits_k_and_prefers_the_earlier(values, k):
+    chosen = most_confident(torch.tensor(values, dtype=torch.float64), k).nonzero().flatten()
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    assert chosen.tolist() == sorted(ranked[:k])
+    assert choose(torch.tensor(values), 0.0, k).nonzero().flatten().tolist() == chosen.tolist()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench gamma``: what the drift threshold does to accuracy and work, for both statistics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.problems import Score, read_problems, score
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``gamma`` to the command line."""
+    parser = commands.add_parser(
+        "gamma",
+        help="accuracy and work over gamma, for both drift statistics",
+        description="Reads problems with answers (JSONL: prompt, answer, optional max_tokens), "
+        "runs them without a cache and with Elastic-Cache at each gamma, in one engine.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--problems", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N problems")
+    parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--statistics", nargs="+", default=["released", "paper"])
+    parser.add_argument("--policies", nargs="*", default=["dual-cache"], help="further baselines")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.set_defaults(function=main)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table as it grows."""
+    problems = read_problems(args.problems, args.count)
+    engine = BenchEngine(
+        args.model,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        elastic_config=args.elastic_config,
+    )
+    runs: list[tuple[str, dict[str, Any]]] = [("none", {"elastic_policy": "none"})]
+    runs += [(policy, {"elastic_policy": policy}) for policy in args.policies]
+    runs += [
+        (
+            f"elastic, {statistic}, gamma {gamma:g}",
+            {
+                "elastic_policy": "elastic",
+                "elastic_statistic": statistic,
+                "elastic_gamma": gamma,
+            },
+        )
+        for statistic in args.statistics
+        for gamma in args.gammas
+    ]
+    print(f"{len(problems)} problems, {args.dtype}, batch {args.batch_size}")
+    print("| policy | accuracy | same tokens as none | steps | passes | work vs none | seconds |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    baseline: list[dict[str, Any]] = []
+    rows = []
+    for name, knobs in runs:
+        started = time.perf_counter()
+        results = engine.run([{**problem, **knobs} for problem in problems])
+        seconds = time.perf_counter() - started
+        baseline = baseline or results
+        scored = score(problems, results, baseline)
+        print(_line(name, scored, seconds), flush=True)
+        rows.append({"policy": name, **knobs, **asdict(scored), "seconds": seconds})
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def _line(name: str, scored: Score, seconds: float) -> str:
+    return (
+        f"| {name} | {scored.accuracy:.1%} | {scored.agreement:.1%} | {scored.steps:.1f} | "
+        f"{scored.passes:.1f} | {scored.work:.3f} | {seconds:.1f} |"
+    )

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: LLaDA and its decoders in plain PyTorch, to be checked by eye. No vLLM.
+
+    from vllm_elastic.reference import LLaDA, ElasticOptions, elastic_cache
+
+    model = LLaDA.from_pretrained(directory)        # or LLaDA.random(config, seed=0)
+    result = elastic_cache(model, prompt_ids, max_tokens, ElasticOptions(gamma=0.9))
+    result.token_ids, result.steps, result.row_layers / result.full_row_layers
+
+Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingResult``:
+
+    decode          DecodingOptions(window=16, threshold=0.9, tokens_per_step=None)
+    elastic_cache   ElasticOptions(..., gamma=0.9, track_num=1, statistic="released")
+    dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
+    low_confidence  LowConfidenceOptions(steps=128, block_length=32)
+
+One request at a time, temperature 0. An engine is to agree with it token for token, pass for
+pass in float32; in bfloat16 rounding decides near ties, and it need not. The same holds for a
+gamma within rounding (1e-6) of a similarity, gamma = 1 above all.
+"""
+
+from .config import LLaDAConfig
+from .decoding import DecodingOptions, decode
+from .dual_cache import DualCacheOptions, dual_cache
+from .elastic_cache import ElasticCache, ElasticOptions, elastic_cache
+from .llada import LLaDA
+from .low_confidence import LowConfidenceOptions, low_confidence
+from .result import DecodingResult, Pass
+
+__all__ = [
+    "DecodingOptions",
+    "DecodingResult",
+    "DualCacheOptions",
+    "ElasticCache",
+    "ElasticOptions",
+    "LLaDA",
+    "LLaDAConfig",
+    "LowConfidenceOptions",
+    "Pass",
+    "decode",
+    "dual_cache",
+    "elastic_cache",
+    "low_confidence",
+]

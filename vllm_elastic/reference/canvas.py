@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canvas of one request: its tokens, and which positions are still to be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .llada import LLaDA
+
+
+class Canvas:
+    """P prompt tokens, then N masks: T = P + N positions.
+
+    A position is *masked* as long as it holds the mask token, and *open* if it is masked and
+    not dropped. Dropped positions lie beyond an EOS: they keep the mask token, stay keys that
+    everyone attends to, and are never decoded.
+
+    Args:
+        model: whose mask token, EOS token, length limit and device apply.
+        prompt_ids: P >= 1 token ids, none of them the mask token.
+        max_tokens: N >= 1.
+        drop_after_every_eos: drop masked positions beyond every committed EOS, not beyond those
+            of the first commit that has one only (what the released code does).
+
+    Raises:
+        ValueError: empty prompt or response, token outside the vocabulary, mask token in the
+            prompt (it would be ambiguous what is to be decoded), or T beyond the model's length.
+    """
+
+    def __init__(
+        self,
+        model: LLaDA,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        drop_after_every_eos: bool = True,
+    ) -> None:
+        config = model.config
+        total = len(prompt_ids) + max_tokens
+        if len(prompt_ids) < 1 or max_tokens < 1:
+            raise ValueError("a canvas needs at least one prompt token and one response token")
+        if total > config.max_sequence_length:
+            limit = config.max_sequence_length
+            raise ValueError(f"a canvas of {total} positions is beyond the model's {limit}")
+        if not all(0 <= token < config.embedding_size for token in prompt_ids):
+            raise ValueError(f"prompt has token ids outside 0..{config.embedding_size - 1}")
+        if config.mask_token_id in prompt_ids:
+            raise ValueError(f"prompt contains the mask token {config.mask_token_id}")
+        self.prompt_length = len(prompt_ids)
+        self.tokens = torch.tensor(
+            [*prompt_ids, *[config.mask_token_id] * max_tokens], device=model.device
+        )  # (T,) int64
+        self.masked = self.tokens == config.mask_token_id  # (T,) bool
+        self.dropped = torch.zeros_like(self.masked)  # (T,) bool
+        self._eos_token_id = config.eos_token_id
+        self._drop_after_every_eos = drop_after_every_eos
+        self._ended = False  # an EOS has been committed
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def everywhere(self) -> Tensor:
+        """(T,) all positions."""
+        return torch.arange(len(self), device=self.tokens.device)
+
+    def open(self) -> Tensor:
+        """(n,) positions still to be decoded, ascending."""
+        return (self.masked & ~self.dropped).nonzero().flatten()
+
+    def window(self, size: int) -> Tensor:
+        """The first ``size`` open positions, holes skipped; fewer if fewer are left."""
+        return self.open()[:size]
+
+    def commit(self, positions: Tensor, token_ids: Tensor) -> None:
+        """Fix (n,) masked positions to (n,) tokens for good, and apply the EOS rule.
+
+        Elastic-Cache, step 7. Several EOS in one commit: the leftmost counts.
+        """
+        self.tokens[positions] = token_ids
+        self.masked[positions] = False
+        if self._eos_token_id is None:
+            return
+        ends = positions[token_ids == self._eos_token_id].tolist()
+        if ends and (self._drop_after_every_eos or not self._ended):
+            self.dropped[min(ends) + 1 :] = self.masked[min(ends) + 1 :]
+            self._ended = True
+
+    def answer(self) -> list[int]:
+        """The response's tokens up to and without its first EOS."""
+        response: list[int] = self.tokens[self.prompt_length :].tolist()
+        if self._eos_token_id is not None and self._eos_token_id in response:
+            return response[: response.index(self._eos_token_id)]
+        return response

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which predictions become final in a denoising step. Temperature 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def candidates(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """The most probable token of every row and its probability.
+
+    Softmax in float64, as the released code and LLaDA's own have it. One addition of ours: the
+    mask token is no candidate (probability 0), since committing it would decode nothing.
+
+    Args:
+        logits: (R, vocabulary), any float dtype.
+        mask_token_id: may lie beyond the vocabulary.
+
+    Returns:
+        (R,) int64 token ids, equal logits going to the smaller id; (R,) float64 confidences.
+    """
+    logits = logits.double()
+    if mask_token_id < logits.shape[1]:
+        excluded = torch.tensor([mask_token_id], device=logits.device)
+        logits = logits.index_fill(1, excluded, -torch.inf)
+    token_ids = logits.argmax(dim=-1)
+    confidence = logits.softmax(dim=-1).gather(1, token_ids[:, None]).squeeze(1)
+    return token_ids, confidence
+
+
+def at_threshold(confidence: Tensor, threshold: float) -> Tensor:
+    """(n,) bool: at least ``min(threshold, best)``, so at least one (Elastic-Cache, step 6)."""
+    return confidence >= min(threshold, confidence.max().item())
+
+
+def most_confident(confidence: Tensor, count: int) -> Tensor:
+    """(n,) bool: the ``count`` highest, all if there are fewer; equals go to the earlier one."""
+    chosen = torch.zeros_like(confidence, dtype=torch.bool)
+    chosen[confidence.argsort(descending=True, stable=True)[:count]] = True
+    return chosen
+
+
+def choose(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> Tensor:
+    """(n,) bool, which of the window to commit: by threshold, or a fixed number a step."""
+    if tokens_per_step is None:
+        return at_threshold(confidence, threshold)
+    return most_confident(confidence, tokens_per_step)

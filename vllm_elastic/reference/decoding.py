@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding without a cache: every denoising step recomputes the whole canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .canvas import Canvas
+from .commit import candidates, choose
+from .llada import LLaDA
+from .result import DecodingResult
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Which positions are predicted in a step, and which of them are committed.
+
+    Attributes:
+        window: beta, the first this many open positions are predicted.
+        threshold: epsilon, confidence from which a prediction is committed; the best of a step
+            always is. Above 1: one token a step (more only if equally confident).
+        tokens_per_step: commit this many, the most confident, whatever the threshold.
+        drop_after_every_eos: see ``Canvas``.
+    """
+
+    window: int = 16
+    threshold: float = 0.9
+    tokens_per_step: int | None = None
+    drop_after_every_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}, must be at least 1")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
+
+
+def decode(
+    model: LLaDA,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    options: DecodingOptions | None = None,
+) -> DecodingResult:
+    """Same window, threshold and EOS rule as Elastic-Cache, and no cache: policy ``none``.
+
+    Raises:
+        ValueError: see ``Canvas``.
+    """
+    options = options or DecodingOptions()
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    result = DecodingResult()
+    while len(window := canvas.window(options.window)):
+        hidden = model.forward(canvas.tokens)
+        token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
+        chosen = choose(confidence, options.threshold, options.tokens_per_step)
+        canvas.commit(window[chosen], token_ids[chosen])
+        kind = "full" if result.denoising_steps else "first"
+        result.record(
+            [(kind, 0, len(canvas))], window[chosen].tolist(), model.config.n_layers, len(canvas)
+        )
+    return result.finish(canvas)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elastic-Cache (arXiv 2510.14973, with what its released code does): policy ``elastic``.
+
+What is pinned down here beyond the paper:
+
+* Inside a layer of a window pass, in this order: queries, keys and values of the rows; the
+  tracked positions' attention *before*, with the query projected from the hidden state stored
+  at this layer and the keys stored at this layer, both as the previous step left them; the
+  rows' new keys, values and hidden states are stored; the rows' attention *after*; the test.
+* ``similarity < gamma`` triggers: gamma 0 never does, 1.01 always does (in the first layer).
+  Without tracked positions nothing is tested.
+* A step that refreshes goes on from the next layer with all T positions and tests no more
+  layers. It is recorded as an engine runs it that cannot branch inside a forward: a window pass
+  through all layers, thrown away, and a replay from layer l*+1. The replay recomputes every
+  position in the layers that the window pass should not have written, so the two are the same.
+* Tracking looks at the attention of the window's rows: layers up to l* have it from this step's
+  rows over the reused cache, layers beyond from the refresh. The first step tracks, too.
+* A position counts as masked as long as its token is the mask, dropped ones included; a step's
+  own commits come after its tracking. Equal attention mass goes to the smaller position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas
+from .commit import candidates, choose
+from .decoding import DecodingOptions
+from .drift import Statistic, similarity
+from .layer_cache import LayerCache
+from .llada import LLaDA
+from .result import DecodingResult
+
+
+@dataclass(frozen=True)
+class ElasticOptions(DecodingOptions):
+    """``DecodingOptions`` and Elastic-Cache's own.
+
+    Attributes:
+        gamma: similarity below which the layers beyond are recomputed.
+        track_num: positions tracked per layer.
+        statistic: see ``drift.similarity``.
+    """
+
+    gamma: float = 0.9
+    track_num: int = 1
+    statistic: Statistic = "released"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.track_num < 1:
+            raise ValueError(f"track_num is {self.track_num}, must be at least 1")
+        if self.statistic not in ("released", "paper"):
+            raise ValueError(f"statistic is {self.statistic!r}, must be 'released' or 'paper'")
+
+
+def most_attended(probabilities: Tensor, masked: Tensor, count: int) -> Tensor:
+    """The unmasked positions that the window pays most attention to.
+
+    Args:
+        probabilities: (H, W, T) attention of the W window rows.
+        masked: (T,) bool, positions that cannot be tracked.
+        count: how many; fewer if fewer are unmasked.
+
+    Returns:
+        (n,) positions by falling mass, the sum over heads and window rows; equals by position.
+    """
+    mass = probabilities.sum(dim=(0, 1)).masked_fill(masked, -torch.inf)
+    return mass.argsort(descending=True, stable=True)[: min(count, int((~masked).sum()))]
+
+
+@dataclass
+class LayersOutput:
+    """What one denoising step's walk through the layers yields.
+
+    Attributes:
+        hidden: (W, d) output of the last layer at the window's positions.
+        similarities: of the tested layers, from layer 0 on.
+        refreshed_from: l*+1, or None if nothing was refreshed.
+        tracked: (n,) positions for the next step to track, ascending.
+    """
+
+    hidden: Tensor
+    similarities: list[float] = field(default_factory=list)
+    refreshed_from: int | None = None
+    tracked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+class ElasticCache:
+    """One request being decoded; ``step`` runs one denoising step.
+
+    Attributes:
+        canvas: its tokens so far.
+        cache: keys, values and hidden states, as the last step left them.
+        tracked: (n,) positions that the next step tracks.
+        committed: (n,) positions that the last step committed.
+        result: the record so far.
+    """
+
+    def __init__(self, model: LLaDA, canvas: Canvas, options: ElasticOptions) -> None:
+        self.model, self.canvas, self.options = model, canvas, options
+        self.cache = LayerCache(model, len(canvas))
+        self.tracked = self.committed = canvas.everywhere[:0]
+        self.result = DecodingResult()
+
+    def rows(self, window: Tensor) -> Tensor:
+        """(R,) positions that the coming step computes from layer 0, ascending."""
+        if self.result.denoising_steps == 0:
+            return self.canvas.everywhere
+        return union(self.tracked, self.committed, window)
+
+    def run_layers(self, rows: Tensor, window: Tensor) -> LayersOutput:
+        """All layers for ``rows`` (R,), refreshing from where the attention has drifted."""
+        model, cache, options = self.model, self.cache, self.options
+        last_layer = model.config.n_layers - 1
+        # In the first step there is nothing stored to compare with, and nothing tracked.
+        testing = len(self.tracked) > 0
+        similarities: list[float] = []
+        refreshed_from = None
+        tracked = []
+        hidden = model.embed(self.canvas.tokens[rows])
+        for layer in range(model.config.n_layers):
+            q, k, v = model.project(layer, hidden, rows)
+            if testing:
+                stored = cache.hidden[layer, self.tracked]
+                q_before = model.queries(layer, stored, self.tracked)
+                before = model.attention_rows(q_before, cache.keys[layer])
+            cache.write(layer, rows, hidden, k, v)
+            attended = model.attend(q, cache.keys[layer], cache.values[layer])
+            hidden = model.finish(layer, hidden, attended)
+
+            of_window = model.attention_rows(q[:, index_in(rows, window)], cache.keys[layer])
+            tracked.append(most_attended(of_window, self.canvas.masked, options.track_num))
+            if testing:
+                after = model.attention_rows(q[:, index_in(rows, self.tracked)], cache.keys[layer])
+                similarities.append(similarity(before, after, options.statistic))
+                if similarities[-1] < options.gamma and layer < last_layer:
+                    refreshed_from, testing = layer + 1, False
+                    # Everyone joins: stale inputs from the cache, this step's rows fresh.
+                    hidden = cache.hidden[layer + 1].index_copy(0, rows, hidden)
+                    rows = self.canvas.everywhere
+        return LayersOutput(
+            hidden=hidden[index_in(rows, window)],
+            similarities=similarities,
+            refreshed_from=refreshed_from,
+            tracked=union(*tracked),
+        )
+
+    def step(self) -> bool:
+        """One denoising step; False, without one, if no position is open."""
+        window = self.canvas.window(self.options.window)
+        if len(window) == 0:
+            return False
+        rows = self.rows(window)
+        output = self.run_layers(rows, window)
+
+        predicted = self.model.head(output.hidden)
+        token_ids, confidence = candidates(predicted, self.model.config.mask_token_id)
+        chosen = choose(confidence, self.options.threshold, self.options.tokens_per_step)
+        self.canvas.commit(window[chosen], token_ids[chosen])
+
+        passes = [("window" if self.result.denoising_steps else "first", 0, len(rows))]
+        if output.refreshed_from is not None:
+            passes.append(("replay", output.refreshed_from, len(self.canvas)))
+        self.result.record(
+            passes,
+            window[chosen].tolist(),
+            self.model.config.n_layers,
+            len(self.canvas),
+            output.similarities,
+            self.tracked.tolist(),
+        )
+        self.tracked, self.committed = output.tracked, window[chosen]
+        return True
+
+
+def union(*positions: Tensor) -> Tensor:
+    """(n,) all positions of several tensors, each once, ascending."""
+    return torch.as_tensor(torch.unique(torch.cat(positions)))
+
+
+def index_in(rows: Tensor, positions: Tensor) -> Tensor:
+    """Where ``positions`` (n,) stand among the ascending ``rows`` (R,) that contain them."""
+    return torch.searchsorted(rows, positions)
+
+
+def elastic_cache(
+    model: LLaDA,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    options: ElasticOptions | None = None,
+) -> DecodingResult:
+    """Decode a request with Elastic-Cache.
+
+    Unlike the record that it keeps, this walks through the layers once per step and computes
+    nothing in vain: ``row_layers`` counts an engine's work, thrown-away layers included.
+
+    Raises:
+        ValueError: see ``Canvas``.
+    """
+    options = options or ElasticOptions()
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    decoder = ElasticCache(model, canvas, options)
+    while decoder.step():
+        pass
+    return decoder.result.finish(canvas)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder hands back, in the terms in which ``vllm_elastic.bench`` records a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from .canvas import Canvas
+
+
+class Pass(TypedDict):
+    """One forward pass as the engine counts them.
+
+    ``kind``: "first" (a request's first step), "full" (whole canvas again), "window" (some rows,
+    from layer 0) or "replay" (whole canvas from ``start_layer``). ``committed`` are canvas
+    positions, ascending; none in a window pass that is replayed.
+    """
+
+    denoising_step: int
+    kind: str
+    start_layer: int
+    rows: int
+    committed: list[int]
+
+
+@dataclass
+class DecodingResult:
+    """An answer and the work it took.
+
+    Attributes:
+        canvas_ids: T tokens, prompt included; dropped positions hold the mask token.
+        token_ids: the response up to and without its first EOS.
+        denoising_steps: a step that refreshes counts once.
+        steps: one entry per pass, in order.
+        row_layers: sum over passes and layers of the rows computed.
+        full_row_layers: T x layers x denoising steps, what recomputing everything takes.
+        similarities: per denoising step, of the tested layers 0, 1, ...; empty if none was tested.
+        tracked: per denoising step, the tracked positions it tested, ascending.
+        dropped: positions left undecoded beyond an EOS, ascending.
+    """
+
+    canvas_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    denoising_steps: int = 0
+    steps: list[Pass] = field(default_factory=list)
+    row_layers: int = 0
+    full_row_layers: int = 0
+    similarities: list[list[float]] = field(default_factory=list)
+    tracked: list[list[int]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes (NFE); a replay is a second one."""
+        return len(self.steps)
+
+    def record(
+        self,
+        passes: list[tuple[str, int, int]],
+        committed: list[int],
+        n_layers: int,
+        canvas_length: int,
+        similarities: list[float] | None = None,
+        tracked: list[int] | None = None,
+    ) -> None:
+        """Add one denoising step: its passes as (kind, start layer, rows), the last commits."""
+        for kind, start_layer, rows in passes:
+            self.steps.append(
+                Pass(
+                    denoising_step=self.denoising_steps,
+                    kind=kind,
+                    start_layer=start_layer,
+                    rows=rows,
+                    committed=[],
+                )
+            )
+            self.row_layers += rows * (n_layers - start_layer)
+        self.steps[-1]["committed"] = committed
+        self.full_row_layers += canvas_length * n_layers
+        self.similarities.append(similarities or [])
+        self.tracked.append(tracked or [])
+        self.denoising_steps += 1
+
+    def finish(self, canvas: Canvas) -> DecodingResult:
+        """Take the answer from the canvas; returns itself."""
+        self.canvas_ids = canvas.tokens.tolist()
+        self.token_ids = canvas.answer()
+        self.dropped = canvas.dropped.nonzero().flatten().tolist()
+        return self
