@@ -49,6 +49,18 @@ class Stage:
 
 
 @dataclass(slots=True)
+class WindowRows:
+    """The rows whose candidates are wanted, all that the last layer has to finish.
+
+    Attributes:
+        rows: int64 [W], plan by plan; chunks: over these W rows.
+    """
+
+    rows: torch.Tensor
+    chunks: list[Chunk]
+
+
+@dataclass(slots=True)
 class RowLayout:
     """Where the rows of each plan went, in numpy: what the tensors are made from.
 
@@ -95,8 +107,8 @@ class RowLayout:
         )
 
 
-BuildMetadata = Callable[[list[tuple[int, int]], slice], Any]
-"""(plan index, query rows) of each segment of a chunk, and the chunk's rows -> metadata."""
+BuildMetadata = Callable[[list[tuple[int, int]]], Any]
+"""(plan index, number of query rows) of each piece of a chunk -> attention metadata."""
 
 
 @dataclass(slots=True)
@@ -105,14 +117,14 @@ class RowBatch:
 
     Attributes:
         tokens: int64 [R0]; positions, slots: int64 [R].
-        window_rows: int64 [W], rows whose candidates are wanted, plan by plan.
+        window: rows whose candidates are wanted.
         stages: ascending join layer.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    window_rows: torch.Tensor
+    window: WindowRows
     stages: list[Stage]
 
     def stage_of(self, layer: int) -> Stage:
@@ -143,33 +155,43 @@ class RowBatch:
         def put(array: IntArray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-        stages = []
-        for join_layer in sorted({span[0] for span in layout.spans}):
-            spans = [span for span in layout.spans if span[0] <= join_layer]
-            num_rows = spans[-1][3]
+        def chunked(spans: list[tuple[int, int, int]]) -> list[Chunk]:
+            """Cut (plan index, first row, end row) spans into chunks of at most the budget."""
             chunks = []
+            num_rows = spans[-1][2]
             for start in range(0, num_rows, max_chunk_rows):
                 stop = min(start + max_chunk_rows, num_rows)
                 pieces = [
                     (index, min(last, stop) - max(first, start))
-                    for _, index, first, last in spans
+                    for index, first, last in spans
                     if first < stop and last > start
                 ]
-                chunks.append(Chunk(start, stop, build_metadata(pieces, slice(start, stop))))
+                chunks.append(Chunk(start, stop, build_metadata(pieces)))
+            return chunks
+
+        stages = []
+        for join_layer in sorted({span[0] for span in layout.spans}):
+            spans = [span for span in layout.spans if span[0] <= join_layer]
+            num_rows = spans[-1][3]
             stages.append(
                 Stage(
                     join_layer=join_layer,
                     num_rows=num_rows,
                     positions=put(np.concatenate([layout.positions[:num_rows], tested_positions])),
                     num_queries=int(np.searchsorted(query_rows, num_rows)),
-                    chunks=chunks,
+                    chunks=chunked([span[1:] for span in spans]),
                 )
             )
-        window_rows = [layout.row_of[i][plan.window] for i, plan in enumerate(plans)]
+        ends = np.cumsum([len(plan.window) for plan in plans]).tolist()
+        starts = [0, *ends[:-1]]
+        window = WindowRows(
+            rows=put(np.concatenate([layout.row_of[i][p.window] for i, p in enumerate(plans)])),
+            chunks=chunked(list(zip(range(len(plans)), starts, ends, strict=True))),
+        )
         return cls(
             tokens=put(layout.tokens),
             positions=put(layout.positions),
             slots=put(layout.slots),
-            window_rows=put(np.concatenate(window_rows)),
+            window=window,
             stages=stages,
         )

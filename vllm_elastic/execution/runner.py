@@ -102,7 +102,7 @@ class ElasticRunner:
             head_dim=attention.head_dim,
             scale=attention.scale,
             key_layout=KeyLayout.measure(layers[0]),
-            key_planes=_stack_views([KeyLayout.planes(layer.kv_cache) for layer in layers]),
+            key_cache=_stack_views([layer.kv_cache for layer in layers]),
             hidden_rows=_stack_views([store.rows() for store in self.model.hidden_states]),
         )
         self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
@@ -182,7 +182,7 @@ class ElasticRunner:
         """
         padded = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.block_size]
         if padded:
-            self.shape.key_planes[:, torch.tensor(padded, device=self.device)] = 0
+            self.shape.key_cache[:, torch.tensor(padded, device=self.device)] = 0
 
     def _make_block_table(self, plans: list[PassPlan]) -> np.ndarray:
         table = np.zeros((len(plans), max(len(p.block_ids) for p in plans)), dtype=np.int32)
@@ -190,7 +190,7 @@ class ElasticRunner:
             row[: len(plan.block_ids)] = plan.block_ids
         return table
 
-    def _build_metadata(self, pieces: list[tuple[int, int]], rows: slice) -> Any:
+    def _build_metadata(self, pieces: list[tuple[int, int]]) -> Any:
         """Attention metadata of a chunk: each piece is one sequence of T keys, not causal."""
         owners = np.array([index for index, _ in pieces])
         lengths = np.array([length for _, length in pieces], dtype=np.int32)
@@ -240,7 +240,7 @@ class ElasticRunner:
         self.kv_caches.clear()
 
 
-def _stack_views(planes: list[torch.Tensor]) -> torch.Tensor:
+def _stack_views(views: list[torch.Tensor]) -> torch.Tensor:
     """Per-layer views as one [L, ...] view without a copy.
 
     vLLM lays the layers out at a constant stride in one allocation.
@@ -248,12 +248,12 @@ def _stack_views(planes: list[torch.Tensor]) -> torch.Tensor:
     Raises:
         RuntimeError: it does not.
     """
-    if not planes:
+    if not views:
         return torch.empty(0)  # a model of one layer stores no hidden states
-    first = planes[0]
-    offsets = [plane.storage_offset() for plane in planes]
+    first = views[0]
+    offsets = [view.storage_offset() for view in views]
     stride = offsets[1] - offsets[0] if len(offsets) > 1 else 0
-    same_storage = {plane.untyped_storage().data_ptr() for plane in planes}
+    same_storage = {view.untyped_storage().data_ptr() for view in views}
     if len(same_storage) != 1 or offsets != [offsets[0] + i * stride for i in range(len(offsets))]:
         raise RuntimeError("the layers' KV caches are not at a constant stride in one allocation")
-    return first.as_strided((len(planes), *first.shape), (stride, *first.stride()), offsets[0])
+    return first.as_strided((len(views), *first.shape), (stride, *first.stride()), offsets[0])

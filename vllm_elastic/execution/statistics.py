@@ -106,7 +106,7 @@ class StatisticsInputs:
             tested_slots = put(self._layout.slots[self._tested_rows_np])
             self.old_inputs = model.hidden_rows[:, tested_slots]
             key_slots = put(self._layout.slots[self._key_rows_np])
-            self._old_keys = model.key_layout.read_slots(model.key_planes, key_slots)
+            self._old_keys = model.key_layout.read_slots(model.key_cache, key_slots)
             self._old_queries = self._queries.new_empty(
                 model.num_layers, len(self.tested_positions), model.num_heads, model.head_dim
             )
@@ -137,7 +137,7 @@ class StatisticsInputs:
         start, length = plan.start_layer, len(plan.tokens)
         device = self._queries.device
         blocks = torch.tensor(plan.block_ids, device=device)
-        keys = shape.key_layout.read_blocks(shape.key_planes[start:], blocks)[..., :length]
+        keys = shape.key_layout.read_blocks(shape.key_cache[start:], blocks)[..., :length]
         order = np.concatenate([rows.window_queries, rows.tested_queries])
         queries = self._queries[start:, torch.from_numpy(order).to(device)]
         attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
@@ -168,7 +168,7 @@ class AttentionShape:
 
     Attributes:
         num_heads, num_kv_heads: of this rank.
-        key_planes: [L, blocks, Hkv, plane], all layers' paged keys (and values).
+        key_cache: [L, blocks, Hkv, block_size, C], all layers' paged keys and values.
         hidden_rows: [L - 1, slots, d], the stored inputs of layers 1 .. L - 1.
     """
 
@@ -178,5 +178,5 @@ class AttentionShape:
     head_dim: int
     scale: float
     key_layout: KeyLayout
-    key_planes: torch.Tensor
+    key_cache: torch.Tensor
     hidden_rows: torch.Tensor

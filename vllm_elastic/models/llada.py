@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from vllm import _custom_ops as kernels
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -31,9 +32,22 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_elastic.execution.hidden_states import HiddenStateCache
-from vllm_elastic.execution.row_batch import RowBatch, Stage
+from vllm_elastic.execution.row_batch import Chunk, RowBatch, Stage, WindowRows
 from vllm_elastic.execution.statistics import StatisticsInputs
 from vllm_elastic.models.llada_config import LLaDAConfig
+
+
+class KernelRMSNorm(RMSNorm):
+    """vLLM's RMSNorm by its compiled kernel.
+
+    In eager mode on CPU vLLM takes half a dozen torch operators for it, which for a window pass's
+    rows is 25 times as long: they are there for a compiler to fuse.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        kernels.rms_norm(out, x, self.weight.data, self.variance_epsilon)
+        return out
 
 
 class LLaDAAttention(nn.Module):
@@ -99,12 +113,12 @@ class LLaDAAttention(nn.Module):
         attn.impl.do_kv_cache_update(attn, k, v.contiguous(), attn.kv_cache, slots)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stage: Stage
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[Chunk]
     ) -> torch.Tensor:
-        """Attention output [R, Hq * D] of the queries [R, Hq, D], chunk by chunk of the stage."""
+        """Attention output [R, Hq * D] of the queries [R, Hq, D], chunk by chunk."""
         output = torch.empty_like(q)
         attn = self.attn
-        for chunk in stage.chunks:
+        for chunk in chunks:
             rows = slice(chunk.start, chunk.stop)
             attn.impl.forward(
                 attn, q[rows], k[rows], v[rows], attn.kv_cache, chunk.metadata, output[rows]
@@ -118,8 +132,8 @@ class LLaDABlock(nn.Module):
     def __init__(self, config: LLaDAConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
-        self.attn_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
-        self.ff_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.attn_norm = KernelRMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ff_norm = KernelRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.self_attn = LLaDAAttention(config, vllm_config, prefix)
         self.gate_up_proj = MergedColumnParallelLinear(
             config.d_model,
@@ -150,6 +164,7 @@ class LLaDABlock(nn.Module):
         stage: Stage,
         slots: torch.Tensor,
         statistics: StatisticsInputs | None,
+        final: WindowRows | None = None,
     ) -> torch.Tensor:
         """One block for the rows that are active at this layer.
 
@@ -157,9 +172,11 @@ class LLaDABlock(nn.Module):
             x: [R, d] the rows' input; R = stage.num_rows.
             old_x: [M, d] the tested rows' input as stored before this pass, or None.
             slots: int64 [R] of the paged cache.
+            final: given to the last block: only these rows' output is wanted. All rows' keys and
+                values are written all the same.
 
         Returns:
-            [R, d] the next layer's input.
+            [R, d] the next layer's input; [W, d] from the last block.
         """
         attention = self.self_attn
         num_rows = stage.num_rows
@@ -176,11 +193,17 @@ class LLaDABlock(nn.Module):
         if statistics is not None:
             statistics.save_layer(layer, q, num_rows, stage.num_queries)
         attention.write(k[:num_rows], v[:num_rows], slots)
-        attended = attention.attend(q[:num_rows], k[:num_rows], v[:num_rows], stage)
-        if len(stage.chunks) == 1:
+        chunks = stage.chunks
+        if final is None:
+            q, k, v = q[:num_rows], k[:num_rows], v[:num_rows]
+        else:
+            x, q, k, v = (tensor[final.rows] for tensor in (x, q, k, v))
+            chunks = final.chunks
+        attended = attention.attend(q, k, v, chunks)
+        if len(chunks) == 1:
             return self._finish(x, attended)
         return torch.cat(
-            [self._finish(x[c.start : c.stop], attended[c.start : c.stop]) for c in stage.chunks]
+            [self._finish(x[c.start : c.stop], attended[c.start : c.stop]) for c in chunks]
         )
 
     def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -212,7 +235,7 @@ class LLaDAModelLM(nn.Module):
             )
             for i in range(1, config.n_layers)
         )
-        self.ln_f = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ln_f = KernelRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.lm_head = ParallelLMHead(
             config.embedding_size,
             config.d_model,
@@ -264,8 +287,9 @@ class LLaDAModelLM(nn.Module):
                     old_x = old_inputs[layer - 1]
             num_rows = stage.num_rows
             if num_rows:
-                x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics)
-        return self.ln_f(x[batch.window_rows])
+                final = batch.window if layer == self.num_layers - 1 else None
+                x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics, final)
+        return self.ln_f(x)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [W, vocab_size] of rows [W, d]."""

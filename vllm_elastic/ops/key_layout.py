@@ -17,26 +17,33 @@ _CODE_BASE = 128
 
 
 class KeyLayout:
-    """Reads keys of any block or slot of one layer's paged cache.
+    """Reads keys of any block or slot of a paged cache [..., blocks, Hkv, block_size, C].
 
     Attributes:
-        offsets: int64 [D, block_size], offset of (dimension, slot) inside a (block, head) plane.
-        tile, pack: the plane is [block/tile, D/pack, tile, pack] (tile = block size and pack = 1
-            for plain transposed keys, 16 and 2 for AMX), or both 0: read element by element.
+        offsets: int64 [D, block_size], offset of (dimension, slot) in a (block, head) plane of
+            block_size * C elements.
+        tile, pack: the plane begins with keys as [block/tile, D/pack, tile, pack] (CPU: tile =
+            block size and pack = 1; AMX: 16 and 2); both 0 where keys are not tiled.
+        plain: the plane is [block, C] with a slot's key first in its row (GPU).
     """
 
-    def __init__(self, offsets: torch.Tensor) -> None:
+    def __init__(self, offsets: torch.Tensor, row_width: int) -> None:
         self.offsets = offsets
+        self.row_width = row_width
         self.head_dim, self.block_size = offsets.shape
-        self.tile, self.pack = self._find_tiling()
-        self._flat_offsets = offsets.reshape(-1)
+        dim = torch.arange(self.head_dim, device=offsets.device)[:, None]
+        slot = torch.arange(self.block_size, device=offsets.device)[None]
+        self.plain = torch.equal(slot * row_width + dim, offsets)
+        self.tile, self.pack = self._find_tiling(dim, slot)
 
     @property
     def name(self) -> str:
         """For the log: how keys lie in a (block, head) plane."""
-        if not self.tile:
-            return "scattered"
-        return f"[block/{self.tile}, D/{self.pack}, {self.tile}, {self.pack}]"
+        if self.plain:
+            return "[block, D]"
+        if self.tile:
+            return f"[block/{self.tile}, D/{self.pack}, {self.tile}, {self.pack}]"
+        return "scattered"
 
     @classmethod
     def measure(cls, attn: Any) -> KeyLayout:
@@ -61,50 +68,49 @@ class KeyLayout:
             found += (plane - 1).clamp_min(0) * scale
         cache[0].zero_()
         where = torch.nonzero(seen).flatten()
-        if count > _CODE_BASE**2 or where.numel() != count:
+        readable = count <= _CODE_BASE**2 and where.numel() == count
+        if not readable or found[where].unique().numel() != count:
             raise RuntimeError(f"cannot read keys of {type(attn.impl).__name__}'s KV cache")
         offsets = torch.empty(count, dtype=torch.int64, device=cache.device)
         offsets[found[where]] = where
-        if offsets.unique().numel() != count:
-            raise RuntimeError(f"cannot read keys of {type(attn.impl).__name__}'s KV cache")
-        return cls(offsets.view(block_size, dim).t().contiguous())
+        return cls(offsets.view(block_size, dim).t().contiguous(), cache.shape[3])
 
-    def read_blocks(self, planes: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def read_blocks(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Keys of whole blocks, transposed for a score product.
 
         Args:
-            planes: [..., blocks, Hkv, plane], see ``planes``.
+            cache: [..., blocks, Hkv, block_size, C].
             blocks: int64 [B].
 
         Returns:
-            [..., Hkv, D, B * block_size], in slot order.
+            float32 [..., Hkv, D, B * block_size], in slot order.
         """
+        if self.plain:
+            view = cache[..., : self.head_dim].index_select(-4, blocks)
+            return _float_copy(view.movedim((-4, -2), (-2, -1))).flatten(-2)
         if not self.tile:
-            chosen = planes.index_select(-3, blocks)[..., self._flat_offsets]
+            chosen = cache.index_select(-4, blocks).flatten(-2)[..., self.offsets.reshape(-1)]
             chosen = chosen.unflatten(-1, (self.head_dim, self.block_size))
-            return chosen.movedim(-4, -2).flatten(-2)
+            return _float_copy(chosen.movedim(-4, -2)).flatten(-2)
         tiles = (self.block_size // self.tile, self.head_dim // self.pack, self.tile, self.pack)
-        view = planes[..., : self.head_dim * self.block_size].unflatten(-1, tiles)
+        keys = cache.flatten(-2)[..., : self.head_dim * self.block_size].unflatten(-1, tiles)
         # [..., blocks, Hkv, tiles, D/pack, tile, pack] -> [..., Hkv, D/pack, pack, blocks, ...]
-        view = view.movedim((-4, -1, -6), (-2, -4, -3))
-        return view.index_select(-3, blocks).flatten(-3).flatten(-3, -2)
+        order = ((-4, -1, -6), (-2, -4, -3))
+        if self.pack == 1 and keys.dtype == torch.float32:
+            keys = keys.movedim(*order).index_select(-3, blocks)  # one copy, whole rows
+        else:
+            keys = _float_copy(keys.index_select(-6, blocks).movedim(*order))
+        return keys.flatten(-3).flatten(-3, -2)
 
-    def read_slots(self, planes: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Keys [..., R, Hkv, D] of single slots int64 [R] of planes [..., blocks, Hkv, plane]."""
+    def read_slots(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Keys [..., R, Hkv, D] of slots int64 [R] of a cache [..., blocks, Hkv, block_size, C]."""
         block, offset = slots // self.block_size, slots % self.block_size
-        heads = torch.arange(planes.shape[-2], device=planes.device)
-        inside = self.offsets.t()[offset]  # [R, D]
-        return planes[..., block[:, None, None], heads[None, :, None], inside[:, None, :]]
+        heads = torch.arange(cache.shape[-3], device=cache.device)
+        inside = self.offsets.t()[offset][:, None]  # [R, 1, D]
+        row, column = inside // self.row_width, inside % self.row_width
+        return cache[..., block[:, None, None], heads[None, :, None], row, column]
 
-    @staticmethod
-    def planes(cache: torch.Tensor) -> torch.Tensor:
-        """A layer's cache [blocks, Hkv, block_size, C] as [blocks, Hkv, plane]."""
-        return cache.flatten(-2)
-
-    def _find_tiling(self) -> tuple[int, int]:
-        """(tile, pack) if the plane is [block/tile, D/pack, tile, pack], else (0, 0)."""
-        dim = torch.arange(self.head_dim, device=self.offsets.device)[:, None]
-        slot = torch.arange(self.block_size, device=self.offsets.device)[None]
+    def _find_tiling(self, dim: torch.Tensor, slot: torch.Tensor) -> tuple[int, int]:
         for tile in (self.block_size, 32, 16):
             for pack in (1, 2, 4):
                 if self.block_size % tile or self.head_dim % pack:
@@ -113,3 +119,8 @@ class KeyLayout:
                 if torch.equal(tiled + (dim // pack) * (tile * pack) + dim % pack, self.offsets):
                     return tile, pack
         return 0, 0
+
+
+def _float_copy(view: torch.Tensor) -> torch.Tensor:
+    """A contiguous float32 copy, reordered and converted in one go."""
+    return torch.empty(view.shape, dtype=torch.float32, device=view.device).copy_(view)
