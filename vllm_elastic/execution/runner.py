@@ -17,12 +17,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.tasks import SupportedTask
+from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.execution.candidates import candidates
 from vllm_elastic.execution.row_batch import RowBatch, RowLayout
@@ -47,6 +49,9 @@ class ElasticRunner:
         self.model_config = vllm_config.model_config
         self.device = device
         self.max_chunk_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.elastic_config = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        # Bytes that the weights take; the GPU worker asks.
+        self.model_memory_usage = 0
         self.mask_token_id: int = self.model_config.hf_config.mask_token_id
         self.model: Any = None
         self.kv_caches: dict[str, torch.Tensor] = {}
@@ -54,13 +59,23 @@ class ElasticRunner:
     # Called by the worker at start, in this order.
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
-        self.model = get_model(vllm_config=self.vllm_config)
+        if self.device.type == "cpu":
+            self.model = get_model(vllm_config=self.vllm_config)
+            return
+        with DeviceMemoryProfiler(self.device) as profiler:
+            self.model = get_model(vllm_config=self.vllm_config)
+        self.model_memory_usage = profiler.consumed_memory
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return get_kv_cache_spec(self.vllm_config)
 
+    @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """Nothing to do before there is a cache: activations are bounded by the row budget."""
+        """Allocate what a full row budget needs, so that vLLM can size the KV cache (GPU)."""
+        seats = self.vllm_config.scheduler_config.max_num_seqs
+        window_rows = min(self.max_chunk_rows, seats * self.elastic_config.window)
+        logits = self.model.run_without_cache(self.max_chunk_rows, window_rows)
+        candidates(logits, self.mask_token_id)
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""

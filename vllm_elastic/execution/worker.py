@@ -21,7 +21,12 @@ class ElasticWorker(_BaseWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        self.model_runner: Any = ElasticRunner(self.vllm_config, self.device)
+        # The GPU worker makes its runner by the method below; the CPU worker makes its own.
+        if not isinstance(self.model_runner, ElasticRunner):
+            self.model_runner: Any = self._make_model_runner()
+
+    def _make_model_runner(self) -> Any:
+        return ElasticRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         return CompilationTimes(language_model=0.0, encoder=0.0)

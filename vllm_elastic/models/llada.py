@@ -201,12 +201,13 @@ class LLaDABlock(nn.Module):
             chunks = final.chunks
         attended = attention.attend(q, k, v, chunks)
         if len(chunks) == 1:
-            return self._finish(x, attended)
+            return self.finish(x, attended)
         return torch.cat(
-            [self._finish(x[c.start : c.stop], attended[c.start : c.stop]) for c in chunks]
+            [self.finish(x[c.start : c.stop], attended[c.start : c.stop]) for c in chunks]
         )
 
-    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Add the attention's and the MLP's output to rows [R, d]."""
         out, _ = self.self_attn.attn_out(attended)
         x = x + out
         return x + self.mlp(self.ff_norm(x))
@@ -290,6 +291,21 @@ class LLaDAModelLM(nn.Module):
                 final = batch.window if layer == self.num_layers - 1 else None
                 x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics, final)
         return self.ln_f(x)
+
+    def run_without_cache(self, num_rows: int, num_window_rows: int) -> torch.Tensor:
+        """What a pass of so many rows allocates at its peak, for vLLM's memory profiling.
+
+        One block is enough, all are alike; attention itself is left out, there is no cache yet.
+
+        Returns:
+            logits [num_window_rows, vocab_size] of no meaning.
+        """
+        positions = torch.zeros(num_rows, dtype=torch.int64, device=self.wte.weight.device)
+        x = self.wte(positions)
+        block = self.blocks[0]
+        q, _, _ = block.self_attn.project(block.attn_norm(x), positions)
+        x = block.finish(x, q.view(num_rows, -1))
+        return self.compute_logits(self.ln_f(x[:num_window_rows]))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [W, vocab_size] of rows [W, d]."""

@@ -69,7 +69,8 @@ class KeyLayout:
         cache[0].zero_()
         where = torch.nonzero(seen).flatten()
         readable = count <= _CODE_BASE**2 and where.numel() == count
-        if not readable or found[where].unique().numel() != count:
+        expected = torch.arange(count, device=cache.device)
+        if not readable or not torch.equal(found[where].sort().values, expected):
             raise RuntimeError(f"cannot read keys of {type(attn.impl).__name__}'s KV cache")
         offsets = torch.empty(count, dtype=torch.int64, device=cache.device)
         offsets[found[where]] = where

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that answers plans at random, a driver for one request, and a cache that checks both.
+
+The fake model always predicts the same token for a position: its *answer*. So what a request has
+to emit is known beforehand, whatever the policy, the order of the commits or the restarts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.policies import POLICIES
+from vllm_elastic.decoding.request import DenoisingRequest
+
+MASK = 99
+PROMPT_TOKEN = 50
+END_TOKENS = (1, 2)
+VOCABULARY = 8  # tokens 0 .. 7, so that end tokens are likely
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One request and all the chances that it meets."""
+
+    config: ElasticConfig
+    prompt_length: int = 3
+    max_tokens: int = 8
+    num_layers: int = 3
+    block_size: int = 4
+    end_tokens: frozenset[int] = frozenset()
+    drift_rate: float = 0.3
+    restart_rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.prompt_length + self.max_tokens
+
+    @property
+    def answer(self) -> np.ndarray:
+        """int32 [max_tokens]: what the model predicts, position by position."""
+        rng = np.random.default_rng([self.seed, 1])
+        return rng.integers(0, VOCABULARY, self.max_tokens, dtype=np.int32)
+
+    @property
+    def shown(self) -> list[int]:
+        """The answer up to and with its first end token: what has to be emitted."""
+        answer = self.answer.tolist()
+        ends = [i for i, token in enumerate(answer) if token in self.end_tokens]
+        return answer[: ends[0] + 1] if ends else answer
+
+    def make_request(self) -> DenoisingRequest:
+        return DenoisingRequest(
+            "r",
+            [PROMPT_TOKEN] * self.prompt_length,
+            self.max_tokens,
+            self.config,
+            mask_token_id=MASK,
+            end_token_ids=self.end_tokens,
+            num_layers=self.num_layers,
+            block_size=self.block_size,
+        )
+
+
+def scenarios(
+    policies: tuple[str, ...] = tuple(POLICIES), restart_rates: tuple[float, ...] = (0.0, 0.2)
+) -> st.SearchStrategy[Scenario]:
+    """Small canvases, every policy, extreme knobs as likely as the usual ones."""
+    knobs = st.fixed_dictionaries(
+        {
+            "policy": st.sampled_from(policies),
+            "window": st.integers(1, 12) | st.just(100),
+            "threshold": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+            "gamma": st.sampled_from([0.0, 0.5, 0.9, 2.0]),
+            "track_num": st.integers(1, 4),
+            "tokens_per_step": st.none() | st.integers(1, 5) | st.just(100),
+            "block_length": st.integers(1, 12) | st.just(100),
+            "record": st.booleans(),
+        }
+    )
+    return st.builds(
+        Scenario,
+        config=knobs.map(ElasticConfig.from_dict),
+        prompt_length=st.integers(1, 9),
+        max_tokens=st.integers(1, 24),
+        num_layers=st.integers(1, 5),
+        block_size=st.sampled_from([1, 2, 4, 32]),
+        end_tokens=st.sampled_from([frozenset(), frozenset(END_TOKENS[:1]), frozenset(END_TOKENS)]),
+        drift_rate=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        restart_rate=st.sampled_from(restart_rates),
+        seed=st.integers(0, 2**32 - 1),
+    )
+
+
+class FakeModel:
+    """Reports what a pass reports: random but for the predicted tokens."""
+
+    def __init__(self, scenario: Scenario, rng: np.random.Generator) -> None:
+        self.scenario = scenario
+        self.rng = rng
+
+    def run(self, plan: PassPlan) -> PassResult:
+        scenario, rng = self.scenario, self.rng
+        count = len(plan.window)
+        probabilities = rng.random(count)
+        if rng.random() < 0.5:  # ties, and values right at the threshold
+            probabilities = rng.choice([0.1, 0.5, 0.9, 1.0], count)
+        result = PassResult(scenario.answer[plan.window - scenario.prompt_length], probabilities)
+        if plan.trackable is not None:
+            candidates = np.flatnonzero(plan.trackable)
+            num_tracked = min(plan.track_num, len(candidates))
+            measured = scenario.num_layers - plan.start_layer
+            result.most_attended = np.full((measured, plan.track_num), -1, dtype=np.int32)
+            for row in result.most_attended:
+                row[:num_tracked] = rng.choice(candidates, num_tracked, replace=False)
+        if plan.tested.size:
+            gamma = scenario.config.gamma
+            result.similarities = np.full(scenario.num_layers, gamma + 0.1, dtype=np.float32)
+            result.similarities[rng.random(scenario.num_layers) < 0.1] = gamma  # no drift
+            drifted = rng.random(scenario.num_layers) < scenario.drift_rate
+            result.similarities[drifted] = gamma - 0.1
+        return result
+
+
+@dataclass
+class Pass:
+    """A pass and what came of it."""
+
+    plan: PassPlan
+    plan_before: PassPlan  # a deep copy from before the pass
+    result: PassResult
+    restarted: bool  # at some time since the pass before
+    masked: np.ndarray  # before the pass
+    end: int  # before the pass
+    committed: list[int]  # canvas positions
+    emitted: list[int]
+
+    @property
+    def replayed(self) -> bool:
+        """Its candidates were thrown away."""
+        return not self.committed
+
+
+@dataclass
+class Trace:
+    """All that happened to a request."""
+
+    scenario: Scenario
+    request: DenoisingRequest
+    passes: list[Pass] = field(default_factory=list)
+    num_restarts: int = 0
+
+    @property
+    def emitted(self) -> list[int]:
+        return [token for p in self.passes for token in p.emitted]
+
+    def follows(self, index: int) -> Pass | None:
+        """The pass before, unless the request was restarted in between."""
+        return None if index == 0 or self.passes[index].restarted else self.passes[index - 1]
+
+
+def drive(scenario: Scenario) -> Trace:
+    """Run a request to its end, or for far more passes than any request may need."""
+    rng = np.random.default_rng([scenario.seed, 2])
+    model = FakeModel(scenario, rng)
+    trace = Trace(scenario, scenario.make_request())
+    request = trace.request
+    while not request.canvas.done and len(trace.passes) < 4 * scenario.max_tokens + 20:
+        restarted = False
+        for _ in range(2):  # before and after planning
+            if rng.random() < scenario.restart_rate:
+                request.restart()
+                trace.num_restarts += 1
+                restarted = True
+            plan = request.plan()
+        before = copy.deepcopy(plan)
+        masked, end = request.canvas.masked.copy(), request.canvas.end
+        result = model.run(plan)
+        emitted = request.digest(result)
+        committed = np.flatnonzero(masked & ~request.canvas.masked).tolist()
+        trace.passes.append(Pass(plan, before, result, restarted, masked, end, committed, emitted))
+    return trace
+
+
+class CheckedCache:
+    """What the paged cache holds, by layer and position; fails where a plan reads a hole.
+
+    Everything else that a forward pass relies on is checked here too, layer by layer.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.forget()
+
+    def forget(self) -> None:
+        """The KV blocks were given to somebody else."""
+        shape = (self.scenario.num_layers, self.scenario.length)
+        self.has_keys = np.zeros(shape, dtype=bool)
+        self.has_hidden = np.zeros(shape, dtype=bool)
+        self.embedded = np.full(self.scenario.length, -1)  # the token that layer 0 saw last
+
+    def run(self, plan: PassPlan) -> None:
+        rows: list[int] = []
+        joins = [segment.join_layer for segment in plan.segments]
+        assert joins == sorted(set(joins))
+        for layer in range(self.scenario.num_layers):
+            for segment in plan.segments:
+                if segment.join_layer != layer:
+                    continue
+                joining = segment.positions.tolist()
+                assert joining and joining == sorted(set(joining))
+                assert not set(joining) & set(rows), "a position joins twice"
+                if layer == 0:
+                    self.embedded[joining] = plan.tokens[joining]
+                else:
+                    assert self.has_hidden[layer, joining].all(), "no hidden state to join from"
+                rows += joining
+            if not rows:
+                continue
+            self.has_keys[layer, rows] = True
+            assert self.has_keys[layer].all(), f"layer {layer} attends to keys that are not there"
+            if layer + 1 < self.scenario.num_layers:
+                self.has_hidden[layer + 1, rows] = True
+        assert set(plan.window.tolist()) <= set(rows)
+        assert set(plan.tested.tolist()) <= set(plan.segments[0].positions.tolist())
+
+
+def fingerprint(value: Any) -> str:
+    """Equal for equal plans and requests, arrays compared in full."""
+    with np.printoptions(threshold=1 << 30):
+        return repr(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    names = list(getattr(value, "__slots__", ())) or list(getattr(value, "__dict__", ()))
+    if names and type(value).__module__.startswith("vllm_elastic"):
+        return (type(value).__name__, [(name, _plain(getattr(value, name))) for name in names])
+    return value
+
+
+def quiet(config: dict[str, Any] | None = None, **changes: Any) -> Scenario:
+    """A scenario for readable examples: no drift, no restarts, no end token."""
+    return replace(Scenario(ElasticConfig.from_dict(config or {}), drift_rate=0.0), **changes)

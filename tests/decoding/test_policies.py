@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each refresh policy recomputes, on examples that can be checked by eye."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.decoding.fake_model import END_TOKENS, Scenario, drive, quiet
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.plan import PassResult
+from vllm_elastic.decoding.policies import POLICIES, make_policy
+from vllm_elastic.decoding.request import DenoisingRequest
+
+
+def one_token_a_step(scenario: Scenario) -> Scenario:
+    return replace(scenario, config=replace(scenario.config, tokens_per_step=1))
+
+
+def rows_of(scenario: Scenario) -> list[list[tuple[int, list[int]]]]:
+    """(join layer, positions) of every segment of every pass."""
+    return [
+        [(segment.join_layer, segment.positions.tolist()) for segment in p.plan.segments]
+        for p in drive(scenario).passes
+    ]
+
+
+def step(request: DenoisingRequest, tokens: dict[int, int]) -> None:
+    """Digest a pass that is sure of these positions only; the best others get token 0."""
+    window = request.plan().window.tolist()
+    request.digest(
+        PassResult(
+            np.array([tokens.get(p, 0) for p in window], dtype=np.int32),
+            np.array([1.0 if p in tokens else 0.0 for p in window]),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_names(name: str) -> None:
+    """A policy would not be found under the name that the config allows."""
+    assert POLICIES[name].name == name
+    assert type(make_policy(ElasticConfig(policy=name))) is POLICIES[name]
+
+
+def test_recompute_computes_everything_at_every_step() -> None:
+    """The baseline of all comparisons would reuse something."""
+    scenario = one_token_a_step(quiet({"policy": "none", "window": 2}, max_tokens=4))
+    everything = [(0, list(range(7)))]
+    assert rows_of(scenario) == [everything] * 4
+    kinds = [p.plan.kind for p in drive(scenario).passes]
+    assert kinds == ["first", "full", "full", "full"]
+
+
+def test_elastic_window_slides_over_the_masked_positions() -> None:
+    """The paper's rows: window, just committed, tracked; nothing else."""
+    request = quiet({"window": 3}, prompt_length=2, max_tokens=6).make_request()
+    assert request.plan().window.tolist() == [2, 3, 4]
+    assert request.plan().num_rows == 8
+    step(request, {3: 5})
+    assert request.plan().window.tolist() == [2, 4, 5]  # 3 is a hole
+    assert [s.positions.tolist() for s in request.plan().segments] == [[2, 3, 4, 5]]
+    step(request, {2: 5, 5: 5})
+    assert request.plan().window.tolist() == [4, 6, 7]
+    assert [s.positions.tolist() for s in request.plan().segments] == [[2, 4, 5, 6, 7]]
+    assert request.plan().kind == "window"
+
+
+@pytest.mark.parametrize(
+    ("gamma", "similarities", "expected"),
+    [
+        pytest.param(0.9, [1.0, 1.0, 1.0, 1.0], None, id="no-drift"),
+        pytest.param(0.9, [0.8, 1.0, 1.0, 1.0], 1, id="layer-0"),
+        pytest.param(0.9, [1.0, 0.8, 1.0, 0.8], 2, id="the-first-of-two"),
+        pytest.param(0.9, [1.0, 1.0, 0.8, 1.0], 3, id="last-but-one"),
+        pytest.param(0.9, [1.0, 1.0, 1.0, 0.8], None, id="last-layer-has-no-effect"),
+        pytest.param(0.9, [0.9, 0.9, 0.9, 0.9], None, id="equal-is-no-drift"),
+        pytest.param(0.0, [0.0, 0.0, 0.0, 0.0], None, id="gamma-0-never"),
+        pytest.param(1.5, [1.0, 1.0, 1.0, 1.0], 1, id="gamma-above-1-always"),
+        pytest.param(0.9, [0.0], None, id="one-layer-only"),
+    ],
+)
+def test_elastic_verdict(gamma: float, similarities: list[float], expected: int | None) -> None:
+    """A refresh would start at the wrong layer, or not at all (paper, algorithm 1)."""
+    scenario = quiet({"gamma": gamma}, num_layers=len(similarities))
+    request = scenario.make_request()
+    verdict = request.policy.judge(request, np.array(similarities, dtype=np.float32))
+    assert verdict == expected
+
+
+def test_dual_cache_text_blocks() -> None:
+    """A refresh a text block, the block's rows else; the last block may be short."""
+    config = {"policy": "dual-cache", "block_length": 4}
+    scenario = one_token_a_step(quiet(config, prompt_length=3, max_tokens=10))
+    everything = [(0, list(range(13)))]
+    blocks = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12]]
+    expected = []
+    for block in blocks:
+        expected += [everything] + [[(0, block)]] * (len(block) - 1)
+    assert rows_of(scenario) == expected
+    for p in drive(scenario).passes:
+        block = next(b for b in blocks if p.plan.window[0] in b)
+        assert set(p.plan.window.tolist()) <= set(block)
+
+
+def test_dual_cache_stays_in_its_block_until_it_is_full() -> None:
+    """Blocks would be decoded out of order."""
+    config = {"policy": "dual-cache", "block_length": 3}
+    request = quiet(config, prompt_length=1, max_tokens=6).make_request()
+    step(request, {2: 5, 3: 5})
+    assert request.plan().window.tolist() == [1]
+    assert [s.positions.tolist() for s in request.plan().segments] == [[1, 2, 3]]
+    step(request, {1: 5})
+    assert request.plan().window.tolist() == [4, 5, 6]
+    assert request.plan().kind == "full"
+
+
+def test_dual_cache_block_with_an_end_in_it() -> None:
+    """Dropped positions of the block would be predicted, or the block's rows would change."""
+    config = {"policy": "dual-cache", "block_length": 4}
+    ends = frozenset(END_TOKENS)
+    request = quiet(config, prompt_length=2, max_tokens=8, end_tokens=ends).make_request()
+    step(request, {4: END_TOKENS[0]})
+    assert request.plan().window.tolist() == [2, 3]
+    assert [s.positions.tolist() for s in request.plan().segments] == [[2, 3, 4, 5]]
+    step(request, {2: 5, 3: 5})
+    assert request.canvas.done
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("max_tokens", [1, 5], ids=["canvas-of-1", "canvas-of-5"])
+def test_windows_and_blocks_larger_than_the_canvas(name: str, max_tokens: int) -> None:
+    """Positions outside the canvas would be planned."""
+    config = {"policy": name, "window": 64, "block_length": 64, "threshold": 0.0}
+    trace = drive(quiet(config, max_tokens=max_tokens))
+    assert len(trace.passes) == 1  # threshold 0 commits the whole window
+    assert trace.emitted == trace.scenario.answer.tolist()

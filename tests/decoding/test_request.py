@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request driven to its end by a random model, under every policy: what must always hold."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from tests.decoding.fake_model import (
+    END_TOKENS,
+    CheckedCache,
+    FakeModel,
+    Scenario,
+    drive,
+    fingerprint,
+    quiet,
+    scenarios,
+)
+from vllm_elastic.decoding.plan import PassResult
+from vllm_elastic.decoding.request import NotFiniteError
+
+drives = settings(max_examples=200, deadline=None)
+KINDS = {"first", "window", "replay", "full"}
+
+
+@drives
+@given(scenarios())
+def test_it_ends_within_max_tokens_steps(scenario: Scenario) -> None:
+    """A request would never end, or take more forward passes than decoding one by one."""
+    trace = drive(scenario)
+    steps = [p for p in trace.passes if not p.replayed]
+    assert trace.request.canvas.done
+    assert len(steps) <= scenario.max_tokens
+    # What is not a step is a verified pass; its replay may be lost to a restart.
+    assert len(trace.passes) <= 2 * len(steps) + trace.num_restarts
+    if scenario.config.policy in ("none", "dual-cache"):
+        assert len(trace.passes) == len(steps)
+
+
+@drives
+@given(scenarios())
+def test_positions_are_committed_once_or_dropped(scenario: Scenario) -> None:
+    """A position would be decided twice, or be left undecided before the end."""
+    trace = drive(scenario)
+    committed = [position for p in trace.passes for position in p.committed]
+    assert len(committed) == len(set(committed))
+    new = set(range(scenario.prompt_length, scenario.length))
+    assert set(committed) <= new
+    assert all(position >= trace.request.canvas.end for position in new - set(committed))
+
+
+@drives
+@given(scenarios(restart_rates=(0.0, 0.2, 0.6)))
+def test_the_answer_is_emitted_in_order_and_without_delay(scenario: Scenario) -> None:
+    """A client would miss a token, see one twice, or wait for one that is finished."""
+    trace = drive(scenario)
+    answer, emitted = scenario.answer, []
+    for p in trace.passes:
+        emitted += p.emitted
+        still_masked = p.masked.copy()
+        still_masked[p.committed] = False
+        finished = scenario.prompt_length
+        while finished < scenario.length and not still_masked[finished]:
+            finished += 1
+            if answer[finished - 1 - scenario.prompt_length] in scenario.end_tokens:
+                break
+        assert len(emitted) == finished - scenario.prompt_length
+    assert emitted == scenario.shown
+    ends = [token for token in emitted if token in scenario.end_tokens]
+    assert ends in ([], emitted[-1:])
+
+
+@drives
+@given(scenarios())
+def test_commits_follow_the_rule(scenario: Scenario) -> None:
+    """Replayed passes would commit, or a step would commit the wrong positions."""
+    config = scenario.config
+    for p in drive(scenario).passes:
+        if p.replayed:
+            assert p.emitted == []
+            continue
+        window, probabilities = p.plan.window.tolist(), p.result.probabilities.tolist()
+        if config.tokens_per_step is not None:
+            assert len(p.committed) == min(config.tokens_per_step, len(window))
+            others = [q for w, q in zip(window, probabilities, strict=True) if w not in p.committed]
+            chosen = [q for w, q in zip(window, probabilities, strict=True) if w in p.committed]
+            assert min(chosen) >= max(others, default=0.0)
+        else:
+            bar = min(config.threshold, max(probabilities))
+            assert p.committed == [
+                w for w, q in zip(window, probabilities, strict=True) if q >= bar
+            ]
+        assert p.committed
+
+
+@drives
+@given(scenarios())
+def test_the_window_is_the_first_masked_positions(scenario: Scenario) -> None:
+    """Committed, dropped or far-off positions would be predicted."""
+    config = scenario.config
+    for p in drive(scenario).passes:
+        masked = [q for q in range(p.end) if p.masked[q]]
+        expected = masked[: config.window]
+        if config.policy == "dual-cache":
+            number = (masked[0] - scenario.prompt_length) // config.block_length
+            stop = scenario.prompt_length + (number + 1) * config.block_length
+            expected = [q for q in masked if q < stop]
+        assert p.plan.window.tolist() == expected
+
+
+@drives
+@given(scenarios())
+def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
+    """Replays would chain, follow nothing, or decide about another window."""
+    trace = drive(scenario)
+    for index, p in enumerate(trace.passes):
+        before = trace.follows(index)
+        assert p.plan.kind in KINDS
+        assert (p.plan.kind == "replay") == (before is not None and before.replayed)
+        if index == 0:
+            assert p.plan.kind == "first"
+        if p.restarted and index > 0:
+            assert p.plan.kind == "full"
+        if p.plan.kind == "replay":
+            assert before is not None
+            assert before.plan.kind == "window"
+            assert not p.replayed
+            assert p.plan.tested.size == 0
+            assert p.plan.denoising_step == before.plan.denoising_step
+            assert p.plan.window.tolist() == before.plan.window.tolist()
+            assert p.plan.tokens.tolist() == before.plan.tokens.tolist()
+    steps = [p.plan.denoising_step for p in trace.passes if not p.replayed]
+    assert steps == list(range(len(steps)))
+
+
+@drives
+@given(scenarios())
+def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
+    """Attention would read keys of nobody, or a row would join from a missing hidden state."""
+    cache = CheckedCache(scenario)
+    for p in drive(scenario).passes:
+        if p.restarted:
+            cache.forget()
+        cache.run(p.plan)
+        committed = ~p.masked
+        assert (cache.embedded[committed] == p.plan.tokens[committed]).all(), (
+            "the keys of a committed position are still those of the mask"
+        )
+
+
+@drives
+@given(scenarios(policies=("elastic",)))
+def test_elastic_rows(scenario: Scenario) -> None:
+    """Elastic-Cache would compute other rows than the paper's, or track other positions."""
+    trace = drive(scenario)
+    layers, track_num = scenario.num_layers, scenario.config.track_num
+    measured = np.full((layers, track_num), -1)  # most attended, this step's latest of each layer
+    just_committed: list[int] = []
+    drifted_layer = -1
+    everything = list(range(scenario.length))
+    for p in trace.passes:
+        plan = p.plan
+        if p.restarted:
+            measured[:] = -1
+            just_committed = []
+        tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
+        segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
+        if plan.kind == "window":
+            rows = set(plan.window.tolist()) | set(just_committed) | tracked
+            assert segments == [(0, sorted(rows))]
+        elif plan.kind == "replay":
+            assert segments == [(drifted_layer + 1, everything)]
+        else:
+            assert segments == [(0, everything)]
+        assert plan.tested.tolist() == sorted(tracked)
+        assert plan.trackable is not None
+        assert plan.trackable.tolist() == (~p.masked).tolist()
+        drifted_layer = -1
+        if plan.tested.size:
+            below = [
+                layer
+                for layer, s in enumerate(p.result.similarities[:-1])
+                if s < np.float32(scenario.config.gamma)
+            ]
+            drifted_layer = below[0] if below else -1
+        assert p.replayed == (drifted_layer >= 0)
+        measured[plan.start_layer :] = p.result.most_attended
+        if not p.replayed:
+            just_committed = p.committed
+
+
+@drives
+@given(scenarios())
+def test_planning_changes_nothing_until_the_result_is_in(scenario: Scenario) -> None:
+    """A plan that did not fit a batch would come back different, or change under the runner."""
+    trace = drive(scenario)
+    for p in trace.passes:
+        assert fingerprint(p.plan) == fingerprint(p.plan_before)
+    request = scenario.make_request()
+    model = FakeModel(scenario, np.random.default_rng(scenario.seed))
+    while not request.canvas.done:
+        plan = request.plan()
+        state = fingerprint(request)
+        assert request.plan() is plan
+        assert request.plan() is plan
+        assert fingerprint(request) == state
+        request.digest(model.run(plan))
+
+
+@drives
+@given(scenarios())
+def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) -> None:
+    """A preempted request would skip positions or decide about others."""
+    request = scenario.make_request()
+    model = FakeModel(scenario, np.random.default_rng(scenario.seed))
+    while not request.canvas.done:
+        plan = request.plan()
+        twin = copy.deepcopy(request)
+        twin.restart()
+        again = twin.plan()
+        assert again.window.tolist() == plan.window.tolist()
+        assert again.tokens.tolist() == plan.tokens.tolist()
+        assert again.denoising_step == plan.denoising_step
+        assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers
+        request.digest(model.run(plan))
+
+
+@drives
+@given(scenarios())
+def test_the_record_adds_up(scenario: Scenario) -> None:
+    """Benchmarks would report work that was not done."""
+    trace = drive(scenario)
+    record, layers = trace.request.record, scenario.num_layers
+    assert record.passes == len(trace.passes)
+    assert record.denoising_steps == sum(not p.replayed for p in trace.passes)
+    assert record.row_layers == sum(p.plan.row_layers(layers) for p in trace.passes)
+    assert record.full_row_layers == scenario.length * layers * record.denoising_steps
+    if not scenario.config.record:
+        assert record.steps == []
+        return
+    assert len(record.steps) == len(trace.passes)
+    for entry, p in zip(record.steps, trace.passes, strict=True):
+        assert entry["kind"] == p.plan.kind
+        assert entry["denoising_step"] == p.plan.denoising_step
+        assert entry["start_layer"] == p.plan.start_layer
+        assert entry["rows"] == p.plan.num_rows
+        assert entry["committed"] == p.committed
+
+
+def drifting(config: dict[str, object] | None = None) -> Scenario:
+    """Every test finds drift from layer 0 on."""
+    return Scenario(quiet({"gamma": 2.0, "window": 2, **(config or {})}).config, drift_rate=1.0)
+
+
+def test_restart_between_a_window_pass_and_its_replay() -> None:
+    """The replay would run over KV blocks that belong to another request."""
+    scenario = drifting()
+    request = scenario.make_request()
+    model = FakeModel(scenario, np.random.default_rng(0))
+    request.digest(model.run(request.plan()))
+    assert request.plan().kind == "window"
+    assert request.digest(model.run(request.plan())) == []
+    assert request.plan().kind == "replay"
+    request.restart()
+    plan = request.plan()
+    assert (plan.kind, plan.start_layer, plan.num_rows) == ("full", 0, scenario.length)
+    assert plan.tested.size == 0
+    request.digest(model.run(plan))
+    assert request.plan().kind == "window"
+
+
+def test_gamma_above_one_replays_every_step_but_the_first() -> None:
+    """gamma 2 would not be the cache-less upper bound that the benchmarks use."""
+    trace = drive(drifting({"tokens_per_step": 1}))
+    kinds = [p.plan.kind for p in trace.passes]
+    assert kinds == ["first"] + ["window", "replay"] * (trace.scenario.max_tokens - 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_probability_that_is_no_number_is_refused(bad: float) -> None:
+    """A broken model would stream its first token for ever."""
+    request = quiet({"window": 3}).make_request()
+    plan = request.plan()
+    probabilities = np.array([0.5, bad, 0.5])
+    with pytest.raises(NotFiniteError, match="request r"):
+        request.digest(PassResult(np.zeros(3, dtype=np.int32), probabilities))
+    assert request.canvas.masked[plan.window].all()
+
+
+def test_a_nan_after_a_drift_test_is_refused_too() -> None:
+    """NaN similarities with NaN candidates would be replayed as if they were drift."""
+    scenario = drifting()
+    request = scenario.make_request()
+    model = FakeModel(scenario, np.random.default_rng(0))
+    request.digest(model.run(request.plan()))
+    result = model.run(request.plan())
+    result.probabilities[:] = np.nan
+    with pytest.raises(NotFiniteError):
+        request.digest(result)
+
+
+def test_similarities_are_kept_only_where_asked_for() -> None:
+    """A server that records would keep 32 floats a pass that nobody reads."""
+    for asked in (False, True):
+        trace = drive(drifting({"record": True, "record_similarities": asked}))
+        entries = trace.request.record.steps
+        kept = [entry for entry in entries if "similarities" in entry]
+        tested = [p for p in trace.passes if p.result.similarities is not None]
+        assert tested
+        assert len(kept) == (len(tested) if asked else 0)
+
+
+def test_all_at_once_with_an_end_in_the_middle() -> None:
+    """Tokens behind the end that were committed in the same step would be emitted."""
+    ends = frozenset(END_TOKENS)
+    request = quiet({"threshold": 0.0}, max_tokens=5, end_tokens=ends).make_request()
+    tokens = np.array([7, 6, END_TOKENS[1], 5, END_TOKENS[0]], dtype=np.int32)
+    assert request.digest(PassResult(tokens, np.ones(5))) == [7, 6, END_TOKENS[1]]
+    assert request.canvas.done

@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of vLLM that vllm_elastic touches, checked against the installed vLLM.
+
+Most of them are private to vLLM and may change with any release. An upgrade fails here first, with
+a message that says which file relies on what.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+import textwrap
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+PACKAGE = Path(__file__).parent.parent / "vllm_elastic"
+VERSION = f"vLLM {vllm.__version__}"
+
+# Where vLLM is known at all. A new file here is a decision, not an accident.
+FILES_THAT_IMPORT_VLLM = {
+    "admission.py",
+    "bench/engine.py",
+    "cli.py",
+    "engine_config.py",
+    "execution/hidden_states.py",
+    "execution/runner.py",
+    "execution/worker.py",
+    "models/llada.py",
+    "plugin.py",
+    "requested_canvas.py",
+    "scheduling/scheduler.py",
+}
+
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+WORKERS = ("vllm.v1.worker.cpu_worker:CPUWorker", "vllm.v1.worker.gpu_worker:Worker")
+ATTENTION_LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
+CONFIG_HOOK = "vllm.model_executor.models.config:VerifyAndUpdateConfig"
+KV_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
+ATTN_UTILS = "vllm.v1.worker.gpu.attn_utils"
+LINEAR = "vllm.model_executor.layers.linear"
+VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
+OPENAI = "vllm.entrypoints.openai"
+QUANTIZED = ["bias", "quant_config", "prefix"]
+
+# Our class and method -> the vLLM class whose method it overrides.
+OVERRIDDEN = [
+    ("scheduling.scheduler:ElasticScheduler.schedule", SCHEDULER),
+    ("scheduling.scheduler:ElasticScheduler.update_from_output", SCHEDULER),
+    ("scheduling.scheduler:ElasticScheduler._free_request", SCHEDULER),
+    *(("execution.worker:ElasticWorker.init_device", worker) for worker in WORKERS),
+    *(("execution.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
+    ("execution.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
+    ("execution.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
+    ("engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+]
+
+# What we call -> names of the arguments given by position, names of those given by keyword.
+CALLED: list[tuple[str, list[str], list[str]]] = [
+    (f"{SCHEDULER}._update_after_schedule", ["self", "scheduler_output"], []),
+    (
+        f"{SCHEDULER}.update_from_output",
+        ["self", "scheduler_output", "model_runner_output"],
+        [],
+    ),
+    (f"{SCHEDULER}._free_request", ["self", "request", "delay_free_blocks"], []),
+    (f"{KV_MANAGER}.new_step_starts", ["self"], []),
+    (f"{KV_MANAGER}.take_new_block_ids", ["self"], []),
+    (f"{KV_MANAGER}.get_block_ids", ["self", "request_id"], []),
+    (
+        f"{KV_MANAGER}.allocate_slots",
+        ["self", "request", "num_new_tokens"],
+        ["num_lookahead_tokens", "has_scheduled_reqs"],
+    ),
+    ("vllm.v1.core.sched.request_queue:RequestQueue.peek_request", ["self"], []),
+    ("vllm.v1.core.sched.request_queue:RequestQueue.pop_request", ["self"], []),
+    ("vllm.v1.request:Request.record_event", ["self", "event_type", "timestamp"], []),
+    (
+        "vllm.v1.metrics.stats:PrefillStats.set",
+        ["self"],
+        ["num_prompt_tokens", "num_local_cached_tokens", "num_external_cached_tokens"],
+    ),
+    ("vllm.v1.core.sched.output:CachedRequestData.make_empty", [], []),
+    (
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        [],
+        [
+            "scheduled_new_reqs",
+            "scheduled_cached_reqs",
+            "num_scheduled_tokens",
+            "total_num_scheduled_tokens",
+            "scheduled_spec_decode_tokens",
+            "scheduled_encoder_inputs",
+            "finished_req_ids",
+            "free_encoder_mm_hashes",
+            "preempted_req_ids",
+        ],
+    ),
+    (
+        "vllm.v1.outputs:ModelRunnerOutput",
+        [],
+        ["req_ids", "req_id_to_index", "sampled_token_ids"],
+    ),
+    ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
+    ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),
+    ("vllm.config:set_current_vllm_config", ["vllm_config"], []),
+    (f"{ATTN_UTILS}:get_kv_cache_spec", ["vllm_config"], []),
+    (f"{ATTN_UTILS}:init_attn_backend", ["kv_cache_config", "vllm_config", "device"], []),
+    (
+        f"{ATTN_UTILS}:init_kv_cache",
+        [
+            "forward_context",
+            "kv_cache_config",
+            "device",
+            "kernel_block_sizes",
+            "vllm_config",
+            "kv_cache_allocation_context",
+        ],
+        [],
+    ),
+    (
+        "vllm.v1.worker.utils:AttentionGroup.build_metadata",
+        ["self", "common_attn_metadata"],
+        [],
+    ),
+    (
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        [],
+        [
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "num_reqs",
+            "num_actual_tokens",
+            "max_query_len",
+            "max_seq_len",
+            "block_table_tensor",
+            "slot_mapping",
+            "causal",
+        ],
+    ),
+    (
+        f"{CPU_ATTENTION}.do_kv_cache_update",
+        ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+        [],
+    ),
+    (
+        f"{CPU_ATTENTION}.forward",
+        ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"],
+        [],
+    ),
+    (
+        "vllm.v1.kv_cache_interface:HiddenStateCacheSpec",
+        [],
+        ["block_size", "num_kv_heads", "head_size", "dtype"],
+    ),
+    (
+        "vllm.model_executor.layers.attention:Attention",
+        ["num_heads", "head_size", "scale"],
+        ["num_kv_heads", "cache_config", "quant_config", "prefix"],
+    ),
+    (
+        f"{LINEAR}:QKVParallelLinear",
+        ["hidden_size", "head_size", "total_num_heads", "total_num_kv_heads"],
+        QUANTIZED,
+    ),
+    (f"{LINEAR}:RowParallelLinear", ["input_size", "output_size"], QUANTIZED),
+    (f"{LINEAR}:MergedColumnParallelLinear", ["input_size", "output_sizes"], QUANTIZED),
+    (f"{VOCABULARY}:VocabParallelEmbedding", ["num_embeddings", "embedding_dim"], []),
+    (
+        f"{VOCABULARY}:ParallelLMHead",
+        ["num_embeddings", "embedding_dim"],
+        ["quant_config", "prefix"],
+    ),
+    (f"{VOCABULARY}:ParallelLMHead.tie_weights", ["self", "embed_tokens"], []),
+    ("vllm.model_executor.layers.layernorm:RMSNorm", ["hidden_size"], ["eps"]),
+    (
+        "vllm.model_executor.layers.rotary_embedding:get_rope",
+        ["head_size"],
+        ["max_position", "rope_parameters", "is_neox_style"],
+    ),
+    ("vllm.model_executor.layers.logits_processor:LogitsProcessor", ["vocab_size"], []),
+    (
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward",
+        ["self", "lm_head", "hidden_states"],
+        [],
+    ),
+    (
+        "vllm.model_executor.model_loader.weight_utils:default_weight_loader",
+        ["param", "loaded_weight"],
+        [],
+    ),
+    ("vllm.model_executor.models.utils:maybe_prefix", ["prefix", "name"], []),
+    (
+        "vllm.model_executor.models:ModelRegistry.register_model",
+        ["model_arch", "model_cls"],
+        [],
+    ),
+    ("vllm.exceptions:VLLMValidationError", ["message"], ["parameter", "value"]),
+    ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], []),
+    ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], []),
+]
+
+# Methods that we wrap: what our wrapper reads by position -> the rest passes through.
+WRAPPED = {
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ["self"],
+    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": [
+        "self",
+        "max_tokens",
+    ],
+    f"{OPENAI}.completion.protocol:CompletionRequest.to_sampling_params": ["self", "max_tokens"],
+    f"{OPENAI}.responses.protocol:ResponsesRequest.to_sampling_params": [
+        "self",
+        "default_max_tokens",
+    ],
+}
+
+# Attributes that we read or set on objects that vLLM hands us.
+ATTRIBUTES: dict[str, list[str]] = {
+    "vllm.config:VllmConfig": [
+        "additional_config",
+        "cache_config",
+        "compilation_config",
+        "kv_transfer_config",
+        "lora_config",
+        "model_config",
+        "parallel_config",
+        "quant_config",
+        "scheduler_config",
+        "speculative_config",
+    ],
+    "vllm.config:CacheConfig": [
+        "block_size",
+        "cache_dtype",
+        "enable_prefix_caching",
+        "num_gpu_blocks",
+        "user_specified_block_size",
+    ],
+    "vllm.config:ModelConfig": [
+        "dtype",
+        "enforce_eager",
+        "hf_config",
+        "max_model_len",
+        "override_generation_config",
+    ],
+    "vllm.config:SchedulerConfig": [
+        "async_scheduling",
+        "enable_chunked_prefill",
+        "max_num_batched_tokens",
+        "scheduler_cls",
+    ],
+    "vllm.config:ParallelConfig": [
+        "decode_context_parallel_size",
+        "pipeline_parallel_size",
+        "worker_cls",
+    ],
+    "vllm.config:CompilationConfig": ["static_forward_context"],
+    "vllm.engine.arg_utils:EngineArgs": ["additional_config"],
+    "vllm.model_executor.layers.attention:Attention": [
+        "head_size",
+        "impl",
+        "kv_cache",
+        "layer_name",
+        "num_kv_heads",
+    ],
+    "vllm.model_executor.models.registry:_ModelRegistry": ["models"],
+    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest": [
+        "max_completion_tokens",
+        "max_tokens",
+    ],
+    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens"],
+    f"{OPENAI}.responses.protocol:ResponsesRequest": ["max_output_tokens"],
+    "vllm.sampling_params:SamplingParams": [
+        "eos_token_id",
+        "extra_args",
+        "max_tokens",
+        "stop_token_ids",
+    ],
+    "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
+    "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
+    "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
+    "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
+    "vllm.v1.engine.input_processor:InputProcessor": ["process_inputs", "vllm_config"],
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ["kv_cache_groups", "num_blocks"],
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ["kv_cache_spec"],
+    "vllm.v1.kv_cache_interface:KVCacheSpec": ["page_size_bytes"],
+    "vllm.v1.outputs:ModelRunnerOutput": ["req_ids", "sampled_token_ids"],
+    "vllm.v1.request:Request": [
+        "max_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_tokens",
+        "prefill_stats",
+        "prompt_token_ids",
+        "request_id",
+        "sampling_params",
+        "status",
+    ],
+    "vllm.v1.request:RequestStatus": ["PREEMPTED", "RUNNING"],
+    "vllm.v1.worker.utils:AttentionGroup": ["layer_names"],
+}
+
+# Our subclasses: whatever they read of `self` and do not define has to come from vLLM.
+SUBCLASSES = {
+    "scheduling.scheduler:ElasticScheduler": (SCHEDULER,),
+    "execution.worker:ElasticWorker": WORKERS,
+}
+
+# What vLLM's workers ask of their runner, and ours does not offer because nobody gets there.
+NOT_ASKED_OF_OUR_RUNNER = {
+    # pooling models
+    "_dummy_pooler_run": "pooling",
+    "is_pooling_model": "pooling, or Model Runner V2",
+    "pool": "Model Runner V2",
+    # warm-up and CUDA graphs: ElasticWorker.compile_or_warm_up_model replaces it all
+    "_dummy_run": "warm-up; data parallel dummy batches",
+    "_dummy_sampler_run": "warm-up",
+    "capture_model": "warm-up",
+    "maybe_remove_all_loras": "warm-up",
+    "lora_config": "warm-up",
+    "needs_cudagraph_capture": "Model Runner V2",
+    "profile_cudagraph_memory": "CUDA graphs are off with enforce_eager",
+    # LoRA is refused
+    "add_lora": "LoRA",
+    "list_loras": "LoRA",
+    "pin_lora": "LoRA",
+    "remove_lora": "LoRA",
+    "reset_lora_state": "LoRA",
+    # speculative decoding is refused
+    "get_draft_model": "speculative decoding",
+    # development and RL endpoints
+    "get_encoder_timing_stats": "multimodal models",
+    "reload_weights": "reloading weights of a running server",
+    # asked with hasattr
+    "_init_kv_zero_meta": "asked with hasattr",
+    "release_late_interaction_query_cache": "asked with getattr and a default",
+    "uniform_decode_query_len": "asked with getattr and a default",
+}
+
+
+def resolve(path: str) -> Any:
+    """``package.module:Qualified.name`` as an object; the class attribute itself, unbound."""
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in filter(None, names.split(".")):
+        assert hasattr(found, name), f"{VERSION} has no {name!r} in {found!r} ({path})"
+        found = getattr(found, name)
+    return found
+
+
+def original(function: Any) -> Any:
+    """vLLM's own function, where a test before this one loaded the plugin, which wraps it."""
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if not inspect.isfunction(plain) or not plain.__module__.startswith("vllm_elastic"):
+        return function
+    kept = [cell.cell_contents for cell in plain.__closure__ or ()]
+    (wrapped,) = [content for content in kept if callable(content)]
+    owner = getattr(function, "__self__", None)
+    return wrapped if owner is None else types.MethodType(wrapped, owner)
+
+
+def own(path: str) -> Any:
+    return resolve(f"vllm_elastic.{path}")
+
+
+def source_tree(cls: type) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+
+
+@functools.cache
+def attributes_of(cls: type) -> frozenset[str]:
+    """Names that a class or its vLLM bases have: in the class, annotated, or set in a method."""
+    names = set(dir(cls))
+    for base in cls.__mro__:
+        names |= set(getattr(base, "__annotations__", {}))
+        if base.__module__.startswith("vllm."):
+            names |= {
+                attribute for attribute, ctx in self_names(base) if isinstance(ctx, ast.Store)
+            }
+    return frozenset(names)
+
+
+def self_names(cls: type) -> list[tuple[str, ast.expr_context]]:
+    """Every ``self.name`` in a class's source, and whether it is read or set."""
+    return [
+        (node.attr, node.ctx)
+        for node in ast.walk(source_tree(cls))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    ]
+
+
+def names_set_by(cls: type) -> set[str]:
+    """Every ``name`` that a class's methods assign as ``self.name = ...``."""
+    return {name for name, ctx in self_names(cls) if isinstance(ctx, ast.Store)}
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    """(name, kind, default) of every parameter; ``self`` too where there is one."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def imports() -> list[Any]:
+    """(file, module, name) of every ``from vllm... import name`` and ``import vllm...``."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[tuple[str, str | None]] = []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [(node.module, alias.name) for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [(alias.name, None) for alias in node.names]
+            found += [
+                pytest.param(file, module, name, id=f"{file}-{module}-{name}")
+                for module, name in names
+                if re.match(r"vllm(\.|$)", module)
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("file", "module", "name"), imports())
+def test_imported_name_exists(file: str, module: str, name: str | None) -> None:
+    """vLLM moved or renamed something that we import."""
+    where = f"vllm_elastic/{file} imports {name} from {module}"
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        pytest.fail(f"{where}, but {VERSION} cannot import {module}: {error}")
+    if name is not None and not hasattr(found, name):
+        try:
+            importlib.import_module(f"{module}.{name}")
+        except ImportError:
+            pytest.fail(f"{where}, but {VERSION} has no {name} there")
+
+
+def test_files_that_import_vllm() -> None:
+    """vLLM's names would spread over the project, and upgrades would touch everything."""
+    found = {param.values[0] for param in imports()}
+    assert found - FILES_THAT_IMPORT_VLLM == set(), "new files import vLLM"
+    assert FILES_THAT_IMPORT_VLLM - found == set(), "no longer import vLLM: shorten the list"
+
+
+@pytest.mark.parametrize(("ours", "base"), OVERRIDDEN)
+def test_overridden_method_has_vllms_parameters(ours: str, base: str) -> None:
+    """vLLM would call our method with arguments that it does not take, or not call it at all."""
+    method = ours.split(".")[-1]
+    theirs = resolve(f"{base}.{method}")
+    mine = own(ours)
+    assert mine is not theirs, f"vllm_elastic.{ours} overrides nothing"
+    assert parameters(mine) == parameters(theirs), (
+        f"vllm_elastic.{ours}{inspect.signature(mine)} overrides {base}.{method}"
+        f"{inspect.signature(theirs)} of {VERSION}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "positional", "keywords"), CALLED, ids=[path for path, _, _ in CALLED]
+)
+def test_called_name_takes_our_arguments(
+    path: str, positional: list[str], keywords: list[str]
+) -> None:
+    """vLLM reordered, renamed or added an argument of something that we call."""
+    signature = inspect.signature(original(resolve(path)))
+    names = list(signature.parameters)
+    assert names[: len(positional)] == positional, f"{VERSION}: {path}{signature}"
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        pytest.fail(f"{VERSION}: {path}{signature}: {error}")
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_attributes_exist(path: str) -> None:
+    """vLLM renamed an attribute that we read; one that we *set* would go unnoticed."""
+    missing = set(ATTRIBUTES[path]) - attributes_of(resolve(path))
+    assert not missing, f"{VERSION}: {path} has no {sorted(missing)}"
+
+
+def test_refused_sampling_parameters_exist() -> None:
+    """A parameter that vLLM renamed would be ignored instead of refused."""
+    known = attributes_of(resolve("vllm.sampling_params:SamplingParams"))
+    missing = set(own("admission:_RESTRICTED")) - known
+    assert not missing, f"{VERSION}: SamplingParams has no {sorted(missing)}"
+
+
+@pytest.mark.parametrize("ours", SUBCLASSES)
+def test_inherited_attributes_exist(ours: str) -> None:
+    """A subclass of ours reads an attribute that vLLM's class no longer has."""
+    cls = own(ours)
+    used = {name for name, ctx in self_names(cls) if isinstance(ctx, ast.Load)}
+    mine = set(vars(cls)) | names_set_by(cls)
+    for base in SUBCLASSES[ours]:
+        missing = used - mine - attributes_of(resolve(base))
+        assert not missing, f"vllm_elastic.{ours} uses {sorted(missing)}, not in {base}, {VERSION}"
+
+
+def test_our_names_do_not_hide_vllms() -> None:
+    """A new private attribute of vLLM's scheduler could have the name of one of ours."""
+    cls, base = own("scheduling.scheduler:ElasticScheduler"), resolve(SCHEDULER)
+    overridden = {ours.split(".")[-1] for ours, _ in OVERRIDDEN}
+    mine = {name for name in vars(cls) if not name.startswith(("__", "_abc_"))}
+    mine |= names_set_by(cls)
+    # Counted up in place, as vLLM's own schedule() does.
+    shared = {"current_step"}
+    hidden = (mine - overridden - shared) & attributes_of(base)
+    assert not hidden, f"{VERSION}: Scheduler has {sorted(hidden)} too"
+
+
+def runner_names() -> dict[str, list[str]]:
+    """What the workers' sources ask of ``model_runner``: name -> files."""
+    names: dict[str, list[str]] = {}
+    for module in ("cpu_worker", "gpu_worker", "worker_base"):
+        source = inspect.getsource(importlib.import_module(f"vllm.v1.worker.{module}"))
+        for node in ast.walk(ast.parse(source)):
+            name = None
+            if isinstance(node, ast.Attribute) and _is_runner(node.value):
+                name = node.attr
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("getattr", "hasattr")
+                and _is_runner(node.args[0])
+                and isinstance(node.args[1], ast.Constant)
+            ):
+                name = str(node.args[1].value)
+            if name is not None:
+                names.setdefault(name, []).append(module)
+    return names
+
+
+def _is_runner(node: ast.expr) -> bool:
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return name == "model_runner"
+
+
+@pytest.mark.parametrize("name", sorted(runner_names()))
+def test_runner_offers_what_the_workers_ask(name: str) -> None:
+    """vLLM's worker asks our runner for something that it does not have."""
+    runner = own("execution.runner:ElasticRunner")
+    offered = set(dir(runner)) | names_set_by(runner)
+    assert (name in offered) != (name in NOT_ASKED_OF_OUR_RUNNER), (
+        f"{VERSION}: {', '.join(runner_names()[name])} asks model_runner.{name}: offer it in "
+        "ElasticRunner, or say in NOT_ASKED_OF_OUR_RUNNER why nobody gets there (not both)"
+    )
+
+
+def test_what_is_not_asked_is_still_in_vllm() -> None:
+    """The list of exceptions would outlive what it excuses."""
+    assert set(NOT_ASKED_OF_OUR_RUNNER) <= set(runner_names())
+
+
+@pytest.mark.parametrize("path", WRAPPED)
+def test_wrapped_method_takes_what_the_wrapper_reads(path: str) -> None:
+    """Our wrapper would take one argument of vLLM's method for another."""
+    signature = inspect.signature(original(resolve(path)))
+    names = list(signature.parameters)
+    assert names[: len(WRAPPED[path])] == WRAPPED[path], f"{VERSION}: {path}{signature}"
+
+
+def test_class_methods_that_we_wrap() -> None:
+    """cli.py unwraps a class method and puts a static method back: both have to be that."""
+    engine_args = resolve("vllm.engine.arg_utils:EngineArgs")
+    for name, kind in (("add_cli_args", staticmethod), ("from_cli_args", classmethod)):
+        assert isinstance(inspect.getattr_static(engine_args, name), kind), f"{VERSION}: {name}"
