@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -24,6 +25,7 @@ def check_requests_at_admission() -> None:
         return
     process_inputs = InputProcessor.process_inputs
 
+    @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
         if is_served_by_us(self.vllm_config) and request.sampling_params is not None:
@@ -37,7 +39,7 @@ def check_requests_at_admission() -> None:
         return request
 
     setattr(checked, _WRAPPED, True)
-    InputProcessor.process_inputs = checked  # type: ignore[method-assign]
+    InputProcessor.process_inputs = checked
 
 
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
@@ -91,10 +93,12 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
     for name, (allowed, remedy) in _RESTRICTED.items():
         value = getattr(params, name)
         if value not in allowed:
+            # vLLM appends parameter and value to the message.
+            scalar = isinstance(value, str | int | float)
             raise VLLMValidationError(
-                f"{name}={value!r} is not supported for LLaDA: {remedy}",
+                f"{name} is not supported for LLaDA: {remedy}",
                 parameter=name,
-                value=value,
+                value=value if scalar else None,
             )
 
 

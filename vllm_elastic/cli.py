@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from typing import Any
 
@@ -22,13 +23,17 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def add_elastic_flags() -> None:
-    """Wrap ``EngineArgs`` so that both flags end up in ``additional_config["elastic"]``, once."""
+    """Wrap ``EngineArgs`` so that the flags end up in ``additional_config["elastic"]``, once.
+
+    See patches/cli-flags.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     if hasattr(EngineArgs.add_cli_args, _WRAPPED):
         return
     add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
 
+    @functools.wraps(add_cli_args)
     def with_flags(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group("Elastic", "Decoding of LLaDA by vllm_elastic.")
@@ -47,6 +52,7 @@ def add_elastic_flags() -> None:
         )
         return parser
 
+    @functools.wraps(from_cli_args)
     def with_config(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = from_cli_args(cls, args)
         values = getattr(args, "elastic_config", None)
@@ -55,5 +61,5 @@ def add_elastic_flags() -> None:
         return engine_args
 
     setattr(with_flags, _WRAPPED, True)
-    EngineArgs.add_cli_args = staticmethod(with_flags)  # type: ignore[method-assign]
-    EngineArgs.from_cli_args = classmethod(with_config)  # type: ignore[assignment]
+    EngineArgs.add_cli_args = staticmethod(with_flags)
+    EngineArgs.from_cli_args = classmethod(with_config)

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.requested_canvas import keep_requested_canvas
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,7 +61,9 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         model.enforce_eager = True
         # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
         defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
+        cap = model.override_generation_config.get("max_new_tokens")
         model.override_generation_config = {**defaults, **model.override_generation_config}
+        keep_requested_canvas(model.override_generation_config["max_new_tokens"], cap)
         logger.info("Elastic-Cache: %s", elastic)
 
 

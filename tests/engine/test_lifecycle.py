@@ -106,8 +106,8 @@ def test_preempted_request_emits_no_token_twice(policy: str, driver: Driver) -> 
     driver.run()
     for name, (_, max_tokens) in zip(names, sizes, strict=True):
         tokens = driver.tokens[name]
-        assert len(tokens) == max_tokens if EOS not in tokens else tokens.index(EOS) + 1 == len(
-            tokens
+        assert (
+            len(tokens) == max_tokens if EOS not in tokens else tokens.index(EOS) + 1 == len(tokens)
         )
     assert_nothing_left(driver)
 

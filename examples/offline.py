@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA through vLLM's `LLM` API; vllm_elastic is found by itself.
+
+python examples/offline.py [--model DIR]
+"""
+
+import argparse
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+TINY_LLADA = Path(__file__).parent / "tiny_llada" / "checkpoint"
+
+
+def main() -> None:
+    """Two chats and a completion."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default=str(TINY_LLADA))
+    args = parser.parse_args()
+
+    llm = LLM(
+        model=args.model,
+        # Defaults for all requests; without `additional_config` Elastic-Cache's own.
+        additional_config={"elastic": {"policy": "elastic", "window": 16, "gamma": 0.9}},
+        dtype="float32",
+        kv_cache_memory_bytes=256 << 20,  # else vLLM takes most of the free memory
+    )
+
+    # `max_tokens` is the canvas: so many masked positions are decoded, in any order, and the
+    # answer ends at the first end token. Name it: vLLM's SamplingParams says 16 otherwise.
+    greedy = SamplingParams(temperature=0.0, max_tokens=256)
+    # One request may differ: here the cache is refreshed at every step.
+    refreshed = SamplingParams(temperature=0.0, max_tokens=256, extra_args={"elastic_gamma": 1.1})
+
+    questions = ["Sort : 62 7 91 18 40 33 5 77 29 84 50 11", "Walk from 3 4 : ant N owl E elm S"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    for question, output in zip(questions, llm.chat(chats, [greedy, refreshed]), strict=True):
+        print(f"\n{question}\n-> {output.outputs[0].text}")
+
+    # The same without the chat template.
+    (output,) = llm.generate("Sort : 3 1 2", greedy)
+    print(f"\n{output.prompt}\n-> {output.outputs[0].text}")
+
+
+if __name__ == "__main__":  # vLLM starts its engine in a process that imports this file again
+    main()

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused, switched off and left alone when an engine starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import MASK, Served, poison
+from .test_oracle import ask_oracle
+
+pytestmark = pytest.mark.engine
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint"
+
+
+def make_config(**options: Any) -> Any:
+    """vLLM's configuration of the tiny model: all that happens before an engine is built."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(MODEL), dtype="float32", **options).create_engine_config()
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What engine_config logs; vLLM's loggers do not propagate to pytest's."""
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.vllm_elastic.engine_config")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("--pipeline-parallel-size", {"pipeline_parallel_size": 2}),
+        (
+            "--decode-context-parallel-size",
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        ),
+        (
+            "--speculative-config",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        ),
+        ("--enable-lora", {"enable_lora": True}),
+        ("--kv-cache-dtype", {"kv_cache_dtype": "fp8"}),
+        (
+            "--kv-transfer-config",
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        ),
+    ],
+)
+def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{flag}: .*LLaDA"):
+        make_config(**options)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gama": 0.9}, "unknown parameter 'gama'. Did you mean 'gamma'"),
+        ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
+        ([], "elastic config must be a JSON object"),
+    ],
+)
+def test_bad_elastic_config(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(additional_config={"elastic": values})
+
+
+def test_switched_off_with_a_reason(messages: list[str]) -> None:
+    config = make_config(
+        enable_prefix_caching=True, enable_chunked_prefill=True, async_scheduling=True
+    )
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.scheduler_config.enable_chunked_prefill is False
+    assert config.scheduler_config.async_scheduling is False
+    for feature in ("prefix caching", "chunked prefill", "async scheduling"):
+        (line,) = [m for m in messages if m.startswith(f"{feature} is off: ")]
+        assert len(line) > len(feature) + 20, "a reason is given"
+
+
+def test_defaults_without_any_option(messages: list[str]) -> None:
+    config = make_config()
+    assert "ElasticScheduler" in str(config.scheduler_config.scheduler_cls)
+    assert not config.model_config.trust_remote_code
+    assert config.scheduler_config.async_scheduling is False
+    assert any("policy='elastic'" in m for m in messages)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_elastic.plugin import register
+
+    def state() -> list[Any]:
+        flags = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+        return [*flags, InputProcessor.process_inputs, ModelRegistry.models["LLaDAModelLM"]]
+
+    register()
+    before = state()
+    register()
+    assert all(a is b for a, b in zip(state(), before, strict=True))
+
+
+def test_llm_defaults(serve: Callable[[str], Served]) -> None:
+    """`LLM.generate` without SamplingParams: greedy, with the default canvas."""
+    engine: Any = serve("gqa-tied").engine
+    defaults = engine.llm.get_default_sampling_params()
+    assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
+
+
+@pytest.mark.parametrize("max_tokens", [200, 257])
+def test_llm_refuses_a_canvas_beyond_the_model(
+    serve: Callable[[str], Served], max_tokens: int
+) -> None:
+    engine: Any = serve("gqa-tied").engine
+    with pytest.raises(Exception, match=f"max_tokens={max_tokens} is the canvas.* is 256") as info:
+        engine.run([{"prompt_token_ids": [1] * 57, "max_tokens": max_tokens}])
+    from vllm.exceptions import VLLMValidationError
+
+    assert isinstance(info.value, VLLMValidationError)
+    (result,) = engine.run([{"prompt_token_ids": [1] * 57, "max_tokens": 3}])
+    assert result["passes"] >= 1
+
+
+def test_llm_refuses_a_canvas_beyond_the_cache(serve: Callable[[str], Served]) -> None:
+    engine: Any = serve("gqa-tied").engine
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    blocks, cache.num_gpu_blocks = cache.num_gpu_blocks, 4
+    try:
+        with pytest.raises(Exception, match=f"101 positions.* holds {3 * cache.block_size}"):
+            engine.run([{"prompt_token_ids": [1] * 60, "max_tokens": 41}])
+    finally:
+        cache.num_gpu_blocks = blocks
+
+
+def test_canvas_larger_than_the_row_budget(serve: Callable[[str], Served]) -> None:
+    """In row chunks inside each layer, with the oracle's tokens and passes."""
+    from vllm_elastic.bench.engine import BenchEngine
+
+    served = serve("gqa-tied")
+    engine = BenchEngine(
+        served.directory,
+        batch_size=4,
+        max_model_len=256,
+        row_budget=64,
+        kv_cache_memory_bytes=32 << 20,
+    )
+    assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 64
+    poison(engine)
+    generator = torch.Generator().manual_seed(8)
+    requests, expected = [], []
+    for size, config in (
+        (170, {"policy": "none"}),
+        (177, {"policy": "elastic", "gamma": 0.8}),
+        (191, {"policy": "elastic", "gamma": 1.1, "statistic": "paper", "window": 5}),
+        (129, {"policy": "dual-cache", "block_length": 8}),
+        (20, {"policy": "elastic", "gamma": 0.9}),
+    ):
+        prompt = torch.randint(0, MASK, (size,), generator=generator).tolist()
+        knobs = {f"elastic_{key}": value for key, value in config.items()}
+        requests.append({"prompt_token_ids": prompt, "max_tokens": 24, **knobs})
+        expected.append(ask_oracle(served, prompt, 24, config))
+    for result, wanted in zip(engine.run(requests), expected, strict=True):
+        assert result["token_ids"] == wanted.token_ids
+        assert result["steps"] == wanted.steps
+        assert result["row_layers"] == wanted.row_layers
+
+
+# A model that is no dLLM.
+
+LLAMA = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def answers(directory):
+    llm = LLM(model=directory, dtype="float32", max_model_len=128, skip_tokenizer_init=True,
+              enforce_eager=True, kv_cache_memory_bytes=16 << 20, disable_log_stats=True)
+    params = [SamplingParams(temperature=0.0, max_tokens=20, detokenize=False),
+              SamplingParams(temperature=0.9, seed=5, max_tokens=20, detokenize=False)]
+    prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (4, 40)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    core = llm.llm_engine.engine_core.engine_core
+    kind = type(core.scheduler)
+    from vllm.engine.arg_utils import EngineArgs
+    return {"tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "scheduler": f"{kind.__module__}.{kind.__qualname__}",
+            "prefix_caching": llm.llm_engine.vllm_config.cache_config.enable_prefix_caching,
+            "plugin": hasattr(EngineArgs.add_cli_args, "_vllm_elastic_wrapped")}
+"""
+
+
+def test_other_models_are_untouched(tmp_path: Path) -> None:
+    """A Llama: in this process with the plugin, in another one without; same answers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=160,
+        hidden_size=128,  # heads of 32: the least that CPU attention has
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    directory = str(tmp_path / "llama")
+    script = tmp_path / "llama.py"
+    script.write_text(
+        LLAMA + "\nif __name__ == '__main__':\n"
+        "    json.dump(answers(sys.argv[1]), open(sys.argv[2], 'w'))\n"
+    )
+    out = tmp_path / "stock.json"
+    stock = subprocess.Popen(
+        [sys.executable, str(script), directory, str(out)],
+        env=os.environ | {"VLLM_PLUGINS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        namespace: dict[str, Any] = {}
+        exec(LLAMA, namespace)
+        with_plugin = namespace["answers"](directory)
+        log, _ = stock.communicate(timeout=240)
+    finally:
+        stock.kill()
+    assert stock.returncode == 0, log
+    without_plugin = json.loads(out.read_text())
+    assert (with_plugin.pop("plugin"), without_plugin.pop("plugin")) == (True, False)
+    assert with_plugin == without_plugin
+    assert with_plugin["scheduler"].startswith("vllm.v1.core.sched.")
+    assert len(set(with_plugin["tokens"][0])) > 3, "an answer that could tell a difference"

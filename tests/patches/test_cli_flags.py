@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--plugin and --elastic-config on vLLM's command line: patches/cli-flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint")
+ARGUMENTS = ["--model", MODEL, "--plugin", "elastic", "--elastic-config", '{"gamma": 0.5}']
+
+
+def parse(add_cli_args: Any, arguments: list[str]) -> Any:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return add_cli_args(FlexibleArgumentParser()).parse_args(arguments)
+
+
+@pytest.fixture
+def engine_args() -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_elastic.plugin import register
+
+    register()
+    return EngineArgs
+
+
+def test_flags_end_in_additional_config(engine_args: Any) -> None:
+    args = parse(engine_args.add_cli_args, [*ARGUMENTS, "--additional-config", '{"other": 1}'])
+    config = engine_args.from_cli_args(args).additional_config
+    assert config == {"other": 1, "elastic": {"gamma": 0.5}}
+
+
+def test_without_flags_nothing_is_added(engine_args: Any) -> None:
+    args = parse(engine_args.add_cli_args, ["--model", MODEL])
+    assert engine_args.from_cli_args(args).additional_config == {}
+
+
+def test_unknown_plugin_is_refused(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(engine_args.add_cli_args, ["--plugin", "static"])
+    assert "'elastic'" in capsys.readouterr().err
+
+
+def test_patch_is_still_needed(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stock = engine_args.add_cli_args.__wrapped__
+    try:
+        parse(stock, ARGUMENTS)
+    except SystemExit:
+        assert "unrecognized arguments" in capsys.readouterr().err
+        return
+    pytest.fail(
+        "patch cli-flags can go: stock vLLM takes the flags. Remove patches/cli-flags, its row in "
+        "patches/README.md, vllm_elastic/cli.py and this test."
+    )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers over HTTP: streamed, unstreamed, and from the `LLM` API, token for token."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, ROOT, Client, questions, user
+
+CANVAS = 40
+KNOBS: list[dict[str, Any]] = [
+    {},
+    {"elastic_policy": "none"},
+    {"elastic_policy": "dual-cache", "elastic_block_length": 8},
+    {"elastic_gamma": 1.1, "elastic_window": 5},
+    {"elastic_statistic": "paper", "elastic_tokens_per_step": 2},
+]
+
+
+def joined(events: list[dict[str, Any]]) -> tuple[str, list[int], str]:
+    """Text, token ids and finish reason of a streamed answer."""
+    choices = [event["choices"][0] for event in events if event["choices"]]
+    text = "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+    token_ids = [token for c in choices for token in c.get("token_ids") or []]
+    (reason,) = [c["finish_reason"] for c in choices if c["finish_reason"]]
+    return text, token_ids, reason
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=json.dumps)
+def test_streamed_chat_equals_unstreamed(client: Client, knobs: dict[str, Any]) -> None:
+    for question in questions(2):
+        body = {"messages": user(question), "max_tokens": CANVAS, "return_token_ids": True}
+        body |= {"vllm_xargs": knobs} if knobs else {}
+        events = client.stream("chat/completions", **body)
+        status, whole = client.post("chat/completions", **body)
+        (choice,) = whole["choices"]
+        assert status == 200
+        expected = (choice["message"]["content"], choice["token_ids"], choice["finish_reason"])
+        assert joined(events) == expected
+
+
+@pytest.mark.parametrize("window", [1, 12])
+def test_streamed_completion_equals_unstreamed(client: Client, window: int) -> None:
+    for question in questions(3):
+        body = {"prompt": question, "max_tokens": 24, "return_token_ids": True}
+        # An answer that fills the canvas; with a window of 1 token by token from the left.
+        body |= {"ignore_eos": True, "vllm_xargs": {"elastic_window": window}}
+        events = client.stream("completions", **body)
+        status, whole = client.post("completions", **body)
+        (choice,) = whole["choices"]
+        assert status == 200
+        assert joined(events) == (choice["text"], choice["token_ids"], "length")
+        assert len(choice["token_ids"]) == 24
+        assert len(events) > (12 if window == 1 else 0), "not streamed"
+
+
+def test_server_and_llm_give_the_same_tokens(client: Client) -> None:
+    """All requests at once over HTTP, so that they share batches; one batch in `LLM`."""
+    from vllm import LLM, SamplingParams
+
+    cases = [(question, KNOBS[i % len(KNOBS)]) for i, question in enumerate(questions(10))]
+
+    def ask(case: tuple[str, dict[str, Any]]) -> list[int]:
+        question, knobs = case
+        options = {"vllm_xargs": knobs} if knobs else {}
+        status, answer = client.chat(question, max_tokens=CANVAS, return_token_ids=True, **options)
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        over_http = list(pool.map(ask, cases))
+    llm = LLM(
+        model=str(MODEL),
+        dtype="float32",
+        max_model_len=MODEL_LENGTH,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        additional_config={"elastic": {"gamma": 0.8, "window": 12}},
+    )
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=CANVAS, extra_args=knobs or None)
+        for _, knobs in cases
+    ]
+    outputs = llm.chat([user(question) for question, _ in cases], params, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == over_http
+
+
+def test_canvas_longer_than_the_default(client: Client) -> None:
+    """The default of 256 is no cap."""
+    _, answer = client.chat("Sort : 2 1", max_tokens=300, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 300
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": user("Sort : 2 1")}),
+        ("completions", {"prompt": "Sort : 2 1"}),
+        ("completions", {"prompt": "Sort : 2 1", "max_tokens": None}),
+    ],
+)
+def test_default_canvas_is_256(client: Client, path: str, body: dict[str, Any]) -> None:
+    status, answer = client.post(path, **body, ignore_eos=True)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 256)
+
+
+def test_example_stream(client: Client) -> None:
+    question = questions(4)[3]
+    command = [sys.executable, str(ROOT / "examples" / "stream.py"), f"{client.server.url}/v1"]
+    done = subprocess.run(
+        [*command, "--prompt", question], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    options = {"max_tokens": 256, "vllm_xargs": {"elastic_gamma": 0.9}}
+    _, answer = client.chat(question, **options)
+    assert done.stdout == (answer["choices"][0]["message"]["content"] or "") + "\n"
+
+
+def test_example_offline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["offline.py", "--model", str(MODEL)])
+    runpy.run_path(str(ROOT / "examples" / "offline.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("\n-> ") == 3
