@@ -9,9 +9,11 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_elastic.config import ConfigError, ElasticConfig
+from vllm_elastic.sampling_rules import RULES
 
 _WRAPPED = "_vllm_elastic_wrapped"
 
@@ -29,11 +31,7 @@ def check_requests_at_admission() -> None:
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
         if is_served_by_us(self.vllm_config) and request.sampling_params is not None:
-            if request.prompt_token_ids is None:
-                raise VLLMValidationError(
-                    "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
-                    parameter="prompt_embeds",
-                )
+            check_prompt(request, self.vllm_config)
             check_sampling_params(request.sampling_params, self.vllm_config)
             check_canvas(len(request.prompt_token_ids), request.sampling_params, self.vllm_config)
         return request
@@ -45,6 +43,31 @@ def check_requests_at_admission() -> None:
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
     """Whether this engine runs our scheduler."""
     return "vllm_elastic" in str(vllm_config.scheduler_config.scheduler_cls)
+
+
+def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuse a prompt that is no sequence of known tokens from start to end.
+
+    Raises:
+        VLLMValidationError: says what the prompt has that it may not have.
+    """
+    if request.prompt_token_ids is None:
+        raise VLLMValidationError(
+            "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
+            parameter="prompt_embeds",
+        )
+    mask_token_id = vllm_config.model_config.hf_config.mask_token_id
+    if mask_token_id in request.prompt_token_ids:
+        raise VLLMValidationError(
+            f"prompt: contains the mask token (id {mask_token_id}), which would never be filled "
+            "in; take it out (max_tokens says how many masks follow the prompt).",
+            parameter="prompt",
+        )
+    if request.resumable:
+        raise VLLMValidationError(
+            "streaming input is not supported for LLaDA: a canvas is decoded as a whole; send "
+            "the prompt in one piece."
+        )
 
 
 def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmConfig) -> None:
@@ -90,35 +113,26 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
         elastic.for_request(params.extra_args)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-    for name, (allowed, remedy) in _RESTRICTED.items():
-        value = getattr(params, name)
-        if value not in allowed:
+    for name, rule in RULES.items():
+        value = getattr(params, name, None)
+        if rule.status == "refused" and not _is_one_of(value, rule.neutral):
             # vLLM appends parameter and value to the message.
             scalar = isinstance(value, str | int | float)
             raise VLLMValidationError(
-                f"{name} is not supported for LLaDA: {remedy}",
+                f"{name} is not supported for LLaDA: {rule.note}",
                 parameter=name,
                 value=value if scalar else None,
             )
+    for token_ids in params.bad_words_token_ids or ():
+        if len(token_ids) > 1:
+            raise VLLMValidationError(
+                f"bad_words: a word of {len(token_ids)} tokens is not supported for LLaDA, whose "
+                "tokens are not committed in order; ban words of one token, or use stop.",
+                parameter="bad_words",
+            )
 
 
-_GREEDY = "decoding is greedy (temperature 0)"
-_RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "temperature": ((0.0,), f"{_GREEDY}; send temperature=0."),
-    "presence_penalty": ((0.0,), "penalties are not implemented; leave it at 0."),
-    "frequency_penalty": ((0.0,), "penalties are not implemented; leave it at 0."),
-    "repetition_penalty": ((1.0,), "penalties are not implemented; leave it at 1."),
-    "min_tokens": ((0,), "an answer's end is predicted like any token; leave it at 0."),
-    "logit_bias": ((None, {}), "leave it out."),
-    "allowed_token_ids": ((None, []), "leave it out."),
-    "bad_words": ((None, []), "leave it out."),
-    "logprobs": ((None,), "log probabilities are not implemented yet; leave it out."),
-    "prompt_logprobs": ((None,), "a bidirectional model defines none; leave it out."),
-    "structured_outputs": (
-        (None,),
-        "a grammar needs left-to-right decoding; leave out response_format and guided options.",
-    ),
-    "repetition_detection": ((None,), "leave it out."),
-    "thinking_token_budget": ((None,), "leave it out."),
-}
-"""Parameters that are refused, with the values that mean 'not asked for'."""
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # Not `in`: comparing with a numpy array gives an array.
+    number = isinstance(value, int | float)
+    return any(value is wanted or (number and value == wanted) for wanted in neutral)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.requested_canvas import keep_requested_canvas
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.vllm_elastic.engine_config")
+
+_CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -69,10 +73,25 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
+    head_dim = vllm_config.model_config.get_head_size()
     problems = {
+        "--tensor-parallel-size": (
+            parallel.tensor_parallel_size > 1,
+            "tensor parallelism is not built yet; leave it at 1",
+        ),
+        "--logits-processors": (
+            bool(vllm_config.model_config.logits_processors),
+            "logits processors see one token at a time; use logit_bias, allowed_token_ids or "
+            "bad_words",
+        ),
+        "--model": (
+            current_platform.is_cpu() and head_dim not in _CPU_HEAD_SIZES,
+            f"vLLM's CPU attention has no kernel for head size {head_dim}, only for "
+            f"{', '.join(map(str, _CPU_HEAD_SIZES))}",
+        ),
         "--pipeline-parallel-size": (
             parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism is not supported; use --tensor-parallel-size",
+            "pipeline parallelism is not supported; leave it at 1",
         ),
         "--decode-context-parallel-size": (
             parallel.decode_context_parallel_size > 1,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.admission import _RESTRICTED
 from vllm_elastic.bench.server import ServerProcess
+from vllm_elastic.sampling_rules import RULES
 
 from .conftest import MODEL, MODEL_LENGTH, Client, user
 
@@ -18,15 +18,9 @@ MESSAGES = user("Sort : 2 1")
 
 # What a client sends to ask for each parameter that is refused.
 ASKED: dict[str, dict[str, Any]] = {
-    "temperature": {"temperature": 0.5},
     "presence_penalty": {"presence_penalty": 0.1},
     "frequency_penalty": {"frequency_penalty": 0.1},
     "repetition_penalty": {"repetition_penalty": 1.1},
-    "min_tokens": {"min_tokens": 1},
-    "logit_bias": {"logit_bias": {"3": 1.0}},
-    "allowed_token_ids": {"allowed_token_ids": [3]},
-    "bad_words": {"bad_words": ["ant"]},
-    "logprobs": {"logprobs": True, "top_logprobs": 2},
     "prompt_logprobs": {"prompt_logprobs": 1},
     "structured_outputs": {"response_format": {"type": "json_object"}},
     "repetition_detection": {"repetition_detection": {"max_pattern_size": 4, "min_count": 3}},
@@ -40,11 +34,21 @@ def refusal(answer: tuple[int, dict[str, Any]]) -> str:
     return str(body["error"]["message"])
 
 
-@pytest.mark.parametrize("name", _RESTRICTED)
+@pytest.mark.parametrize("name", ASKED)
 def test_restricted_parameter(alive: Client, name: str) -> None:
+    assert RULES[name].status == "refused"
     message = refusal(alive.chat("Sort : 2 1", max_tokens=4, **ASKED[name]))
     assert name in message
     assert len(message) < 250, "an object was dumped into the message"
+
+
+def test_bad_word_of_several_tokens(alive: Client) -> None:
+    message = refusal(alive.chat("Sort : 2 1", max_tokens=4, bad_words=["ant bee"]))
+    assert "bad_words" in message
+
+
+def test_mask_in_the_prompt(alive: Client) -> None:
+    assert "mask token" in refusal(alive.chat("Sort : <|mdm_mask|> 1", max_tokens=4))
 
 
 def test_n_is_one(alive: Client) -> None:

@@ -47,6 +47,11 @@ class Canvas:
         """No position is left to decode."""
         return not self.masked[: self.end].any()
 
+    @property
+    def shown(self) -> int:
+        """Position behind the finished prefix that ``take_finished`` has returned so far."""
+        return self.prompt_length + self._num_emitted
+
     def first_masked(self, count: int, start: int = 0, stop: int | None = None) -> Positions:
         """The first ``count`` positions in [start, stop) still to be decoded, holes skipped."""
         stop = self.end if stop is None else min(stop, self.end)
@@ -67,7 +72,7 @@ class Canvas:
 
         Ends with the end token (once) where one is reached.
         """
-        start = self.prompt_length + self._num_emitted
+        start = self.shown
         holes = np.flatnonzero(self.masked[start : self.end])
         stop = start + int(holes[0]) if holes.size else max(start, self.end)
         self._num_emitted += stop - start

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.sampling import Sampling
 
 NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
 
@@ -25,6 +26,24 @@ class Segment:
 
 
 @dataclass(slots=True)
+class Logprobs:
+    """Log probabilities of W tokens, each with its most probable alternatives.
+
+    Attributes:
+        token_ids: int32 [W, 1 + k], the token itself first, then the k most probable ones.
+        logprobs: float32 [W, 1 + k]; ranks: int32 [W], 1 = most probable.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+
+    def take(self, indices: npt.NDArray[np.intp]) -> Logprobs:
+        """The same of a selection of the tokens."""
+        return Logprobs(self.token_ids[indices], self.logprobs[indices], self.ranks[indices])
+
+
+@dataclass(slots=True)
 class PassPlan:
     """One request's part in a forward pass.
 
@@ -35,6 +54,7 @@ class PassPlan:
         window: positions whose candidates are wanted; their attention is the attention mass.
         tested: rows whose attention is compared before and after the pass (drift test).
         trackable: bool [T], positions that may be tracked, or None: no statistics wanted.
+        sampling: what the request wants of its candidates; None: the most probable token.
         fresh: the first pass over these KV blocks; what they hold is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
@@ -49,6 +69,7 @@ class PassPlan:
     trackable: npt.NDArray[np.bool_] | None = None
     track_num: int = 1
     statistic: str = "released"
+    sampling: Sampling | None = None
     fresh: bool = False
     block_ids: list[int] = field(default_factory=list)
 
@@ -75,12 +96,14 @@ class PassResult:
         most_attended: int32 [layers, track_num], layers from the pass's start layer on, -1 where
             fewer positions may be tracked; None: not asked for.
         similarities: float32 [L], 1 = no drift; None: no test asked for.
+        logprobs: of the window's candidates; None: not asked for.
     """
 
     token_ids: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float64]
     most_attended: npt.NDArray[np.int32] | None = None
     similarities: npt.NDArray[np.float32] | None = None
+    logprobs: Logprobs | None = None
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

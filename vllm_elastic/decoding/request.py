@@ -13,12 +13,14 @@ from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.commit import choose_commits
 from vllm_elastic.decoding.plan import (
     NO_POSITIONS,
+    Logprobs,
     PassPlan,
     PassResult,
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.validity import BlockValidity
 
 
@@ -50,6 +52,7 @@ class DenoisingRequest:
         end_token_ids: frozenset[int],
         num_layers: int,
         block_size: int,
+        sampling: Sampling | None = None,
     ) -> None:
         self.request_id = request_id
         self.config = config
@@ -60,6 +63,8 @@ class DenoisingRequest:
         self.record = DecodingRecord(keep_steps=config.record)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
+        self.sampling = sampling
+        self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._verified: PassResult | None = None  # the window pass that the replay repeats
         self._fresh = True  # no pass has written the KV blocks yet
@@ -105,8 +110,16 @@ class DenoisingRequest:
         )
         self.just_committed = plan.window[chosen]
         self.canvas.commit(self.just_committed, result.token_ids[chosen])
+        if result.logprobs is not None:
+            for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
+                self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
+
+    def take_logprobs(self, count: int) -> list[Logprobs]:
+        """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order."""
+        stop = self.canvas.shown
+        return [self._logprobs.pop(position) for position in range(stop - count, stop)]
 
     def _make_plan(self) -> PassPlan:
         replay = self._verified is not None
@@ -136,6 +149,7 @@ class DenoisingRequest:
             trackable=~self.canvas.masked if measures else None,
             track_num=self.config.track_num,
             statistic=self.config.statistic,
+            sampling=self.sampling,
             fresh=self._fresh,
         )
 

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
-from vllm_elastic.execution.candidates import candidates
+from vllm_elastic.execution.candidates import constrain, logprobs_of, most_probable, sampled
 from vllm_elastic.execution.row_batch import RowBatch, RowLayout
 from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs
 from vllm_elastic.ops.key_layout import KeyLayout
@@ -75,7 +75,7 @@ class ElasticRunner:
         seats = self.vllm_config.scheduler_config.max_num_seqs
         window_rows = min(self.max_chunk_rows, seats * self.elastic_config.window)
         logits = self.model.run_without_cache(self.max_chunk_rows, window_rows)
-        candidates(logits, self.mask_token_id)
+        most_probable(logits)
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -176,18 +176,57 @@ class ElasticRunner:
         self._clear_padding(plans)
         statistics.prepare(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
-        token_ids, probabilities = candidates(self.model.compute_logits(hidden), self.mask_token_id)
+        logits = self._candidate_logits(hidden)
+        raw: dict[
+            int, tuple[torch.Tensor, int]
+        ] = {}  # log probabilities are of what the model says
+        for index, rows in enumerate(_window_slices(plans)):
+            sampling = plans[index].sampling
+            if sampling is not None and sampling.num_logprobs is not None:
+                raw[index] = logits[rows].clone(), sampling.num_logprobs
+        self._constrain(plans, logits)
+        token_ids, probabilities = most_probable(logits)
+        self._sample(plans, logits, token_ids, probabilities)
         tokens_np = token_ids.to(torch.int32).cpu().numpy()
         probabilities_np = probabilities.cpu().numpy()
-        results, start = [], 0
-        for index, plan in enumerate(plans):
-            rows = slice(start, start + len(plan.window))
-            start = rows.stop
+        results = []
+        for index, rows in enumerate(_window_slices(plans)):
             tracked, similarities = statistics.measure(index) or (None, None)
+            logprobs = None
+            if index in raw:
+                raw_logits, count = raw[index]
+                logprobs = logprobs_of(raw_logits, token_ids[rows], count)
             results.append(
-                PassResult(tokens_np[rows], probabilities_np[rows], tracked, similarities)
+                PassResult(tokens_np[rows], probabilities_np[rows], tracked, similarities, logprobs)
             )
         return results
+
+    def _candidate_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [W, V] without the mask: to commit it would leave its position undecided."""
+        logits = self.model.compute_logits(hidden)
+        logits[:, self.mask_token_id] = float("-inf")
+        return logits
+
+    def _constrain(self, plans: list[PassPlan], logits: torch.Tensor) -> None:
+        for plan, rows in zip(plans, _window_slices(plans), strict=True):
+            if plan.sampling is not None:
+                positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
+                constrain(logits[rows], plan.sampling, positions)
+
+    def _sample(
+        self,
+        plans: list[PassPlan],
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        probabilities: torch.Tensor,
+    ) -> None:
+        """Replace the most probable token where a request wants a random one."""
+        for plan, rows in zip(plans, _window_slices(plans), strict=True):
+            if plan.sampling is not None and plan.sampling.temperature > 0:
+                positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
+                token_ids[rows], probabilities[rows] = sampled(
+                    logits[rows], plan.sampling, plan.denoising_step, positions
+                )
 
     def _clear_padding(self, plans: list[PassPlan]) -> None:
         """Zero the block that a fresh canvas fills only in part.
@@ -253,6 +292,12 @@ class ElasticRunner:
 
     def shutdown(self) -> None:
         self.kv_caches.clear()
+
+
+def _window_slices(plans: list[PassPlan]) -> list[slice]:
+    """Each plan's rows among the window rows of all."""
+    ends = np.cumsum([len(plan.window) for plan in plans]).tolist()
+    return [slice(end - len(p.window), end) for p, end in zip(plans, ends, strict=True)]
 
 
 def _stack_views(views: list[torch.Tensor]) -> torch.Tensor:

@@ -6,18 +6,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
+from vllm_elastic.scheduling.sampling import sampling_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
 
@@ -83,16 +85,23 @@ class ElasticScheduler(Scheduler):
         """Commit what the passes predicted and emit every finished prefix."""
         results: list[PassResult] = getattr(model_runner_output, "pass_results", [])
         failed: list[str] = []
+        shown: dict[int, list[Logprobs]] = {}
         for index, result in enumerate(results):
             request_id = model_runner_output.req_ids[index]
             canvas = self._canvases.get(request_id)
             if canvas is None:
                 continue  # aborted while the pass ran
             try:
-                model_runner_output.sampled_token_ids[index] = canvas.digest(result)
+                tokens = canvas.digest(result)
             except NotFiniteError as error:
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
+                continue
+            model_runner_output.sampled_token_ids[index] = tokens
+            if result.logprobs is not None:
+                shown[index] = canvas.take_logprobs(len(tokens))
+        if shown:
+            model_runner_output.logprobs = _logprobs_lists(shown, len(results))
         # vLLM ends these with FINISHED_ERROR and tells the client.
         self.grammar_compile_error_reqs.update(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -151,6 +160,7 @@ class ElasticScheduler(Scheduler):
             end_token_ids=frozenset(end_token_ids),
             num_layers=self._num_layers,
             block_size=self.block_size,
+            sampling=sampling_of(params, request.num_prompt_tokens, end_token_ids),
         )
 
     def _plan_step(self) -> list[PassPlan]:
@@ -178,3 +188,20 @@ class ElasticScheduler(Scheduler):
             canvas.record.seconds = time.monotonic() - admitted_at
             self.records[request.request_id] = canvas.record
         return super()._free_request(request, delay_free_blocks)
+
+
+def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:
+    """Log probabilities of the tokens shown in a step, in vLLM's form.
+
+    Requests ask for different numbers of alternatives; rows are padded to the widest.
+    """
+    counts = [len(shown.get(index, ())) for index in range(num_requests)]
+    rows = [row for index in sorted(shown) for row in shown[index]]
+    width = max((row.token_ids.shape[1] for row in rows), default=1)
+    token_ids = np.zeros((len(rows), width), dtype=np.int32)
+    logprobs = np.full((len(rows), width), -np.inf, dtype=np.float32)
+    for index, row in enumerate(rows):
+        token_ids[index, : row.token_ids.shape[1]] = row.token_ids[0]
+        logprobs[index, : row.logprobs.shape[1]] = row.logprobs[0]
+    ranks = np.array([row.ranks[0] for row in rows], dtype=np.int32)
+    return LogprobsLists(token_ids, logprobs, ranks, [0, *np.cumsum(counts).tolist()])

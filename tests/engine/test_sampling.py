@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling parameters through the engine: alone and in a mixed batch, with and without replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from .conftest import EOS, MASK, Served
+from .test_lifecycle import prompt_of
+
+pytestmark = pytest.mark.engine
+
+
+def generate(served: Served, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+    params = [
+        SamplingParams(detokenize=False, **{"stop_token_ids": [EOS], **options})
+        for _, options in requests
+    ]
+    outputs = served.engine.llm.generate(prompts, params, use_tqdm=False)  # type: ignore[attr-defined]
+    served.engine.scheduler.records.clear()  # type: ignore[attr-defined]
+    return outputs
+
+
+def tokens(output: Any) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+@pytest.fixture
+def served(serve: Callable[[str], Served]) -> Served:
+    return serve("gqa-tied")
+
+
+def test_sampled_answer_is_the_same_alone_and_in_a_batch(served: Served) -> None:
+    """Random numbers depend on seed, position and step, not on the batch or on replays."""
+    requests = [
+        (
+            prompt_of(5 + 7 * i, i),
+            {
+                "max_tokens": 9 + 5 * (i % 4),
+                "temperature": (0.0, 0.7, 1.3)[i % 3],
+                "seed": i,
+                "top_p": (1.0, 0.8)[i % 2],
+                "extra_args": {"elastic_gamma": (0.0, 0.9, 1.1)[i % 3]},
+            },
+        )
+        for i in range(16)
+    ]
+    together = [tokens(output) for output in generate(served, requests)]
+    backwards = [tokens(output) for output in generate(served, requests[::-1])][::-1]
+    alone = [tokens(generate(served, [request])[0]) for request in requests]
+    assert together == backwards == alone
+    reseeded = generate(served, [(p, {**o, "seed": o["seed"] + 1}) for p, o in requests])
+    changed = [a != tokens(b) for a, b in zip(together, reseeded, strict=True)]
+    assert [c for i, c in enumerate(changed) if i % 3 == 0] == [False] * 6, "greedy took a seed"
+    assert sum(changed) >= 8
+
+
+def test_without_seed_answers_differ(served: Served) -> None:
+    request = (prompt_of(8, 3), {"max_tokens": 24, "temperature": 1.5})
+    assert len({tuple(tokens(o)) for o in generate(served, [request] * 4)}) == 4
+
+
+def test_copies_differ(served: Served) -> None:
+    """n: every copy has a seed of its own."""
+    options = {"max_tokens": 16, "temperature": 1.5, "seed": 7, "n": 3}
+    (output,) = generate(served, [(prompt_of(8, 3), options)])
+    assert len({tuple(copy.token_ids) for copy in output.outputs}) == 3
+
+
+def test_constraints_hold(served: Served) -> None:
+    allowed = list(range(40, 60))
+    banned = {"logit_bias": {t: -1e4 for t in range(100)}}
+    requests = [
+        (prompt_of(6, 1), {"max_tokens": 30, "temperature": 0.0, "allowed_token_ids": allowed}),
+        (prompt_of(6, 2), {"max_tokens": 30, "temperature": 1.0, **banned}),
+        (
+            prompt_of(6, 3),
+            # an answer that would end at once, were it not for min_tokens
+            {"max_tokens": 20, "temperature": 0.0, "min_tokens": 7, "logit_bias": {EOS: 100.0}},
+        ),
+    ]
+    first, second, third = (tokens(output) for output in generate(served, requests))
+    assert set(first) <= set(allowed)
+    assert min(second) >= 100
+    assert third.index(EOS) == 7 and len(third) == 8
+
+
+@pytest.mark.parametrize("policy", ["none", "elastic"])
+def test_logprobs_are_those_of_the_commit(policy: str, served: Served) -> None:
+    """Against the oracle's forward on the canvas as it was when the token was committed."""
+    prompts = [prompt_of(12 + i, i) for i in range(4)]
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=10,
+            logprobs=i,
+            detokenize=False,
+            stop_token_ids=[EOS],
+            extra_args={"elastic_policy": policy, "elastic_gamma": 1.1},
+        )
+        for i in range(4)
+    ]
+    engine: Any = served.engine
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+    )
+    records = engine.scheduler.records
+    for count, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        answer = tokens(output)
+        (record,) = (r for k, r in records.items() if k.startswith(f"{output.request_id}-"))
+        canvas = np.array(prompt + [MASK] * 10)
+        for step in record.steps:
+            committed = step["committed"]
+            shown = [p for p in committed if p - len(prompt) < len(answer)]
+            if policy == "none":
+                hidden = served.oracle.forward(torch.from_numpy(canvas))
+                logits = served.oracle.head(hidden[shown]).float()
+                logits[:, MASK] = float("-inf")
+                wanted = logits[:, : served.oracle.config.vocab_size].log_softmax(-1)
+            for row, position in enumerate(shown):
+                token = answer[position - len(prompt)]
+                reported = output.outputs[0].logprobs[position - len(prompt)]
+                assert token in reported and len(reported) in (count, count + 1)
+                if policy == "none":
+                    for other, entry in reported.items():
+                        assert entry.logprob == pytest.approx(float(wanted[row, other]), abs=1e-4)
+                canvas[position] = token
+        assert len(output.outputs[0].logprobs) == len(answer)
+    records.clear()
+
+
+def test_refused_in_python_too(served: Served) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    for options in (
+        {"presence_penalty": 0.5},
+        {"prompt_logprobs": 1},
+        {"logprob_token_ids": [4]},
+        {"extra_args": {"elastic_gamma": 7}},
+        {"max_tokens": 300},
+    ):
+        name = next(iter(options))
+        named = "elastic_gamma" if name == "extra_args" else name
+        with pytest.raises(VLLMValidationError, match=named):
+            generate(served, [(prompt_of(4, 1), {"temperature": 0, "max_tokens": 4, **options})])
+    with pytest.raises(VLLMValidationError, match="mask token"):
+        generate(served, [([3, MASK], {"temperature": 0, "max_tokens": 4})])
