@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained LLaDA in float32 against the oracle: real answers, short prompts and long ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_elastic.reference import DecodingOptions, ElasticOptions, LLaDA, decode, elastic_cache
+
+from .conftest import poison
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_llada"
+sys.path.insert(0, str(TINY))
+
+pytestmark = pytest.mark.engine
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "none": {"policy": "none"},
+    "released": {"policy": "elastic", "gamma": 0.9},
+    "paper": {"policy": "elastic", "gamma": 0.9, "statistic": "paper"},
+    "one-a-step": {"policy": "elastic", "gamma": 0.7, "tokens_per_step": 1},
+}
+CANVAS = 128
+"""Shorter than the model card's 256 to keep the oracle's part below a minute."""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[tuple[Any, LLaDA]]:
+    from vllm_elastic.bench.engine import BenchEngine
+
+    checkpoint = TINY / "checkpoint"
+    engine = BenchEngine(
+        checkpoint, batch_size=16, max_model_len=1200, kv_cache_memory_bytes=400 << 20
+    )
+    poison(engine)
+    yield engine, LLaDA.from_pretrained(checkpoint)
+
+
+def suite() -> list[tuple[list[int], str]]:
+    """(prompt, configuration): eight short prompts, two of about 900 tokens."""
+    from heldout import suite as held_out
+    from tokenizer import build
+
+    tokenizer = build()
+    problems = held_out(11, 8, None) + held_out(11, 2, 900)
+    names = list(CONFIGS)
+    cases = []
+    for index, problem in enumerate(problems):
+        prompt = tokenizer.apply_chat_template(problem.messages(), add_generation_prompt=True)
+        prompt = prompt if isinstance(prompt, list) else prompt["input_ids"]
+        # each short prompt with two configurations, a long one with the cheap ones
+        chosen = (index, index + 1) if index < 8 else (1, 2)
+        cases += [(prompt, names[i % len(names)]) for i in chosen]
+    return cases
+
+
+def test_equals_oracle_at_batch_16_and_1(tiny: tuple[Any, LLaDA]) -> None:
+    engine, oracle = tiny
+    cases = suite()
+    requests = [
+        {
+            "prompt_token_ids": prompt,
+            "max_tokens": CANVAS,
+            **{f"elastic_{key}": value for key, value in CONFIGS[name].items()},
+        }
+        for prompt, name in cases
+    ]
+    together = engine.run(requests)
+    engine.scheduler.max_num_active_reqs = 1
+    alone = engine.run(requests)
+    lengths = []
+    for (prompt, name), batched, single in zip(cases, together, alone, strict=True):
+        options = {key: value for key, value in CONFIGS[name].items() if key != "policy"}
+        if name == "none":
+            expected = decode(oracle, prompt, CANVAS, DecodingOptions(**options))
+        else:
+            expected = elastic_cache(oracle, prompt, CANVAS, ElasticOptions(**options))
+        for result in (batched, single):
+            assert result["token_ids"] == expected.token_ids, (name, len(prompt))
+            assert result["steps"] == expected.steps, (name, len(prompt))
+            assert result["row_layers"] == expected.row_layers
+        lengths.append(len(expected.token_ids))
+    assert max(lengths) > 30, "the model answers nothing: this test shows little"
