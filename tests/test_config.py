@@ -39,6 +39,12 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
         [0, -1, MILLION + 1, 0.5],
     ),
     "block_length": (32, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
+    "steps": (None, [(None, None), (1, 1), (64.0, 64), (MILLION, MILLION)], [0, -1, 0.5]),
+    "remasking": (
+        "low_confidence",
+        [("random", "random"), ("low_confidence", "low_confidence")],
+        ["Random", "", None, 1],
+    ),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
     "record": (False, [(True, True), (False, False)], [0, 1, "true", None]),
     "record_similarities": (False, [(True, True), (False, False)], [0, 1, "true", None]),
@@ -50,6 +56,7 @@ NUMBERS = [
     "track_num",
     "tokens_per_step",
     "block_length",
+    "steps",
     "default_max_tokens",
 ]
 SERVER_ONLY = ["default_max_tokens", "record", "record_similarities"]

@@ -12,7 +12,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_elastic.config import ConfigError, ElasticConfig
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.sampling_rules import RULES
 
 _WRAPPED = "_vllm_elastic_wrapped"
@@ -110,8 +111,9 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
     """
     elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     try:
-        elastic.for_request(params.extra_args)
-    except ConfigError as error:
+        config = elastic.for_request(params.extra_args)
+        make_schedule(config, params.max_tokens or 1)
+    except ValueError as error:  # a ConfigError, or steps that the canvas does not allow
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     for name, rule in RULES.items():
         value = getattr(params, name, None)

@@ -87,7 +87,11 @@ class ElasticConfig:
             cosine across keys for each head.
         tokens_per_step: commit just this many positions a step, by rank; the threshold is
             ignored. null: commit by threshold.
-        block_length: text block of ``dual-cache``, in positions.
+        block_length: text block of ``dual-cache`` and of ``steps``, in positions.
+        steps: LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly
+            by its text blocks; window, threshold and tokens_per_step are not used. null: none.
+        remasking: which predictions such a step keeps: the most probable (``low_confidence``) or
+            ``random`` ones.
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
         record_similarities: keep every drift test's similarities in these entries.
@@ -101,6 +105,8 @@ class ElasticConfig:
     statistic: str = _knob("released", _choice("released", "paper"))
     tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     block_length: int = _knob(32, _integer(1, 1 << 20))
+    steps: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
+    remasking: str = _knob("low_confidence", _choice("low_confidence", "random"))
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
     record_similarities: bool = _knob(False, _flag, per_request=False)

@@ -14,9 +14,11 @@ from vllm_elastic.reference import (
     DecodingOptions,
     DualCacheOptions,
     ElasticOptions,
+    LowConfidenceOptions,
     decode,
     dual_cache,
     elastic_cache,
+    low_confidence,
 )
 
 from .conftest import MASK, RANDOM_MODELS, Served
@@ -115,3 +117,30 @@ def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) ->
         scheduler.max_num_active_reqs = limit
     for (index, name), result in zip(cases, results, strict=True):
         compare(served, index, name, result)
+
+
+@pytest.mark.parametrize("model", RANDOM_MODELS)
+def test_lladas_own_schedule_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
+    """Fixed steps over text blocks, up to the first end token, where vLLM stops."""
+    served = serve(model)
+    shapes = [(24, 12, 8), (24, 24, 24), (16, 6, 8), (30, 3, 30)]
+    prompts = [problems()[index][0] for index in range(8)]
+    cases = [(prompt, shapes[i % 4]) for i, prompt in enumerate(prompts)]
+    results = served.engine.run(  # type: ignore[attr-defined]
+        [
+            {
+                "prompt_token_ids": prompt,
+                "max_tokens": tokens,
+                "elastic_policy": "none",
+                "elastic_steps": steps,
+                "elastic_block_length": length,
+            }
+            for prompt, (tokens, steps, length) in cases
+        ]
+    )
+    for (prompt, (tokens, steps, length)), result in zip(cases, results, strict=True):
+        options = LowConfidenceOptions(steps=steps, block_length=length)
+        expected = low_confidence(served.oracle, prompt, tokens, options)
+        assert result["token_ids"] == expected.token_ids
+        assert result["steps"] == expected.steps[: len(result["steps"])]
+        assert len(result["token_ids"]) < tokens or len(result["steps"]) == steps

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commit import choose_commits
 from vllm_elastic.decoding.plan import (
     NO_POSITIONS,
     Logprobs,
@@ -21,6 +20,7 @@ from vllm_elastic.decoding.plan import (
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.decoding.validity import BlockValidity
 
 
@@ -60,6 +60,7 @@ class DenoisingRequest:
         self.canvas = Canvas(prompt_token_ids, max_tokens, mask_token_id, end_token_ids)
         self.validity = BlockValidity(self.canvas.length, block_size, num_layers)
         self.policy = make_policy(config)
+        self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(keep_steps=config.record)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
@@ -105,8 +106,8 @@ class DenoisingRequest:
                 return []
         self._update_tracked(plan, result)
         self._verified = None
-        chosen = choose_commits(
-            result.probabilities, self.config.threshold, self.config.tokens_per_step
+        chosen = self.schedule.choose(
+            self.canvas, plan.window, result.probabilities, plan.denoising_step
         )
         self.just_committed = plan.window[chosen]
         self.canvas.commit(self.just_committed, result.token_ids[chosen])
@@ -125,7 +126,7 @@ class DenoisingRequest:
         replay = self._verified is not None
         if not replay:
             self.policy.begin_step(self)
-        window = self.policy.window(self)
+        window = self.schedule.window(self.canvas)
         join = self.validity.join_layers()
         everything = bool((join == 0).all())
         # In a replay the window pass's rows go again too, from where the first block is stale.

@@ -151,13 +151,15 @@ class ElasticScheduler(Scheduler):
         end_token_ids = set(params.stop_token_ids or ())
         if params.eos_token_id is not None:
             end_token_ids.add(params.eos_token_id)
+        config = self.elastic_config.for_request(params.extra_args)
         return DenoisingRequest(
             request.request_id,
             request.prompt_token_ids,
             request.max_tokens,
-            self.elastic_config.for_request(params.extra_args),
+            config,
             mask_token_id=self._mask_token_id,
-            end_token_ids=frozenset(end_token_ids),
+            # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
+            end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
             num_layers=self._num_layers,
             block_size=self.block_size,
             sampling=sampling_of(params, request.num_prompt_tokens, end_token_ids),

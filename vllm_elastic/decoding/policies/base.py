@@ -33,10 +33,6 @@ class RefreshPolicy:
         """Before a denoising step's first pass: may invalidate blocks. A step may be planned
         more than once after a restart, never twice without one."""
 
-    def window(self, request: DenoisingRequest) -> Positions:
-        """The masked positions predicted in this step."""
-        return request.canvas.first_masked(self.config.window)
-
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
         """Positions recomputed from layer 0 whether their block is stale or not."""
         return window

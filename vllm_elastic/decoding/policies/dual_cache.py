@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.policies.base import RefreshPolicy
+from vllm_elastic.decoding.schedule import text_block
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
@@ -29,22 +30,10 @@ class DualCache(RefreshPolicy):
         self._refreshed_for = -1
 
     def begin_step(self, request: DenoisingRequest) -> None:
-        start, _ = self._text_block(request)
+        start, _ = text_block(request.canvas, self.config.block_length)
         if start != self._refreshed_for:
             self._refreshed_for = start
             request.validity.invalidate(0)
 
-    def window(self, request: DenoisingRequest) -> Positions:
-        start, stop = self._text_block(request)
-        return request.canvas.first_masked(self.config.block_length, start, stop)
-
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return np.arange(*self._text_block(request), dtype=np.int32)
-
-    def _text_block(self, request: DenoisingRequest) -> tuple[int, int]:
-        """Positions [start, stop) of the first text block with something left to decode."""
-        canvas = request.canvas
-        first = int(canvas.first_masked(1)[0])
-        length = self.config.block_length
-        start = first - (first - canvas.prompt_length) % length
-        return start, min(start + length, canvas.length)
+        return np.arange(*text_block(request.canvas, self.config.block_length), dtype=np.int32)

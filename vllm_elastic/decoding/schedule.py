@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which masked positions a step predicts, and which predictions it commits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.canvas import Canvas, Positions
+from vllm_elastic.decoding.commit import choose_commits
+
+
+class Schedule(Protocol):
+    """Asked once before a denoising step and once after it; keeps no state of its own."""
+
+    def window(self, canvas: Canvas) -> Positions:
+        """The masked positions that the next step predicts, at least one."""
+        ...
+
+    def choose(
+        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+    ) -> npt.NDArray[np.intp]:
+        """Indices into the window that are committed, ascending, at least one."""
+        ...
+
+
+class SlidingWindow:
+    """Elastic-Cache's: the first ``window`` masks; commit by threshold or by rank."""
+
+    def __init__(self, config: ElasticConfig) -> None:
+        self._config = config
+
+    def window(self, canvas: Canvas) -> Positions:
+        return canvas.first_masked(self._config.window)
+
+    def choose(
+        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+    ) -> npt.NDArray[np.intp]:
+        return choose_commits(probabilities, self._config.threshold, self._config.tokens_per_step)
+
+
+class TextBlocks(SlidingWindow):
+    """Semi-autoregressive: all masks of the first unfinished text block; commit as above."""
+
+    def window(self, canvas: Canvas) -> Positions:
+        start, stop = text_block(canvas, self._config.block_length)
+        return canvas.first_masked(stop - start, start, stop)
+
+
+class FixedSteps:
+    """LLaDA's own: a fixed number of denoising steps, shared evenly by the text blocks.
+
+    Each step commits its share of the block's masks, the most probable ones
+    (``low_confidence``), or random ones. The first steps of a block take the rest of an uneven
+    division, as LLaDA's generation code shares them out.
+
+    Raises:
+        ValueError: the answer is no whole number of blocks, or the steps are not shared evenly;
+            names the knobs. (LLaDA's code asserts both.)
+    """
+
+    def __init__(self, config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> None:
+        assert config.steps is not None
+        length = config.block_length
+        if num_new_tokens % length:
+            raise ValueError(
+                f"'elastic_block_length' {length} does not divide max_tokens {num_new_tokens}; "
+                "with 'elastic_steps' an answer is a whole number of blocks."
+            )
+        blocks = num_new_tokens // length
+        if config.steps % blocks:
+            raise ValueError(
+                f"'elastic_steps' {config.steps} must be a multiple of the {blocks} blocks that "
+                f"max_tokens {num_new_tokens} makes with 'elastic_block_length' {length}."
+            )
+        self._steps_per_block = config.steps // blocks
+        if self._steps_per_block > length:
+            raise ValueError(
+                f"'elastic_steps' {config.steps} is more than max_tokens {num_new_tokens}: every "
+                "step commits a token."
+            )
+        self._block_length = length
+        self._random = config.remasking == "random"
+        self._seed = seed
+
+    def window(self, canvas: Canvas) -> Positions:
+        start, stop = text_block(canvas, self._block_length)
+        return canvas.first_masked(stop - start, start, stop)
+
+    def choose(
+        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+    ) -> npt.NDArray[np.intp]:
+        share, rest = divmod(self._block_length, self._steps_per_block)
+        count = share + (step % self._steps_per_block < rest)
+        priorities = probabilities
+        if self._random:
+            random = np.random.Generator(np.random.Philox(key=[self._seed, step]))
+            priorities = random.random(canvas.length)[window]
+        return choose_commits(priorities, 1.0, count)
+
+
+def text_block(canvas: Canvas, length: int) -> tuple[int, int]:
+    """Positions [start, stop) of the first text block with something left to decode."""
+    first = int(canvas.first_masked(1)[0])
+    start = first - (first - canvas.prompt_length) % length
+    return start, min(start + length, canvas.length)
+
+
+def make_schedule(config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> Schedule:
+    """The schedule that a request's knobs name. Raises as ``FixedSteps``."""
+    if config.steps is not None:
+        return FixedSteps(config, num_new_tokens, seed)
+    return TextBlocks(config) if config.policy == "dual-cache" else SlidingWindow(config)
