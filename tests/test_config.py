@@ -104,7 +104,18 @@ def refused_values() -> list[Any]:
 
 def test_every_knob_is_tested() -> None:
     """A new knob would go without a test of its range."""
-    assert [f.name for f in fields(ElasticConfig)] == list(KNOBS)
+    assert [f.name for f in fields(ElasticConfig) if f.metadata["engine"]] == list(KNOBS)
+    assert [f.name for f in fields(ElasticConfig) if not f.metadata["engine"]] == ["canvas"]
+
+
+def test_infilling_is_of_a_request_only() -> None:
+    """An engine-wide canvas would be every request's answer."""
+    assert ElasticConfig().for_request({"elastic_canvas": [0, 5]}).canvas == (0, 5)
+    for value in ([], 5, "5", [-1], [1.5], [True], ["5"], [None]):
+        with pytest.raises(ConfigError, match="'elastic_canvas' must be a list of token ids"):
+            ElasticConfig().for_request({"elastic_canvas": value})
+    with pytest.raises(ConfigError, match="unknown parameter 'canvas'"):
+        ElasticConfig.from_dict({"canvas": [5]})
 
 
 def test_defaults() -> None:

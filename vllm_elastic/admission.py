@@ -113,6 +113,8 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
     try:
         config = elastic.for_request(params.extra_args)
         make_schedule(config, params.max_tokens or 1)
+        if config.canvas is not None:
+            _check_infilling(config.canvas, params.max_tokens or 1, vllm_config)
     except ValueError as error:  # a ConfigError, or steps that the canvas does not allow
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     for name, rule in RULES.items():
@@ -132,6 +134,24 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
                 "tokens are not committed in order; ban words of one token, or use stop.",
                 parameter="bad_words",
             )
+
+
+def _check_infilling(canvas: tuple[int, ...], max_tokens: int, vllm_config: VllmConfig) -> None:
+    if len(canvas) != max_tokens:
+        raise ValueError(
+            f"'elastic_canvas' has {len(canvas)} token ids and max_tokens is {max_tokens}; send "
+            f"max_tokens={len(canvas)}."
+        )
+    config = vllm_config.model_config.hf_config
+    if config.mask_token_id not in canvas:
+        raise ValueError(
+            f"'elastic_canvas' has no mask token (id {config.mask_token_id}): nothing to find."
+        )
+    if max(canvas) >= config.vocab_size:
+        raise ValueError(
+            f"'elastic_canvas' has token id {max(canvas)}; the vocabulary ends at "
+            f"{config.vocab_size - 1}."
+        )
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -60,14 +60,26 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _token_ids(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    if not is_list or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in value):
+        raise ConfigError("must be a list of token ids or null")
+    return tuple(value)
+
+
 def _policy(value: Any) -> str:
     from vllm_elastic.decoding.policies import POLICIES
 
     return _choice(*POLICIES)(value)
 
 
-def _knob(default: Any, check: Callable[[Any], Any], *, per_request: bool = True) -> Any:
-    return field(default=default, metadata={"check": check, "per_request": per_request})
+def _knob(
+    default: Any, check: Callable[[Any], Any], *, per_request: bool = True, engine: bool = True
+) -> Any:
+    metadata = {"check": check, "per_request": per_request, "engine": engine}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class ElasticConfig:
             by its text blocks; window, threshold and tokens_per_step are not used. null: none.
         remasking: which predictions such a step keeps: the most probable (``low_confidence``) or
             ``random`` ones.
+        canvas: infilling, of a request only: the answer's token ids, with the mask's id where
+            text is wanted; decoded in place. None: the answer is all masks.
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
         record_similarities: keep every drift test's similarities in these entries.
@@ -107,6 +121,7 @@ class ElasticConfig:
     block_length: int = _knob(32, _integer(1, 1 << 20))
     steps: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     remasking: str = _knob("low_confidence", _choice("low_confidence", "random"))
+    canvas: tuple[int, ...] | None = _knob(None, _token_ids, engine=False)
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
     record_similarities: bool = _knob(False, _flag, per_request=False)
@@ -122,7 +137,8 @@ class ElasticConfig:
             return cls()
         if not isinstance(values, Mapping):
             raise ConfigError(f"elastic config must be a JSON object, not {values!r}")
-        return cls()._updated(values, prefix="", allowed=[f.name for f in fields(cls)])
+        allowed = [f.name for f in fields(cls) if f.metadata["engine"]]
+        return cls()._updated(values, prefix="", allowed=allowed)
 
     def for_request(self, extra_args: Mapping[str, Any] | None) -> ElasticConfig:
         """These settings with one request's ``elastic_*`` overrides; other keys are not ours.

@@ -128,3 +128,14 @@ def test_canvas_of_one() -> None:
     commit(canvas, {3: END_TOKENS[0]})
     assert canvas.done
     assert canvas.take_finished() == [END_TOKENS[0]]
+
+
+def test_infilling_keeps_what_is_fixed() -> None:
+    """Fixed tokens are shown in their place, and at once where nothing is missing before them."""
+    canvas = Canvas([1, 2], 5, 9, frozenset({3}), answer=[7, 9, 8, 9, 6])
+    assert canvas.masked.tolist() == [False, False, False, True, False, True, False]
+    assert canvas.take_finished() == [7]
+    canvas.commit(np.array([5], dtype=np.int32), np.array([4], dtype=np.int32))
+    assert canvas.take_finished() == []
+    canvas.commit(np.array([3], dtype=np.int32), np.array([5], dtype=np.int32))
+    assert canvas.take_finished() == [5, 8, 4, 6] and canvas.done

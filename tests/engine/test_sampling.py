@@ -155,3 +155,35 @@ def test_refused_in_python_too(served: Served) -> None:
             generate(served, [(prompt_of(4, 1), {"temperature": 0, "max_tokens": 4, **options})])
     with pytest.raises(VLLMValidationError, match="mask token"):
         generate(served, [([3, MASK], {"temperature": 0, "max_tokens": 4})])
+
+
+def test_infilling_keeps_both_ends(served: Served) -> None:
+    """Masks between fixed tokens are found in place, with no end token ahead of a fixed one."""
+    wanted = [11, 12, MASK, MASK, MASK, 13, MASK, 14, MASK, MASK]
+    options = {
+        "max_tokens": len(wanted),
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logit_bias": {EOS: 50.0},
+        "extra_args": {"elastic_canvas": wanted, "elastic_gamma": 0.9},
+    }
+    (output,) = generate(served, [(prompt_of(9, 4), options)])
+    found = tokens(output)
+    assert [t for t, w in zip(found, wanted, strict=False) if w != MASK] == [11, 12, 13, 14]
+    assert MASK not in found and found.index(EOS) == 8 and len(found) == 9
+    logprobs = output.outputs[0].logprobs
+    assert [logprobs[i][found[i]].logprob for i in (0, 1, 5, 7)] == [0.0] * 4
+    assert all(logprobs[i][found[i]].logprob < 0 for i in (2, 3, 4))
+
+
+def test_infilling_is_checked(served: Served) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    for canvas, message in (
+        ([MASK] * 3, "send max_tokens=3"),
+        ([5] * 4, "no mask token"),
+        ([MASK, MASK, 5, 100_000], "vocabulary ends at"),
+    ):
+        options = {"max_tokens": 4, "extra_args": {"elastic_canvas": canvas}}
+        with pytest.raises(VLLMValidationError, match=message):
+            generate(served, [(prompt_of(4, 1), {"temperature": 0, **options})])

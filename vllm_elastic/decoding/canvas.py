@@ -31,13 +31,19 @@ class Canvas:
         num_new_tokens: int,
         mask_token_id: int,
         end_token_ids: frozenset[int] = frozenset(),
+        answer: Sequence[int] | None = None,
     ) -> None:
+        """Args:
+        answer: infilling: N token ids, the mask's where a token is to be found. None: all masks.
+        """
         self.prompt_length = len(prompt_token_ids)
         self.length = self.prompt_length + num_new_tokens
         self.tokens = np.full(self.length, mask_token_id, dtype=np.int32)
         self.tokens[: self.prompt_length] = prompt_token_ids
-        self.masked = np.zeros(self.length, dtype=bool)
-        self.masked[self.prompt_length :] = True
+        if answer is not None:
+            self.tokens[self.prompt_length :] = answer
+        self.masked = self.tokens == mask_token_id
+        self.masked[: self.prompt_length] = False
         self.end = self.length
         self._end_token_ids = end_token_ids
         self._num_emitted = 0

@@ -57,7 +57,9 @@ class DenoisingRequest:
         self.request_id = request_id
         self.config = config
         self.num_layers = num_layers
-        self.canvas = Canvas(prompt_token_ids, max_tokens, mask_token_id, end_token_ids)
+        self.canvas = Canvas(
+            prompt_token_ids, max_tokens, mask_token_id, end_token_ids, config.canvas
+        )
         self.validity = BlockValidity(self.canvas.length, block_size, num_layers)
         self.policy = make_policy(config)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
@@ -118,9 +120,17 @@ class DenoisingRequest:
         return self.canvas.take_finished()
 
     def take_logprobs(self, count: int) -> list[Logprobs]:
-        """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order."""
+        """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order.
+
+        Tokens that an infilling request fixed itself are certain: log probability 0.
+        """
         stop = self.canvas.shown
-        return [self._logprobs.pop(position) for position in range(stop - count, stop)]
+        return [
+            self._logprobs.pop(position)
+            if position in self._logprobs
+            else _certain(self.canvas.tokens[position])
+            for position in range(stop - count, stop)
+        ]
 
     def _make_plan(self) -> PassPlan:
         replay = self._verified is not None
@@ -169,3 +179,11 @@ class DenoisingRequest:
             measured.append(self._verified.most_attended[: plan.start_layer].ravel())
         union = np.unique(np.concatenate(measured))
         self.tracked = union[union >= 0].astype(np.int32)
+
+
+def _certain(token_id: np.int32) -> Logprobs:
+    return Logprobs(
+        np.array([[token_id]], dtype=np.int32),
+        np.zeros((1, 1), dtype=np.float32),
+        np.ones(1, dtype=np.int32),
+    )

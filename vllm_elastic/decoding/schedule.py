@@ -64,6 +64,10 @@ class FixedSteps:
 
     def __init__(self, config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> None:
         assert config.steps is not None
+        if config.canvas is not None:
+            raise ValueError(
+                "'elastic_steps' and 'elastic_canvas' do not go together: leave one out."
+            )
         length = config.block_length
         if num_new_tokens % length:
             raise ValueError(

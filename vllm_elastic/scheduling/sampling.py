@@ -8,16 +8,26 @@ from dataclasses import replace
 
 from vllm.sampling_params import SamplingParams
 
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.sampling import Sampling
 
 
 def sampling_of(
-    params: SamplingParams, prompt_length: int, end_token_ids: set[int]
+    params: SamplingParams,
+    config: ElasticConfig,
+    prompt_length: int,
+    mask_token_id: int,
+    end_token_ids: set[int],
 ) -> Sampling | None:
     """The request's wishes; None where the plain most probable token is all it wants.
 
-    A request without a seed gets a random one.
+    A request without a seed gets a random one. Infilling finds no end token ahead of a token that
+    the request fixed.
     """
+    first_end = params.min_tokens
+    for offset, token_id in enumerate(config.canvas or ()):
+        if token_id != mask_token_id:
+            first_end = max(first_end, offset + 1)
     sampling = Sampling(
         temperature=params.temperature,
         top_k=max(params.top_k, 0),
@@ -26,8 +36,8 @@ def sampling_of(
         logit_bias=tuple((params.logit_bias or {}).items()),
         allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
         banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
-        end_token_ids=tuple(sorted(end_token_ids)) if params.min_tokens else (),
-        first_end_position=prompt_length + params.min_tokens if params.min_tokens else 0,
+        end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
+        first_end_position=prompt_length + first_end if first_end else 0,
         num_logprobs=params.num_logprobs,
     )
     if sampling == Sampling():

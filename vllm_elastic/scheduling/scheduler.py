@@ -162,7 +162,9 @@ class ElasticScheduler(Scheduler):
             end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
             num_layers=self._num_layers,
             block_size=self.block_size,
-            sampling=sampling_of(params, request.num_prompt_tokens, end_token_ids),
+            sampling=sampling_of(
+                params, config, request.num_prompt_tokens, self._mask_token_id, end_token_ids
+            ),
         )
 
     def _plan_step(self) -> list[PassPlan]:
