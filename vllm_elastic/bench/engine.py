@@ -11,6 +11,7 @@ from typing import Any
 from vllm_elastic.config import ElasticConfig
 
 DEFAULT_ROW_BUDGET = 8192
+DEFAULT_KV_CACHE_BYTES = 1 << 30
 
 
 class BenchEngine:
@@ -42,7 +43,7 @@ class BenchEngine:
 
         knobs = dict(elastic_config or {}, record=True, record_similarities=similarities)
         ElasticConfig.from_dict(knobs)
-        tokenizer = any((Path(model) / name).exists() for name in ("tokenizer.json",))
+        tokenizer = (Path(model) / "tokenizer.json").exists()
         self.llm = LLM(
             model=str(model),
             dtype=dtype,
@@ -52,7 +53,7 @@ class BenchEngine:
             skip_tokenizer_init=not tokenizer,
             additional_config={"elastic": knobs},
             disable_log_stats=True,
-            **{"kv_cache_memory_bytes": 1 << 30, **llm_options},
+            **{"kv_cache_memory_bytes": DEFAULT_KV_CACHE_BYTES, **llm_options},
         )
         config = self.llm.llm_engine.vllm_config.model_config.hf_config
         self.mask_token_id: int = config.mask_token_id

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET, BenchEngine
+from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, DEFAULT_ROW_BUDGET, BenchEngine
 
 
 def add_parser(commands: Any) -> None:
@@ -35,6 +35,13 @@ def add_parser(commands: Any) -> None:
         default=DEFAULT_ROW_BUDGET,
         metavar="N",
         help="row budget of a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=int,
+        default=DEFAULT_KV_CACHE_BYTES,
+        metavar="N",
+        help="keys, values and hidden states of all canvases (default: %(default)s)",
     )
     parser.add_argument(
         "--similarities", action="store_true", help="record each drift test's similarities"
@@ -71,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     )
     started = time.perf_counter()
     results = engine.run(requests)
