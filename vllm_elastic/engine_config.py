@@ -75,10 +75,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
     problems = {
-        "--tensor-parallel-size": (
-            parallel.tensor_parallel_size > 1,
-            "tensor parallelism is not built yet; leave it at 1",
-        ),
         "--logits-processors": (
             bool(vllm_config.model_config.logits_processors),
             "logits processors see one token at a time; use logit_bias, allowed_token_ids or "
@@ -96,6 +92,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size": (
             parallel.decode_context_parallel_size > 1,
             "decode context parallelism splits a causal cache; leave it at 1",
+        ),
+        "--tensor-parallel-size": (
+            parallel.tensor_parallel_size > 1,
+            "tensor parallelism is not built yet; leave it at 1",
         ),
         "--speculative-config": (
             vllm_config.speculative_config is not None,

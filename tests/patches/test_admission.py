@@ -33,7 +33,7 @@ def admit(processor: Any, process_inputs: Any, prompt_length: int = 4, **params:
 BAD: dict[str, dict[str, Any]] = {
     "canvas": {"prompt_length": 40, "max_tokens": 25},
     "knob": {"extra_args": {"elastic_gama": 1}},
-    "temperature": {"temperature": 0.7},
+    "penalty": {"presence_penalty": 0.5},
     "prompt_logprobs": {"prompt_logprobs": 1},
 }
 
