@@ -42,8 +42,12 @@ LENGTHS = [1, 7, 16, 33, 20]
 
 
 def problems(count: int = 32) -> list[tuple[list[int], int]]:
-    """Prompts of 1 to 90 tokens and canvases of 1 to 33."""
-    generator = torch.Generator().manual_seed(5)
+    """Prompts of 1 to 90 tokens and canvases of 1 to 33.
+
+    With seed 5 two tokens of one case are equally likely to 1.3e-6, which float32 rounding decides
+    one way in the oracle and the other in the engine; with this seed no decision is that close.
+    """
+    generator = torch.Generator().manual_seed(6)
     result = []
     for index in range(count):
         size = 1 + (index * 37) % 90

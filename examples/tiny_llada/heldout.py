@@ -1,0 +1,57 @@
+"""Writes the held-out problems as JSONL, with prompts short and of about 900 tokens.
+
+    python heldout.py FOLDER
+
+makes `heldout_short.jsonl` and `heldout_long.jsonl` of 200 problems each, the same on every
+machine. A line has `id`, `task`, `prompt` (templated text), `messages`, `answer`, `max_tokens`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from tasks import TASKS, Problem, problems
+from tokenizer import build
+
+HELD_OUT_SEED = 7
+CANVAS = 256
+LONG = 900
+
+
+def suite(seed: int, count: int, prompt_tokens: int | None) -> list[Problem]:
+    """`count` held-out problems, the tasks in turn; `prompt_tokens` None means short prompts."""
+    share = -(-count // len(TASKS))
+    columns = [problems(task, seed, share, prompt_tokens) for task in TASKS]
+    return [problem for row in zip(*columns, strict=True) for problem in row][:count]
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build()
+    for name, prompt_tokens in (("short", None), ("long", LONG)):
+        with (args.folder / f"heldout_{name}.jsonl").open("w") as lines:
+            for problem in suite(args.seed, args.count, prompt_tokens):
+                messages = problem.messages()
+                record = {
+                    "id": problem.id,
+                    "task": problem.task,
+                    "prompt": tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True
+                    ),
+                    "messages": messages,
+                    "answer": problem.answer,
+                    "max_tokens": CANVAS,
+                }
+                lines.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

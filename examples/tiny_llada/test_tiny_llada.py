@@ -1,0 +1,125 @@
+"""Checks of the generator, the tokenizer, the masks and the decoder: `pytest examples/tiny_llada`.
+
+They take seconds and need no checkpoint.
+"""
+
+# ruff: noqa: D103 (test names say what they test)
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import batches
+import tasks
+import tokenizer as tokenizers
+from evaluate import decode
+from export import export
+from model import Shape, TinyLLaDA, load
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return tokenizers.build()
+
+
+@pytest.mark.parametrize("prompt_tokens", [None, 900], ids=["short", "long"])
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_problems_are_reproducible_held_out_and_within_the_vocabulary(task, prompt_tokens, tokens):
+    first = list(tasks.problems(task, 3, 5, prompt_tokens))
+    assert first == list(tasks.problems(task, 3, 5, prompt_tokens))
+    for problem in first:
+        assert tasks.is_held_out(problem.question)
+        assert problem.check(problem.answer) and not problem.check(problem.answer + " 1")
+        text = tokens.apply_chat_template(
+            problem.messages(), tokenize=False, add_generation_prompt=True
+        )
+        ids = tokens.encode(text)
+        assert tokens.unk_token_id not in ids
+        assert prompt_tokens is None or 700 <= len(ids) <= prompt_tokens
+        answer = tokens.encode(problem.answer)
+        assert tokens.decode(answer) == problem.answer
+        assert len(answer) < batches.CANVAS
+
+
+def test_training_never_sees_a_held_out_question():
+    rng = random.Random(0)
+    for _ in range(200):
+        _, turns = tasks.conversation(rng, 0.3, 0.3)
+        assert not any(tasks.is_held_out(question) for question, _ in turns)
+
+
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_answers_follow_from_questions(task):
+    for problem in tasks.problems(task, 5, 10):
+        question, answer = problem.question.split(), problem.answer.split()
+        if task == "table":
+            pairs = list(zip(question[2::2], question[3::2], strict=False))
+            assert set(zip(answer[::2], answer[1::2], strict=True)) <= set(pairs)
+            assert [answer[0], answer[-2]] == [question[-4], question[-2]]
+        elif task == "sort":
+            assert sorted(map(int, question[2:])) == list(map(int, answer))
+        elif task == "running":
+            totals = itertools.accumulate(map(int, question[6::2]))
+            assert list(map(int, answer[1::2])) == [total % 10 for total in totals]
+        elif task == "word":
+            assert all(0 <= int(count) <= 12 for count in answer[6::5])
+            assert answer[-2:] == ["####", answer[-3]]
+
+
+def test_masks_weigh_every_answer_token_alike_in_expectation():
+    item = batches.Sequence(0, list(range(40)), [(10, 20), (25, 40)])
+    noise = np.random.default_rng(0)
+    total = np.zeros(44)
+    mix = batches.Mix(0, 0, 0, ordered=0.0, numbers=0.0)
+    for _ in range(4000):
+        masked, weights, frontier = batches.mask(noise, item, 44, noise.random(), mix)
+        assert frontier == -1 and not masked[:10].any() and not masked[20:25].any()
+        assert not weights[~masked].any()
+        total += weights / 4000
+    assert np.allclose(total[10:20], 1, atol=0.15) and np.allclose(total[25:40], 1, atol=0.15)
+    assert np.allclose(total[40:], batches.PAD_WEIGHT, atol=0.02)
+
+
+def test_pool_depends_on_seed_and_step_only():
+    one, two = (
+        batches.pool(1, 4, 1500, batches.Mix(0.3, 0.3, 0.1, 0.3, 0.2), 1000) for _ in range(2)
+    )
+    assert one[1] == two[1]
+    for a, b in zip(one[0], two[0], strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.weights, b.weights)
+
+
+@pytest.fixture
+def small_model():
+    torch.manual_seed(0)
+    model = TinyLLaDA(Shape(64, 64, d_model=64, n_heads=2, n_layers=2, mlp_hidden_size=64))
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("threshold", [0.4, 1.0])
+def test_decoding_in_a_batch_equals_decoding_alone(small_model, threshold):
+    prompts = [list(range(2, n)) for n in (5, 9, 20)]
+    together = decode(small_model, prompts, 12, 4, threshold, (1, 0), batch=3)
+    alone = [decode(small_model, [p], 12, 4, threshold, (1, 0), batch=1)[0] for p in prompts]
+    assert together == alone
+    if threshold == 1.0:
+        assert all(len(ids) <= steps <= 12 for ids, steps in together)
+
+
+def test_export_can_be_loaded(small_model, tmp_path):
+    export(tmp_path / "checkpoint", small_model.shape, dict(small_model.named_parameters()))
+    again = load(tmp_path / "checkpoint")
+    ids = torch.arange(10)[None]
+    assert torch.equal(again(ids), small_model.eval()(ids))
