@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from batches import VOCABULARY, MicroBatch, Mix, pool
 from export import export
 from model import Block, Shape, TinyLLaDA
+from safetensors.torch import load_file
 from tasks import TASKS
 from torch import Tensor
 
@@ -35,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of state and log")
     parser.add_argument("--export", type=Path, help="checkpoint folder to keep up to date")
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights a new run starts from")
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--save-minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=1)
@@ -233,6 +235,11 @@ def main() -> None:
         progress = stored["state"]
         for name in ("master", "momentum", "second"):
             getattr(shared, name).copy_(stored[name])
+        shared.live.copy_(shared.master)
+    elif args.init:
+        weights = load_file(args.init / "model.safetensors")
+        for (name, _), view in zip(shared.layout, shared.views(shared.master), strict=True):
+            view.copy_(weights[name])
         shared.live.copy_(shared.master)
     elif args.export:
         export(args.export, shape, shared.weights())
