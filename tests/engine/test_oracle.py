@@ -44,8 +44,9 @@ LENGTHS = [1, 7, 16, 33, 20]
 def problems(count: int = 32) -> list[tuple[list[int], int]]:
     """Prompts of 1 to 90 tokens and canvases of 1 to 33.
 
-    With seed 5 two tokens of one case are equally likely to 1.3e-6, which float32 rounding decides
-    one way in the oracle and the other in the engine; with this seed no decision is that close.
+    Reseeded once: with seed 5 two tokens of one case were equally likely to 1.3e-6, which float32
+    rounding decided one way in the oracle and the other in the engine. A mismatch of this test on
+    another machine may be such a tie: look at the oracle's margin where the passes part.
     """
     generator = torch.Generator().manual_seed(6)
     result = []
