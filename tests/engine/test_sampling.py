@@ -187,3 +187,15 @@ def test_infilling_is_checked(served: Served) -> None:
         options = {"max_tokens": 4, "extra_args": {"elastic_canvas": canvas}}
         with pytest.raises(VLLMValidationError, match=message):
             generate(served, [(prompt_of(4, 1), {"temperature": 0, **options})])
+
+
+def test_random_remasking_takes_the_seed(served: Served) -> None:
+    """Greedy tokens, random order of commits: the seed still counts, a negative one too."""
+
+    def answer(seed: int) -> list[int]:
+        knobs = {"elastic_steps": 8, "elastic_block_length": 24, "elastic_remasking": "random"}
+        options = {"max_tokens": 24, "temperature": 0.0, "seed": seed, "extra_args": knobs}
+        return tokens(generate(served, [(prompt_of(9, 5), options)])[0])
+
+    assert answer(3) == answer(3)
+    assert len({tuple(answer(seed)) for seed in (-7, 3, 4, 5)}) > 1

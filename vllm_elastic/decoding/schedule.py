@@ -50,7 +50,7 @@ class TextBlocks(SlidingWindow):
         return canvas.first_masked(stop - start, start, stop)
 
 
-class FixedSteps:
+class FixedSteps(TextBlocks):
     """LLaDA's own: a fixed number of denoising steps, shared evenly by the text blocks.
 
     Each step commits its share of the block's masks, the most probable ones
@@ -63,6 +63,7 @@ class FixedSteps:
     """
 
     def __init__(self, config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> None:
+        super().__init__(config)
         assert config.steps is not None
         if config.canvas is not None:
             raise ValueError(
@@ -86,18 +87,13 @@ class FixedSteps:
                 f"'elastic_steps' {config.steps} is more than max_tokens {num_new_tokens}: every "
                 "step commits a token."
             )
-        self._block_length = length
         self._random = config.remasking == "random"
-        self._seed = seed
-
-    def window(self, canvas: Canvas) -> Positions:
-        start, stop = text_block(canvas, self._block_length)
-        return canvas.first_masked(stop - start, start, stop)
+        self._seed = seed % (1 << 64)  # numpy takes no negative key, vLLM does
 
     def choose(
         self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
     ) -> npt.NDArray[np.intp]:
-        share, rest = divmod(self._block_length, self._steps_per_block)
+        share, rest = divmod(self._config.block_length, self._steps_per_block)
         count = share + (step % self._steps_per_block < rest)
         priorities = probabilities
         if self._random:

@@ -40,7 +40,7 @@ def sampling_of(
         first_end_position=prompt_length + first_end if first_end else 0,
         num_logprobs=params.num_logprobs,
     )
-    if sampling == Sampling():
+    if sampling == Sampling() and config.remasking != "random":
         return None
     seed = secrets.randbits(63) if params.seed is None else params.seed
     return replace(sampling, seed=seed)
