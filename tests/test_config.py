@@ -16,6 +16,9 @@ from vllm_elastic.decoding.policies import POLICIES
 
 MILLION = 1 << 20
 HUGE = 10**400  # no float holds it; Python's JSON parser reads it as an int
+# A JSON client's vllm_xargs has no booleans.
+FLAGS = [(True, True), (False, False), (1, True), (0, False)]
+NO_FLAGS = [2, -1, 0.5, "true", None, [1]]
 
 # knob: default, values it takes (as given -> as kept), values it refuses
 KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
@@ -45,9 +48,11 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
         [("random", "random"), ("low_confidence", "low_confidence")],
         ["Random", "", None, 1],
     ),
+    "logits_eos_inf": (False, FLAGS, NO_FLAGS),
+    "confidence_eos_eot_inf": (False, FLAGS, NO_FLAGS),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
-    "record": (False, [(True, True), (False, False)], [0, 1, "true", None]),
-    "record_similarities": (False, [(True, True), (False, False)], [0, 1, "true", None]),
+    "record": (False, FLAGS, NO_FLAGS),
+    "record_similarities": (False, FLAGS, NO_FLAGS),
 }
 NUMBERS = [
     "window",

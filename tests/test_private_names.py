@@ -32,6 +32,7 @@ FILES_THAT_IMPORT_VLLM = {
     "execution/hidden_states.py",
     "execution/runner.py",
     "execution/worker.py",
+    "finished_answer.py",
     "models/llada.py",
     "plugin.py",
     "requested_canvas.py",
@@ -206,12 +207,23 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
     ),
     ("vllm.exceptions:VLLMValidationError", ["message"], ["parameter", "value"]),
+    ("vllm.tokenizers:cached_tokenizer_from_config", ["model_config"], []),
     ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], []),
     ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], []),
 ]
 
 # Methods that we wrap: what our wrapper reads by position -> the rest passes through.
 WRAPPED = {
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": [
+        "self",
+        "engine_core_outputs",
+    ],
+    "vllm.v1.engine.output_processor:RequestState._new_completion_output": [
+        "self",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+    ],
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ["self"],
     f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": [
         "self",
@@ -251,6 +263,8 @@ ATTRIBUTES: dict[str, list[str]] = {
         "hf_config",
         "max_model_len",
         "override_generation_config",
+        "served_model_name",
+        "skip_tokenizer_init",
     ],
     "vllm.config:SchedulerConfig": [
         "async_scheduling",
@@ -259,6 +273,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "scheduler_cls",
     ],
     "vllm.config:ParallelConfig": [
+        "data_parallel_index",
         "decode_context_parallel_size",
         "pipeline_parallel_size",
         "worker_cls",
@@ -279,6 +294,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     ],
     f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens"],
     f"{OPENAI}.responses.protocol:ResponsesRequest": ["max_output_tokens"],
+    "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [
         "eos_token_id",
         "extra_args",
@@ -288,6 +304,9 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
     "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
+    "vllm.v1.engine:EngineCoreOutput": ["finish_reason", "kv_transfer_params", "request_id"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["log_stats", "request_states"],
+    "vllm.v1.engine.output_processor:RequestState": ["detokenizer"],
     "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
     "vllm.v1.engine.input_processor:InputProcessor": ["process_inputs", "vllm_config"],
     "vllm.v1.kv_cache_interface:KVCacheConfig": ["kv_cache_groups", "num_blocks"],
@@ -297,15 +316,23 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.request:Request": [
         "max_tokens",
         "num_computed_tokens",
+        "num_output_tokens",
         "num_prompt_tokens",
         "num_tokens",
+        "output_token_ids",
         "prefill_stats",
         "prompt_token_ids",
         "request_id",
         "sampling_params",
         "status",
+        "stop_reason",
     ],
-    "vllm.v1.request:RequestStatus": ["PREEMPTED", "RUNNING"],
+    "vllm.v1.request:RequestStatus": [
+        "FINISHED_ABORTED",
+        "FINISHED_STOPPED",
+        "PREEMPTED",
+        "RUNNING",
+    ],
     "vllm.v1.worker.utils:AttentionGroup": ["layer_names"],
 }
 

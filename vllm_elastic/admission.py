@@ -11,10 +11,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.sampling_rules import RULES
+from vllm_elastic.scheduling.sampling import sampling_of
 
 _WRAPPED = "_vllm_elastic_wrapped"
 
@@ -35,6 +37,8 @@ def check_requests_at_admission() -> None:
             check_prompt(request, self.vllm_config)
             check_sampling_params(request.sampling_params, self.vllm_config)
             check_canvas(len(request.prompt_token_ids), request.sampling_params, self.vllm_config)
+            check_candidates(request.sampling_params, self.vllm_config)
+            check_transport(request)
         return request
 
     setattr(checked, _WRAPPED, True)
@@ -134,6 +138,57 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
                 "tokens are not committed in order; ban words of one token, or use stop.",
                 parameter="bad_words",
             )
+
+
+def check_candidates(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Refuse constraints that together leave no token to choose from at some position.
+
+    Raises:
+        VLLMValidationError: names the constraints.
+    """
+    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+    hf_config = vllm_config.model_config.hf_config
+    end_token_ids = set(params.stop_token_ids or ())
+    if params.eos_token_id is not None:
+        end_token_ids.add(params.eos_token_id)
+    text_ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
+    sampling = sampling_of(
+        params,
+        elastic.for_request(params.extra_args),
+        0,
+        hf_config.mask_token_id,
+        end_token_ids,
+        tuple(token_id for token_id in text_ends if token_id is not None),
+    )
+    if sampling is None:
+        return
+    never = {hf_config.mask_token_id, *sampling.banned_token_ids, *sampling.end_token_ids}
+    allowed = sampling.allowed_token_ids
+    candidates = range(hf_config.vocab_size) if allowed is None else allowed
+    if never.issuperset(candidates):
+        raise VLLMValidationError(
+            "no token is left to choose from: allowed_token_ids without the mask token, bad_words "
+            "and, where min_tokens or the end of elastic_canvas lies ahead, stop_token_ids and the "
+            "end token. Allow more tokens.",
+            parameter="bad_words" if allowed is None else "allowed_token_ids",
+        )
+
+
+def check_transport(request: EngineCoreRequest) -> None:
+    """Refuse what cannot be sent to the engine's process; vLLM's server calls it a 500.
+
+    Raises:
+        VLLMValidationError: an integer of more than 64 bits, half a surrogate pair in a text.
+    """
+    try:
+        MsgpackEncoder().encode(request)
+    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+        reason = str(error).encode(errors="backslashreplace").decode()
+        raise VLLMValidationError(
+            f"the request holds a value that cannot be sent to the engine: {reason}"
+        ) from None
+    except TypeError:
+        pass  # an object in extra_args, which are not ours: no problem within one process
 
 
 def _check_infilling(canvas: tuple[int, ...], max_tokens: int, vllm_config: VllmConfig) -> None:

@@ -55,6 +55,8 @@ def _choice(*allowed: str) -> Callable[[Any], str]:
 
 
 def _flag(value: Any) -> bool:
+    if value in (0, 1):  # vllm_xargs has numbers and strings, no booleans
+        return bool(value)
     if not isinstance(value, bool):
         raise ConfigError("must be true or false")
     return value
@@ -104,6 +106,10 @@ class ElasticConfig:
             by its text blocks; window, threshold and tokens_per_step are not used. null: none.
         remasking: which predictions such a step keeps: the most probable (``low_confidence``) or
             ``random`` ones.
+        logits_eos_inf: end-of-text is never predicted, so the answer fills the canvas. This name
+            and the next are those of LLaDA's generation code.
+        confidence_eos_eot_inf: a predicted end-of-text or end-of-turn is committed only when
+            nothing else is left to commit in a step.
         canvas: infilling, of a request only: the answer's token ids, with the mask's id where
             text is wanted; decoded in place. None: the answer is all masks.
         default_max_tokens: canvas length when a client names none.
@@ -121,6 +127,8 @@ class ElasticConfig:
     block_length: int = _knob(32, _integer(1, 1 << 20))
     steps: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     remasking: str = _knob("low_confidence", _choice("low_confidence", "random"))
+    logits_eos_inf: bool = _knob(False, _flag)
+    confidence_eos_eot_inf: bool = _knob(False, _flag)
     canvas: tuple[int, ...] | None = _knob(None, _token_ids, engine=False)
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
@@ -23,6 +24,10 @@ _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
 a multiple of 32."""
+
+
+END_OF_TURN = "<|eot_id|>"
+"""LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
 
 
 class LLaDAEngineConfig(VerifyAndUpdateConfig):
@@ -68,7 +73,17 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         cap = model.override_generation_config.get("max_new_tokens")
         model.override_generation_config = {**defaults, **model.override_generation_config}
         keep_requested_canvas(model.override_generation_config["max_new_tokens"], cap)
+        _find_end_of_turn(vllm_config)
         logger.info("Elastic-Cache: %s", elastic)
+
+
+def _find_end_of_turn(vllm_config: VllmConfig) -> None:
+    """LLaDA's config.json does not name its end-of-turn token; its tokenizer does."""
+    model = vllm_config.model_config
+    if model.skip_tokenizer_init or getattr(model.hf_config, "eot_token_id", None) is not None:
+        return
+    token_id = cached_tokenizer_from_config(model).get_vocab().get(END_OF_TURN)
+    model.hf_config.eot_token_id = token_id
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -24,6 +24,7 @@ def register() -> None:
     from vllm_elastic.admission import check_requests_at_admission
     from vllm_elastic.cli import add_elastic_flags
     from vllm_elastic.engine_config import LLaDAEngineConfig
+    from vllm_elastic.finished_answer import take_reports_of_finished_answers
     from vllm_elastic.models.llada_config import LLaDAConfig
 
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
@@ -32,3 +33,4 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = LLaDAEngineConfig
     add_elastic_flags()
     check_requests_at_admission()
+    take_reports_of_finished_answers()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_elastic.reference import LLaDA, LLaDAConfig
+from vllm_elastic.reference.llada import HEAD
 
 EOS, MASK = 290, 291
 
@@ -18,6 +19,10 @@ RANDOM_MODELS = {
     # odd sizes on purpose: the vocabulary is no multiple of anything
     "gqa-tied": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=5, weight_tying=True),
     "mha-head64": dict(d_model=192, n_heads=3, n_kv_heads=3, n_layers=4, weight_tying=False),
+}
+# As above, and likes to end an answer.
+EAGER_TO_END = {
+    "eager": dict(d_model=128, n_heads=4, n_kv_heads=4, n_layers=3, weight_tying=False),
 }
 
 
@@ -62,7 +67,10 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if name not in loaded:
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
-            oracle = LLaDA.random(random_config(**RANDOM_MODELS[name]), seed=3)
+            options = (RANDOM_MODELS | EAGER_TO_END)[name]
+            oracle = LLaDA.random(random_config(**options), seed=3)
+            if name in EAGER_TO_END:
+                oracle.weights[HEAD][EOS] *= 2.5
             oracle.save_pretrained(directory)
             engine = BenchEngine(
                 directory,

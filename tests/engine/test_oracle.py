@@ -21,7 +21,7 @@ from vllm_elastic.reference import (
     low_confidence,
 )
 
-from .conftest import MASK, RANDOM_MODELS, Served
+from .conftest import EOS, MASK, RANDOM_MODELS, Served
 
 pytestmark = pytest.mark.engine
 
@@ -37,6 +37,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "always-topk": {"policy": "elastic", "gamma": 1.1, "statistic": "paper", "tokens_per_step": 2},
     "wide": {"policy": "elastic", "gamma": 0.8, "window": 200, "threshold": 0.05},
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
+}
+ENDS: dict[str, dict[str, Any]] = {
+    "as-predicted": {"policy": "none"},
+    "never": {"policy": "none", "logits_eos_inf": True},
+    "never-elastic": {"policy": "elastic", "gamma": 0.9, "logits_eos_inf": True},
+    "last": {"policy": "none", "confidence_eos_eot_inf": True},
+    "last-elastic": {"policy": "elastic", "gamma": 0.9, "confidence_eos_eot_inf": True},
 }
 LENGTHS = [1, 7, 16, 33, 20]
 
@@ -60,6 +67,10 @@ def problems(count: int = 32) -> list[tuple[list[int], int]]:
 def ask_oracle(served: Served, prompt: list[int], max_tokens: int, config: dict[str, Any]) -> Any:
     options = dict(config)
     policy = options.pop("policy")
+    if options.pop("logits_eos_inf", False):
+        options["never"] = (EOS,)
+    if options.pop("confidence_eos_eot_inf", False):
+        options["last"] = (EOS,)
     if policy == "none":
         return decode(served.oracle, prompt, max_tokens, DecodingOptions(**options))
     if policy == "dual-cache":
@@ -122,6 +133,30 @@ def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) ->
         scheduler.max_num_active_reqs = limit
     for (index, name), result in zip(cases, results, strict=True):
         compare(served, index, name, result)
+
+
+def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
+    """With a model that likes to end; each option has to change some answer."""
+    served = serve("eager")
+    prompts = problems(12)
+    cases = list(itertools.product(range(len(prompts)), ENDS))
+    results = served.engine.run(  # type: ignore[attr-defined]
+        [
+            {"prompt_token_ids": prompts[index][0], "max_tokens": prompts[index][1]}
+            | {f"elastic_{key}": value for key, value in ENDS[name].items()}
+            for index, name in cases
+        ]
+    )
+    answers: dict[str, list[Any]] = {name: [] for name in ENDS}
+    for (index, name), result in zip(cases, results, strict=True):
+        expected = ask_oracle(served, *prompts[index], ENDS[name])
+        assert result["token_ids"] == expected.token_ids, (index, name)
+        passes = [{k: v for k, v in p.items() if k != "similarities"} for p in result["steps"]]
+        assert passes == expected.steps, (index, name)
+        answers[name].append(result["token_ids"])
+    assert answers["as-predicted"] != answers["never"]
+    assert answers["as-predicted"] != answers["last"]
+    assert all(len(a) == p[1] for a, p in zip(answers["never"], prompts, strict=True))
 
 
 @pytest.mark.parametrize("model", RANDOM_MODELS)

@@ -128,3 +128,49 @@ def test_example_offline(
     monkeypatch.setattr(sys, "argv", ["offline.py", "--model", str(MODEL)])
     runpy.run_path(str(ROOT / "examples" / "offline.py"), run_name="__main__")
     assert capsys.readouterr().out.count("\n-> ") == 3
+
+
+def metric(client: Client, name: str, **labels: str) -> float:
+    """Sum over the samples of a metric whose labels are these."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    lines = [line for line in client.get_text("/metrics").splitlines() if line.startswith(name)]
+    return sum(float(line.split()[-1]) for line in lines if all(w in line for w in wanted))
+
+
+def test_usage_counts_the_answer_alone(client: Client) -> None:
+    """Neither the end token nor what is masked behind it; streamed and not."""
+    for question in questions(4):
+        body = {"messages": user(question), "max_tokens": 200, "return_token_ids": True}
+        _, answer = client.post("chat/completions", **body)
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] != "stop":
+            continue
+        words = len(choice["message"]["content"].split())  # a token is a word here
+        prompt = len(answer["prompt_token_ids"])
+        usage = {"prompt_tokens": prompt, "completion_tokens": words}
+        assert {key: answer["usage"][key] for key in usage} == usage
+        options = {"stream_options": {"include_usage": True}}
+        *_, last = client.stream("chat/completions", **body, **options)
+        assert {key: last["usage"][key] for key in usage} == usage
+        return
+    raise AssertionError("no answer ended")
+
+
+def test_elastic_metrics(client: Client) -> None:
+    """Counters grow by what a request cost."""
+    names = ("denoising_steps_total", "row_layers_total", "full_row_layers_total", "requests_total")
+    client.chat("Sort : 2 1", max_tokens=8)  # counters are there from the first request on
+
+    def read() -> dict[str, float]:
+        return {n: metric(client, f"vllm:elastic_{n}", policy="none") for n in names}
+
+    before, passes = read(), metric(client, "vllm:elastic_passes_total", policy="none")
+    knobs = {"elastic_policy": "none", "elastic_steps": 6, "elastic_block_length": 6}
+    status, answer = client.chat("Sort : 2 1", max_tokens=12, ignore_eos=True, vllm_xargs=knobs)
+    assert status == 200, answer
+    canvas = answer["usage"]["prompt_tokens"] + 12
+    layers = json.loads((MODEL / "config.json").read_text())["n_layers"]
+    grown = {name: value - before[name] for name, value in read().items()}
+    work = canvas * layers * 6
+    assert grown == dict(zip(names, (6, work, work, 1), strict=True))
+    assert metric(client, "vllm:elastic_passes_total", policy="none") - passes == 6

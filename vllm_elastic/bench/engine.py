@@ -117,8 +117,8 @@ class BenchEngine:
         record = self.scheduler.records.pop(key)
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
-        if completion.finish_reason == "stop" and token_ids:
-            token_ids = token_ids[:-1]
+        if token_ids[-1:] == [self.eos_token_id]:  # there without a tokenizer only
+            token_ids.pop()
         return {
             "id": request_id,
             "token_ids": token_ids,

@@ -81,6 +81,17 @@ class ServerProcess:
     ) -> None:
         self.stop()
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return "127.0.0.1", self.port
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server; its engine and workers are in the same process group."""
+        assert self._process is not None
+        return self._process.pid
+
     def is_running(self) -> bool:
         """Whether the server's main process is alive."""
         return self._process is not None and self._process.poll() is None

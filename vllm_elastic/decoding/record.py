@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ class DecodingRecord:
 
     Attributes:
         denoising_steps: steps finished; a step that is replayed counts once.
-        passes: forward passes; a replay is a second one.
+        passes: forward passes; a replay is a second one. kinds: how many of each kind.
         row_layers: sum over passes and layers of the rows computed, discarded ones included.
         full_row_layers: T x L x denoising steps, what recomputing everything takes.
         seconds: from admission to the end, filled in by whoever keeps the clock.
@@ -29,6 +30,7 @@ class DecodingRecord:
     row_layers: int = 0
     full_row_layers: int = 0
     seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def add_pass(
@@ -40,6 +42,7 @@ class DecodingRecord:
     ) -> None:
         """Count a pass. ``committed``: canvas positions, None for a pass that is replayed."""
         self.passes += 1
+        self.kinds[plan.kind] += 1
         self.row_layers += plan.row_layers(num_layers)
         if committed is not None:
             self.denoising_steps += 1

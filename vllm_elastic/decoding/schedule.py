@@ -97,7 +97,9 @@ class FixedSteps(TextBlocks):
         count = share + (step % self._steps_per_block < rest)
         priorities = probabilities
         if self._random:
-            random = np.random.Generator(np.random.Philox(key=[self._seed, step]))
+            # As a list, a key above 2^63 would become float64.
+            key = np.array([self._seed, step], dtype=np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             priorities = random.random(canvas.length)[window]
         return choose_commits(priorities, 1.0, count)
 

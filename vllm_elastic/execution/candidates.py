@@ -69,6 +69,15 @@ def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor)
         logits[:, ends] = torch.where(early, _NEVER, logits[:, ends])
 
 
+def postpone(token_ids: torch.Tensor, confidence: torch.Tensor, last: tuple[int, ...]) -> None:
+    """Lower the confidence [W] of predictions [W] among ``last`` by 1, in place.
+
+    All of them then rank behind every other prediction and keep their order (LLaDA's generation
+    code sets them to -inf, which leaves the order open).
+    """
+    confidence -= torch.isin(token_ids, torch.tensor(last, device=token_ids.device)).double()
+
+
 def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
     """Log probabilities of the chosen tokens and of the ``count`` most probable ones (-1: all).
 

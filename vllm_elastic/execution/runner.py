@@ -26,7 +26,13 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
-from vllm_elastic.execution.candidates import constrain, logprobs_of, most_probable, sampled
+from vllm_elastic.execution.candidates import (
+    constrain,
+    logprobs_of,
+    most_probable,
+    postpone,
+    sampled,
+)
 from vllm_elastic.execution.row_batch import RowBatch, RowLayout
 from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs
 from vllm_elastic.ops.key_layout import KeyLayout
@@ -220,13 +226,15 @@ class ElasticRunner:
         token_ids: torch.Tensor,
         probabilities: torch.Tensor,
     ) -> None:
-        """Replace the most probable token where a request wants a random one."""
+        """Replace the most probable token where a request wants a random one; put ends last."""
         for plan, rows in zip(plans, _window_slices(plans), strict=True):
             if plan.sampling is not None and plan.sampling.temperature > 0:
                 positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
                 token_ids[rows], probabilities[rows] = sampled(
                     logits[rows], plan.sampling, plan.denoising_step, positions
                 )
+            if plan.sampling is not None and plan.sampling.last_token_ids:
+                postpone(token_ids[rows], probabilities[rows], plan.sampling.last_token_ids)
 
     def _clear_padding(self, plans: list[PassPlan]) -> None:
         """Zero the block that a fresh canvas fills only in part.

@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def candidates(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def candidates(
+    logits: Tensor,
+    mask_token_id: int,
+    never: Sequence[int] = (),
+    last: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
     """The most probable token of every row and its probability.
 
     Softmax in float64, as the released code and LLaDA's own have it. One addition of ours: the
@@ -16,16 +23,21 @@ def candidates(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     Args:
         logits: (R, vocabulary), any float dtype.
         mask_token_id: may lie beyond the vocabulary.
+        never: token ids that are no candidates (LLaDA's ``logits_eos_inf``).
+        last: token ids whose confidence is lowered by 1, so that any other candidate is preferred
+            (LLaDA's ``confidence_eos_eot_inf``, which lowers it without bound).
 
     Returns:
         (R,) int64 token ids, equal logits going to the smaller id; (R,) float64 confidences.
     """
     logits = logits.double()
-    if mask_token_id < logits.shape[1]:
-        excluded = torch.tensor([mask_token_id], device=logits.device)
-        logits = logits.index_fill(1, excluded, -torch.inf)
+    excluded = [token for token in (mask_token_id, *never) if token < logits.shape[1]]
+    if excluded:
+        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), -torch.inf)
     token_ids = logits.argmax(dim=-1)
     confidence = logits.softmax(dim=-1).gather(1, token_ids[:, None]).squeeze(1)
+    for token in last:
+        confidence = torch.where(token_ids == token, confidence - 1, confidence)
     return token_ids, confidence
 
 

@@ -22,12 +22,15 @@ class DecodingOptions:
             always is. Above 1: one token a step (more only if equally confident).
         tokens_per_step: commit this many, the most confident, whatever the threshold.
         drop_after_every_eos: see ``Canvas``.
+        never, last: token ids, see ``candidates``.
     """
 
     window: int = 16
     threshold: float = 0.9
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
+    never: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -52,7 +55,9 @@ def decode(
     result = DecodingResult()
     while len(window := canvas.window(options.window)):
         hidden = model.forward(canvas.tokens)
-        token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
+        token_ids, confidence = candidates(
+            model.head(hidden[window]), model.config.mask_token_id, options.never, options.last
+        )
         chosen = choose(confidence, options.threshold, options.tokens_per_step)
         canvas.commit(window[chosen], token_ids[chosen])
         kind = "full" if result.denoising_steps else "first"

@@ -159,8 +159,11 @@ class ElasticCache:
         output = self.run_layers(rows, window)
 
         predicted = self.model.head(output.hidden)
-        token_ids, confidence = candidates(predicted, self.model.config.mask_token_id)
-        chosen = choose(confidence, self.options.threshold, self.options.tokens_per_step)
+        options = self.options
+        token_ids, confidence = candidates(
+            predicted, self.model.config.mask_token_id, options.never, options.last
+        )
+        chosen = choose(confidence, options.threshold, options.tokens_per_step)
         self.canvas.commit(window[chosen], token_ids[chosen])
 
         passes = [("window" if self.result.denoising_steps else "first", 0, len(rows))]

@@ -14,10 +14,15 @@ from .result import DecodingResult
 
 @dataclass(frozen=True)
 class LowConfidenceOptions:
-    """LLaDA's two knobs: ``steps`` over the whole response, ``block_length`` positions a block."""
+    """LLaDA's knobs: ``steps`` over the whole response, ``block_length`` positions a block.
+
+    ``never`` and ``last``: token ids, see ``candidates``.
+    """
 
     steps: int = 128
     block_length: int = 32
+    never: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
 
 def tokens_to_transfer(masked: int, steps: int) -> list[int]:
@@ -58,7 +63,9 @@ def low_confidence(
         for count in tokens_to_transfer(length, options.steps // blocks):
             hidden = model.forward(canvas.tokens)
             left = start + canvas.masked[start : start + length].nonzero().flatten()
-            token_ids, confidence = candidates(model.head(hidden[left]), model.config.mask_token_id)
+            token_ids, confidence = candidates(
+                model.head(hidden[left]), model.config.mask_token_id, options.never, options.last
+            )
             chosen = most_confident(confidence, count)
             canvas.tokens[left[chosen]] = token_ids[chosen]
             canvas.masked[left[chosen]] = False

@@ -18,11 +18,16 @@ def sampling_of(
     prompt_length: int,
     mask_token_id: int,
     end_token_ids: set[int],
+    text_end_ids: tuple[int, ...] = (),
 ) -> Sampling | None:
     """The request's wishes; None where the plain most probable token is all it wants.
 
     A request without a seed gets a random one. Infilling finds no end token ahead of a token that
     the request fixed.
+
+    Args:
+        end_token_ids: what ends this request's answer.
+        text_end_ids: the model's end-of-text, then its end-of-turn where it has one.
     """
     first_end = params.min_tokens
     for offset, token_id in enumerate(config.canvas or ()):
@@ -35,7 +40,9 @@ def sampling_of(
         min_p=params.min_p,
         logit_bias=tuple((params.logit_bias or {}).items()),
         allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
-        banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
+        banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ())
+        + (text_end_ids[:1] if config.logits_eos_inf else ()),
+        last_token_ids=text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
         num_logprobs=params.num_logprobs,

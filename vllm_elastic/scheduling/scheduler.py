@@ -19,9 +19,13 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
+from vllm_elastic.finished_answer import KEY
 from vllm_elastic.scheduling.sampling import sampling_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
+
+# No output of such a request goes to the front end, which ended it itself.
+_UNHEARD = (RequestStatus.FINISHED_ABORTED,)
 
 
 class ElasticScheduler(Scheduler):
@@ -45,11 +49,14 @@ class ElasticScheduler(Scheduler):
         )
         hf_config = self.vllm_config.model_config.hf_config
         self._mask_token_id: int = hf_config.mask_token_id
+        ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
+        self._text_end_ids = tuple(token for token in ends if token is not None)
         self._num_layers: int = hf_config.n_layers
         self._canvases: dict[str, DenoisingRequest] = {}
         self._last_served: dict[str, int] = {}
         self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
+        self._unreported: list[dict[str, Any]] = []  # ended, and not told to the front end yet
 
     # One step: admit, plan, and take the results.
 
@@ -163,7 +170,12 @@ class ElasticScheduler(Scheduler):
             num_layers=self._num_layers,
             block_size=self.block_size,
             sampling=sampling_of(
-                params, config, request.num_prompt_tokens, self._mask_token_id, end_token_ids
+                params,
+                config,
+                request.num_prompt_tokens,
+                self._mask_token_id,
+                end_token_ids,
+                self._text_end_ids,
             ),
         )
 
@@ -191,7 +203,37 @@ class ElasticScheduler(Scheduler):
         if canvas is not None and admitted_at is not None and self.elastic_config.record:
             canvas.record.seconds = time.monotonic() - admitted_at
             self.records[request.request_id] = canvas.record
-        return super()._free_request(request, delay_free_blocks)
+        params, ec_params = super()._free_request(request, delay_free_blocks)
+        if canvas is not None:
+            self._unreported.append(self._summary(canvas))
+        if request.status not in _UNHEARD:
+            report = {"end_token": self._ends_with_end_token(request), "records": self._unreported}
+            self._unreported = []
+            params = {**(params or {}), KEY: report}
+        return params, ec_params
+
+    def _summary(self, canvas: DenoisingRequest) -> dict[str, Any]:
+        record = canvas.record
+        return {
+            "model_name": self.vllm_config.model_config.served_model_name,
+            "engine": str(self.vllm_config.parallel_config.data_parallel_index),
+            "policy": canvas.config.policy,
+            "denoising_steps": record.denoising_steps,
+            "row_layers": record.row_layers,
+            "full_row_layers": record.full_row_layers,
+            "passes": dict(record.kinds),
+        }
+
+    def _ends_with_end_token(self, request: Request) -> bool:
+        """Whether the model ended the answer with a token that is no part of its text."""
+        params = request.sampling_params
+        return (
+            request.status == RequestStatus.FINISHED_STOPPED
+            and request.stop_reason is None
+            and params is not None
+            and request.num_output_tokens > 0
+            and request.output_token_ids[-1] == params.eos_token_id
+        )
 
 
 def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:
