@@ -45,10 +45,13 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
     return check
 
 
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
+def _choice(*allowed: str, optional: bool = False) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value is None and optional:
+            return None
         if value not in allowed:
-            raise ConfigError(f"must be one of {', '.join(map(repr, allowed))}")
+            names = ", ".join(map(repr, allowed))
+            raise ConfigError(f"must be one of {names}{' or null' if optional else ''}")
         return str(value)
 
     return check
@@ -90,13 +93,26 @@ class ElasticConfig:
 
     Attributes:
         policy: what is recomputed when. ``none`` everything at every step; ``dual-cache`` the
-            canvas at the start of each text block, else the block; ``elastic`` Elastic-Cache.
+            canvas at the start of each text block, else the block; ``interval`` the canvas every
+            so many steps; ``elastic`` Elastic-Cache; ``elastic-block`` those KV blocks whose
+            drift matters, each from its own layer.
         window: masked positions predicted at a step (beta), in positions.
         threshold: a prediction at least this probable is committed (epsilon). The best one of a
             step is committed in any case.
         gamma: drift threshold. A layer whose similarity is below it makes the cache stale from
             the next layer on. 0 never fires, above 1 always.
         track_num: most-attended positions tracked in each layer.
+        refresh: what a verdict of drift does. ``replay`` discards the step's candidates and
+            repeats it with the stale rows recomputed; ``next`` keeps them and lets the stale rows
+            join the next step. null: the policy's own, replay for ``elastic`` (the paper) and
+            next for ``elastic-block``.
+        interval: denoising steps from one refresh of ``interval`` to the next.
+        probes: blocks probed at a step by ``elastic-block``, one position each.
+        block_drift: of ``elastic-block``, the expected error of the window's attention beyond
+            which blocks are refreshed: attention paid to stale blocks times their relative drift.
+        slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
+            drifted at most this share of the most drifted layer's.
+        granularity: positions a block of ``elastic-block`` has. null: the KV block.
         statistic: ``released`` cosine across heads for each key (the authors' code), ``paper``
             cosine across keys for each head.
         tokens_per_step: commit just this many positions a step, by rank; the threshold is
@@ -122,6 +138,12 @@ class ElasticConfig:
     threshold: float = _knob(0.9, _number(0.0, 1.0))
     gamma: float = _knob(0.9, _number(0.0, 2.0))
     track_num: int = _knob(1, _integer(1, 64))
+    refresh: str | None = _knob(None, _choice("replay", "next", optional=True))
+    interval: int = _knob(8, _integer(1, 1 << 20))
+    probes: int = _knob(4, _integer(1, 1 << 10))
+    block_drift: float = _knob(0.03, _number(0.0, 10.0))
+    slack: float = _knob(0.1, _number(0.0, 1.0))
+    granularity: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     statistic: str = _knob("released", _choice("released", "paper"))
     tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     block_length: int = _knob(32, _integer(1, 1 << 20))

@@ -70,7 +70,9 @@ class Scenario:
 
 
 def scenarios(
-    policies: tuple[str, ...] = tuple(POLICIES), restart_rates: tuple[float, ...] = (0.0, 0.2)
+    policies: tuple[str, ...] = tuple(POLICIES),
+    restart_rates: tuple[float, ...] = (0.0, 0.2),
+    refreshes: tuple[str | None, ...] = (None, "replay", "next"),
 ) -> st.SearchStrategy[Scenario]:
     """Small canvases, every policy, extreme knobs as likely as the usual ones."""
     knobs = st.fixed_dictionaries(
@@ -82,6 +84,12 @@ def scenarios(
             "track_num": st.integers(1, 4),
             "tokens_per_step": st.none() | st.integers(1, 5) | st.just(100),
             "block_length": st.integers(1, 12) | st.just(100),
+            "refresh": st.sampled_from(refreshes),
+            "interval": st.integers(1, 6),
+            "probes": st.integers(1, 4),
+            "block_drift": st.sampled_from([0.0, 0.1, 1.0]),
+            "slack": st.sampled_from([0.0, 0.1, 1.0]),
+            "granularity": st.none() | st.integers(1, 9),
             "record": st.booleans(),
         }
     )
@@ -126,6 +134,20 @@ class FakeModel:
             result.similarities[rng.random(scenario.num_layers) < 0.1] = gamma  # no drift
             drifted = rng.random(scenario.num_layers) < scenario.drift_rate
             result.similarities[drifted] = gamma - 0.1
+            result.similarities = result.similarities[: plan.tested_layers]
+        if plan.granularity:
+            blocks = np.arange(scenario.length) // plan.granularity
+            result.block_mass = np.zeros(blocks[-1] + 1, dtype=np.float32)
+            result.block_probes = np.full(blocks[-1] + 1, -1, dtype=np.int32)
+            for block in range(blocks[-1] + 1):
+                watched = np.flatnonzero((blocks == block) & plan.watched)
+                if watched.size:
+                    result.block_mass[block] = rng.random()
+                    result.block_probes[block] = rng.choice(watched)
+            if plan.probes.size:
+                shape = (plan.probes.size, scenario.num_layers)
+                result.probe_drift = (2 * scenario.drift_rate * rng.random(shape)).astype("f4")
+                result.probe_drift[:, 0] = 0.0
         return result
 
 
@@ -230,6 +252,7 @@ class CheckedCache:
                 self.has_hidden[layer + 1, rows] = True
         assert set(plan.window.tolist()) <= set(rows)
         assert set(plan.tested.tolist()) <= set(plan.segments[0].positions.tolist())
+        assert set(plan.probes.tolist()) <= set(plan.segments[0].positions.tolist())
 
 
 def fingerprint(value: Any) -> str:

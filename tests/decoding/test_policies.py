@@ -38,6 +38,23 @@ def step(request: DenoisingRequest, tokens: dict[int, int]) -> None:
     )
 
 
+def blocks_of(
+    request: DenoisingRequest,
+    mass: list[float],
+    probes: list[int],
+    drift: list[list[float]] | None = None,
+) -> PassResult:
+    """A pass that commits nothing but the first position, with these attention statistics."""
+    count = len(request.plan().window)
+    return PassResult(
+        np.zeros(count, dtype=np.int32),
+        np.array([0.5] + [0.0] * (count - 1)),
+        block_mass=np.array(mass, dtype=np.float32),
+        block_probes=np.array(probes, dtype=np.int32),
+        probe_drift=None if drift is None else np.array(drift, dtype=np.float32),
+    )
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_names(name: str) -> None:
     """A policy would not be found under the name that the config allows."""
@@ -86,8 +103,54 @@ def test_elastic_verdict(gamma: float, similarities: list[float], expected: int 
     """A refresh would start at the wrong layer, or not at all (paper, algorithm 1)."""
     scenario = quiet({"gamma": gamma}, num_layers=len(similarities))
     request = scenario.make_request()
-    verdict = request.policy.judge(request, np.array(similarities, dtype=np.float32))
-    assert verdict == expected
+    result = PassResult(np.zeros(1, dtype=np.int32), np.ones(1))
+    result.similarities = np.array(similarities, dtype=np.float32)
+    assert request.policy.judge(request, request.plan(), result) == expected
+
+
+def test_interval_refreshes_on_schedule() -> None:
+    """A fixed schedule would measure something, or miss a refresh."""
+    scenario = one_token_a_step(quiet({"policy": "interval", "interval": 3}, max_tokens=7))
+    kinds = [p.plan.kind for p in drive(scenario).passes]
+    assert kinds == ["first", "window", "window", "full", "window", "window", "full"]
+
+
+def test_elastic_block_refreshes_what_costs_most() -> None:
+    """A block that nobody attends to, or that stands still, would be recomputed."""
+    config = {"policy": "elastic-block", "probes": 2, "block_drift": 0.1, "slack": 0.1, "window": 2}
+    request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
+    assert request.plan().kind == "first"
+    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
+    plan = request.plan()
+    assert plan.kind == "window"
+    assert plan.probes.tolist() == [1, 5], "the two most attended blocks"
+    assert plan.segments[0].positions.tolist() == [1, 5, 8, 9, 10]
+    # Block 0 stands still; block 1 drifts from layer 2 on.
+    drift = [[0.0, 0.01, 0.01, 0.01], [0.0, 0.01, 0.6, 0.8]]
+    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [2, 6, 11, 14], drift))
+    plan = request.plan()
+    assert plan.kind == "refresh"
+    joins = {s.join_layer: s.positions.tolist() for s in plan.segments}
+    # Layer 1 is the last whose input has not drifted; position 5 is no row of the window pass.
+    assert joins[1] == [4, 5, 7] and 6 in joins[0] and 4 not in joins[0]
+    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 12, 13], [[0.0] * 4] * 2))
+    assert request.plan().kind == "window", "it has been refreshed"
+
+
+def test_elastic_block_extrapolates_between_probes() -> None:
+    """A block that drifts slowly would never be refreshed, or only when it is probed."""
+    config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1}
+    request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
+    blocks = [0.9, *[0.0] * 5]
+    request.digest(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
+    assert request.plan().probes.tolist() == [0]
+    request.digest(blocks_of(request, blocks, [1, -1, -1, -1, -1, -1], [[0.0, 0.04]]))
+    kinds = []
+    for _ in range(8):
+        kinds.append(request.plan().kind)
+        still = [[0.0, 0.04 * 2**0.6]] if request.plan().probes.size else None
+        request.digest(blocks_of(request, blocks, [-1] * 6, still))
+    assert "refresh" in kinds and kinds[0] == "window"
 
 
 def test_dual_cache_text_blocks() -> None:

@@ -23,7 +23,7 @@ from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
 drives = settings(max_examples=200, deadline=None)
-KINDS = {"first", "window", "replay", "full"}
+KINDS = {"first", "window", "replay", "full", "refresh"}
 
 
 @drives
@@ -36,7 +36,11 @@ def test_it_ends_within_max_tokens_steps(scenario: Scenario) -> None:
     assert len(steps) <= scenario.max_tokens
     # What is not a step is a verified pass; its replay may be lost to a restart.
     assert len(trace.passes) <= 2 * len(steps) + trace.num_restarts
-    if scenario.config.policy in ("none", "dual-cache"):
+    if trace.request.refresh == "next" or scenario.config.policy in (
+        "none",
+        "dual-cache",
+        "interval",
+    ):
         assert len(trace.passes) == len(steps)
 
 
@@ -126,7 +130,7 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
             assert p.plan.kind == "full"
         if p.plan.kind == "replay":
             assert before is not None
-            assert before.plan.kind == "window"
+            assert before.plan.kind == "window" or scenario.config.policy == "elastic-block"
             assert not p.replayed
             assert p.plan.tested.size == 0
             assert p.plan.denoising_step == before.plan.denoising_step
@@ -152,7 +156,7 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
 
 
 @drives
-@given(scenarios(policies=("elastic",)))
+@given(scenarios(policies=("elastic",), refreshes=(None, "replay")))
 def test_elastic_rows(scenario: Scenario) -> None:
     """Elastic-Cache would compute other rows than the paper's, or track other positions."""
     trace = drive(scenario)
@@ -190,6 +194,56 @@ def test_elastic_rows(scenario: Scenario) -> None:
         measured[plan.start_layer :] = p.result.most_attended
         if not p.replayed:
             just_committed = p.committed
+
+
+@drives
+@given(scenarios(policies=("elastic",), refreshes=("next",)))
+def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
+    """Stale rows would be left out, start at the wrong layer, or the drift below go untested."""
+    trace = drive(scenario)
+    stale_from = None
+    for p in trace.passes:
+        plan = p.plan
+        if p.restarted:
+            stale_from = None
+        joins = {s.join_layer: s.positions.tolist() for s in plan.segments}
+        assert not p.replayed and plan.kind != "replay"
+        if plan.kind in ("window", "refresh"):
+            assert (plan.kind == "refresh") == (stale_from is not None)
+            assert plan.tested_layers == stale_from
+            if stale_from is not None:
+                everyone = joins[0] + joins.get(stale_from, [])
+                assert sorted(everyone) == list(range(scenario.length))
+        stale_from = None
+        if p.result.similarities is not None:
+            tested = p.result.similarities[: scenario.num_layers - 1]
+            below = np.flatnonzero(tested < np.float32(scenario.config.gamma))
+            stale_from = int(below[0]) + 1 if below.size else None
+
+
+@drives
+@given(scenarios(policies=("elastic-block",), refreshes=("next",), restart_rates=(0.0,)))
+def test_elastic_block_rows(scenario: Scenario) -> None:
+    """Blocks would be refreshed in part, or rows computed that nobody asked for."""
+    trace = drive(scenario)
+    size = scenario.config.granularity or scenario.block_size
+    just_committed: list[int] = []
+    for p in trace.passes:
+        plan = p.plan
+        if plan.kind in ("window", "refresh"):
+            rows = set(plan.window.tolist()) | set(just_committed) | set(plan.probes.tolist())
+            at_zero = set(plan.segments[0].positions.tolist())
+            assert plan.segments[0].join_layer == 0 and rows <= at_zero
+            others = [set(s.positions.tolist()) for s in plan.segments[1:]]
+            stale = (at_zero - rows).union(*others)
+            for block in {position // size for position in stale}:
+                members = set(range(block * size, min((block + 1) * size, scenario.length)))
+                homes = [s for s in (at_zero - rows, *others) if s & members]
+                assert len(homes) == 1, "a block's rows join at different layers"
+                assert members - rows <= homes[0]
+            assert plan.probes.size <= scenario.config.probes
+        assert plan.watched is not None and not plan.watched[plan.window].any()
+        just_committed = p.committed
 
 
 @drives

@@ -13,11 +13,15 @@ import torch
 from vllm_elastic.reference import (
     DecodingOptions,
     DualCacheOptions,
+    ElasticBlockOptions,
     ElasticOptions,
+    IntervalOptions,
     LowConfidenceOptions,
     decode,
     dual_cache,
+    elastic_block,
     elastic_cache,
+    interval,
     low_confidence,
 )
 
@@ -36,6 +40,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "always": {"policy": "elastic", "gamma": 1.1},
     "always-topk": {"policy": "elastic", "gamma": 1.1, "statistic": "paper", "tokens_per_step": 2},
     "wide": {"policy": "elastic", "gamma": 0.8, "window": 200, "threshold": 0.05},
+    "next-low": {"policy": "elastic", "gamma": 0.75, "refresh": "next"},
+    "next-high": {"policy": "elastic", "gamma": 0.9, "refresh": "next", "statistic": "paper"},
+    "interval": {"policy": "interval", "interval": 3},
+    "block": {"policy": "elastic-block", "granularity": 8, "block_drift": 0.1},
+    "block-fine": {"policy": "elastic-block", "granularity": 3, "block_drift": 0.023, "probes": 2},
+    "block-kv": {"policy": "elastic-block", "block_drift": 0.2, "slack": 0.5, "probes": 1},
+    "block-replay": {"policy": "elastic-block", "granularity": 8, "refresh": "replay"},
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
 }
 ENDS: dict[str, dict[str, Any]] = {
@@ -75,6 +86,10 @@ def ask_oracle(served: Served, prompt: list[int], max_tokens: int, config: dict[
         return decode(served.oracle, prompt, max_tokens, DecodingOptions(**options))
     if policy == "dual-cache":
         return dual_cache(served.oracle, prompt, max_tokens, DualCacheOptions(**options))
+    if policy == "interval":
+        return interval(served.oracle, prompt, max_tokens, IntervalOptions(**options))
+    if policy == "elastic-block":
+        return elastic_block(served.oracle, prompt, max_tokens, ElasticBlockOptions(**options))
     return elastic_cache(served.oracle, prompt, max_tokens, ElasticOptions(**options))
 
 
@@ -117,7 +132,7 @@ def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -
     for (index, name), result in zip(cases, results, strict=True):
         compare(served, index, name, result)
     kinds = {p["kind"] for result in results for p in result["steps"]}
-    assert kinds == {"first", "window", "replay", "full"}
+    assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
 @pytest.mark.parametrize("model", RANDOM_MODELS)

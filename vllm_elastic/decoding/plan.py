@@ -53,8 +53,12 @@ class PassPlan:
         tokens: int32 [T], the canvas.
         window: positions whose candidates are wanted; their attention is the attention mass.
         tested: rows whose attention is compared before and after the pass (drift test).
+        tested_layers: layers, counted from 0, in which no stale row takes part yet; None: all.
         trackable: bool [T], positions that may be tracked, or None: no statistics wanted.
         sampling: what the request wants of its candidates; None: the most probable token.
+        probes: rows of the first segment whose stored hidden states are compared with the new.
+        granularity: positions a block has whose attention is wanted; 0: not wanted.
+        watched: bool [T], positions whose attention counts for their block, or None.
         fresh: the first pass over these KV blocks; what they hold is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
@@ -66,10 +70,14 @@ class PassPlan:
     tokens: npt.NDArray[np.int32]
     window: Positions
     tested: Positions = field(default_factory=lambda: NO_POSITIONS)
+    tested_layers: int | None = None
     trackable: npt.NDArray[np.bool_] | None = None
     track_num: int = 1
     statistic: str = "released"
     sampling: Sampling | None = None
+    probes: Positions = field(default_factory=lambda: NO_POSITIONS)
+    granularity: int = 0
+    watched: npt.NDArray[np.bool_] | None = None
     fresh: bool = False
     block_ids: list[int] = field(default_factory=list)
 
@@ -80,6 +88,11 @@ class PassPlan:
     @property
     def start_layer(self) -> int:
         return self.segments[0].join_layer
+
+    @property
+    def computes_everything(self) -> bool:
+        """Whether every position is computed from the embedding on."""
+        return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
 
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
@@ -95,7 +108,11 @@ class PassResult:
         probabilities: float64 [W], its probability; NaN where the logits were not finite.
         most_attended: int32 [layers, track_num], layers from the pass's start layer on, -1 where
             fewer positions may be tracked; None: not asked for.
-        similarities: float32 [L], 1 = no drift; None: no test asked for.
+        similarities: float32 [tested layers], 1 = no drift; None: no test asked for.
+        probe_drift: float32 [probes, L], relative change of the input of each layer (0 in layer
+            0, whose input is the embedding); None: nothing probed.
+        block_mass: float32 [blocks], share of the window's attention, mean over heads and layers.
+        block_probes: int32 [blocks], the most attended watched position of each block, -1: none.
         logprobs: of the window's candidates; None: not asked for.
     """
 
@@ -104,6 +121,9 @@ class PassResult:
     most_attended: npt.NDArray[np.int32] | None = None
     similarities: npt.NDArray[np.float32] | None = None
     logprobs: Logprobs | None = None
+    probe_drift: npt.NDArray[np.float32] | None = None
+    block_mass: npt.NDArray[np.float32] | None = None
+    block_probes: npt.NDArray[np.int32] | None = None
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

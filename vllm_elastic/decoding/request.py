@@ -31,12 +31,14 @@ class NotFiniteError(ValueError):
 class DenoisingRequest:
     """The state machine of one request.
 
-    ``plan`` names the next pass; ``digest`` takes its result and either commits tokens or, where
-    the policy found the cache stale, discards the candidates so that the next plan is the replay
-    of the same step. Calling ``plan`` again before ``digest`` returns the same plan, so a plan
-    that did not fit a batch is simply asked for again.
+    ``plan`` names the next pass; ``digest`` takes its result and commits tokens. Where the policy
+    finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
+    next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
+    in the next step's pass. Calling ``plan`` again before ``digest`` returns the same plan, so a
+    plan that did not fit a batch is simply asked for again.
 
     Attributes:
+        refresh: ``replay`` or ``next``.
         tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
     """
@@ -60,8 +62,10 @@ class DenoisingRequest:
         self.canvas = Canvas(
             prompt_token_ids, max_tokens, mask_token_id, end_token_ids, config.canvas
         )
-        self.validity = BlockValidity(self.canvas.length, block_size, num_layers)
+        granularity = config.granularity or block_size
+        self.validity = BlockValidity(self.canvas.length, granularity, num_layers)
         self.policy = make_policy(config)
+        self.refresh = config.refresh or self.policy.refresh
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(keep_steps=config.record)
         self.tracked: Positions = NO_POSITIONS
@@ -99,13 +103,14 @@ class DenoisingRequest:
         self.validity.validate()  # the pass recomputed all that was stale
         if not np.isfinite(result.probabilities).all():
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
-        if plan.tested.size and self._verified is None and result.similarities is not None:
-            stale_from = self.policy.judge(self, result.similarities)
+        if self._verified is None:
+            stale_from = self.policy.judge(self, plan, result)
             if stale_from is not None:
                 self.validity.invalidate(stale_from)
-                self._verified = result
-                self._add_to_record(plan, result, None)
-                return []
+                if self.refresh == "replay":
+                    self._verified = result
+                    self._add_to_record(plan, result, None)
+                    return []
         self._update_tracked(plan, result)
         self._verified = None
         chosen = self.schedule.choose(
@@ -138,7 +143,7 @@ class DenoisingRequest:
             self.policy.begin_step(self)
         window = self.schedule.window(self.canvas)
         join = self.validity.join_layers()
-        everything = bool((join == 0).all())
+        everything, current = bool((join == 0).all()), self.validity.all_valid
         # In a replay the window pass's rows go again too, from where the first block is stale.
         rows = self.policy.rows(self, window)
         join[rows] = np.minimum(join[rows], int(join.min()) if replay else 0)
@@ -147,8 +152,13 @@ class DenoisingRequest:
         elif everything:
             kind = "first" if self.record.passes == 0 else "full"
         else:
-            kind = "window"
+            kind = "window" if current else "refresh"
         measures = self.policy.measures
+        watched = None
+        if self.policy.probes_blocks:
+            watched = np.ones(self.canvas.length, dtype=np.bool_)
+            watched[window if (join == 0).all() else rows] = False
+        compared = not everything and not replay
         return PassPlan(
             request_id=self.request_id,
             kind=kind,
@@ -156,11 +166,15 @@ class DenoisingRequest:
             segments=segments_by_join_layer(join, self.num_layers),
             tokens=self.canvas.tokens.copy(),
             window=window,
-            tested=self.tracked if measures and kind == "window" else NO_POSITIONS,
+            tested=self.tracked if measures and compared else NO_POSITIONS,
+            tested_layers=None if current else int(self.validity.stale_from.min()),
             trackable=~self.canvas.masked if measures else None,
             track_num=self.config.track_num,
             statistic=self.config.statistic,
             sampling=self.sampling,
+            probes=self.policy.probes(self) if compared and join.any() else NO_POSITIONS,
+            granularity=self.validity.block_size if self.policy.probes_blocks else 0,
+            watched=watched,
             fresh=self._fresh,
         )
 

@@ -14,13 +14,14 @@ class BlockValidity:
     the embedding), so its rows can join a pass there.
 
     Attributes:
+        block_size: positions a block has.
         stale_from: int16 [blocks], 0 .. L.
     """
 
     def __init__(self, canvas_length: int, block_size: int, num_layers: int) -> None:
         self.num_layers = num_layers
         self._canvas_length = canvas_length
-        self._block_size = block_size
+        self.block_size = block_size
         num_blocks = -(-canvas_length // block_size)
         self.stale_from: npt.NDArray[np.int16] = np.zeros(num_blocks, dtype=np.int16)
 
@@ -38,4 +39,4 @@ class BlockValidity:
 
     def join_layers(self) -> npt.NDArray[np.int16]:
         """int16 [T]: the layer at which each position has to join to be valid again; L = not."""
-        return np.repeat(self.stale_from, self._block_size)[: self._canvas_length]
+        return np.repeat(self.stale_from, self.block_size)[: self._canvas_length]

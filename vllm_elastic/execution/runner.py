@@ -6,6 +6,7 @@ Keeps nothing of a request between steps but what is in its KV blocks, and decid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -197,13 +199,17 @@ class ElasticRunner:
         probabilities_np = probabilities.cpu().numpy()
         results = []
         for index, rows in enumerate(_window_slices(plans)):
-            tracked, similarities = statistics.measure(index) or (None, None)
             logprobs = None
             if index in raw:
                 raw_logits, count = raw[index]
                 logprobs = logprobs_of(raw_logits, token_ids[rows], count)
             results.append(
-                PassResult(tokens_np[rows], probabilities_np[rows], tracked, similarities, logprobs)
+                PassResult(
+                    tokens_np[rows],
+                    probabilities_np[rows],
+                    logprobs=logprobs,
+                    **statistics.measure(index),
+                )
             )
         return results
 
@@ -281,6 +287,18 @@ class ElasticRunner:
 
     def get_model(self) -> nn.Module:
         return self.model
+
+    @torch.inference_mode()
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """Load weights in place: after a sleep of level 2, or other ones for the same model."""
+        reload_weights(
+            self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format
+        )
 
     def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
         return ("generate",)

@@ -46,7 +46,9 @@ class StatisticsInputs:
     """
 
     def __init__(self, plans: Sequence[PassPlan], layout: RowLayout, block_size: int) -> None:
-        wanted = [i for i, plan in enumerate(plans) if plan.trackable is not None]
+        wanted = [
+            i for i, plan in enumerate(plans) if plan.trackable is not None or plan.granularity
+        ]
         rows = [np.union1d(plans[i].window, plans[i].tested) for i in wanted]
         self.query_rows: IntArray = np.sort(
             np.concatenate(
@@ -74,6 +76,14 @@ class StatisticsInputs:
             )
             num_tested += plan.tested.size
             num_keys += written.size
+        self._probe_spans: dict[int, slice] = {}
+        probes, num_probes = [_NONE], 0
+        for index, plan in enumerate(plans):
+            if plan.probes.size:
+                probes.append(layout.slots[layout.row_of[index][plan.probes]])
+                self._probe_spans[index] = slice(num_probes, num_probes + plan.probes.size)
+                num_probes += plan.probes.size
+        self._probe_slots_np: IntArray = np.concatenate(probes)
         self.tested_positions: IntArray = np.concatenate(tested)
         self._key_rows_np: IntArray = np.concatenate(key_rows)
         self._tested_rows_np: IntArray = np.concatenate(
@@ -100,6 +110,9 @@ class StatisticsInputs:
             device=device,
             dtype=dtype,
         )
+        if self._probe_spans:
+            self._probe_slots = put(self._probe_slots_np)
+            self._old_probes = model.hidden_rows[:, self._probe_slots]
         if self.tested_positions.size:
             # Before the pass: what the tested rows' old attention saw.
             self.tested_rows = put(self._tested_rows_np)
@@ -123,16 +136,11 @@ class StatisticsInputs:
         if self.old_inputs is not None:
             self._old_queries[layer] = q[num_rows:]
 
-    def measure(self, index: int) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Statistics of plan ``index`` after the pass.
-
-        Returns:
-            most attended positions int32 [L - start layer, track_num], and similarities
-            float32 [L] where rows were tested; None where the plan wants no statistics.
-        """
+    def measure(self, index: int) -> dict[str, np.ndarray | None]:
+        """Statistics of plan ``index`` after the pass, by their names in ``PassResult``."""
         rows = self._requests.get(index)
         if rows is None:
-            return None
+            return {}
         plan, shape = rows.plan, self._shape
         start, length = plan.start_layer, len(plan.tokens)
         device = self._queries.device
@@ -143,9 +151,19 @@ class StatisticsInputs:
         attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
         num_window = len(rows.window_queries)
         mass = ops.attention_mass(attention[:, :, :num_window])
-        trackable = torch.from_numpy(plan.trackable).to(device)
-        tracked = ops.most_attended(mass, trackable, plan.track_num)
-        similarities = None
+        measured: dict[str, torch.Tensor] = {}
+        if plan.trackable is not None:
+            trackable = torch.from_numpy(plan.trackable).to(device)
+            tracked = ops.most_attended(mass, trackable, plan.track_num)
+            measured["most_attended"] = tracked.to(torch.int32)
+        if plan.granularity:
+            watched = torch.from_numpy(plan.watched).to(device)
+            share = mass.sum(dim=0) / mass.sum()
+            in_blocks, probes = ops.attended_blocks(share, watched, plan.granularity)
+            measured["block_mass"] = in_blocks
+            measured["block_probes"] = probes.to(torch.int32)
+        if index in self._probe_spans:
+            measured["probe_drift"] = self._probe_drift(self._probe_spans[index])
         if plan.tested.size:
             old = ops.attention_scores(self._old_queries[:, rows.old_queries], keys, shape.scale)
             old_keys = self._old_keys[:, rows.old_keys].permute(0, 2, 3, 1)
@@ -156,10 +174,15 @@ class StatisticsInputs:
             similarities = ops.drift_similarity(
                 old.softmax(dim=-1), attention[:, :, num_window:], plan.statistic
             )
-        return (
-            tracked.to(torch.int32).cpu().numpy(),
-            None if similarities is None else similarities.cpu().numpy(),
-        )
+            measured["similarities"] = similarities[: plan.tested_layers]
+        return {name: tensor.cpu().numpy() for name, tensor in measured.items()}
+
+    def _probe_drift(self, span: slice) -> torch.Tensor:
+        """Relative change of stored hidden states, float32 [M, L]; layer 0's input is exact."""
+        old = self._old_probes[:, span].float()
+        new = self._shape.hidden_rows[:, self._probe_slots[span]].float()
+        change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(ops.NORM_FLOOR)
+        return torch.nn.functional.pad(change.T, (1, 0))
 
 
 @dataclass(slots=True)

@@ -11,6 +11,8 @@ Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingRe
 
     decode          DecodingOptions(window=16, threshold=0.9, tokens_per_step=None)
     elastic_cache   ElasticOptions(..., gamma=0.9, track_num=1, statistic="released")
+    elastic_block   ElasticBlockOptions(..., granularity=32, probes=4, block_drift=0.03, slack=0.1)
+    interval        IntervalOptions(..., interval=8)
     dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
     low_confidence  LowConfidenceOptions(steps=128, block_length=32)
 
@@ -22,7 +24,9 @@ gamma within rounding (1e-6) of a similarity, gamma = 1 above all.
 from .config import LLaDAConfig
 from .decoding import DecodingOptions, decode
 from .dual_cache import DualCacheOptions, dual_cache
+from .elastic_block import ElasticBlock, ElasticBlockOptions, elastic_block
 from .elastic_cache import ElasticCache, ElasticOptions, elastic_cache
+from .interval import IntervalOptions, interval
 from .llada import LLaDA
 from .low_confidence import LowConfidenceOptions, low_confidence
 from .result import DecodingResult, Pass
@@ -31,14 +35,19 @@ __all__ = [
     "DecodingOptions",
     "DecodingResult",
     "DualCacheOptions",
+    "ElasticBlock",
+    "ElasticBlockOptions",
     "ElasticCache",
     "ElasticOptions",
+    "IntervalOptions",
     "LLaDA",
     "LLaDAConfig",
     "LowConfidenceOptions",
     "Pass",
     "decode",
     "dual_cache",
+    "elastic_block",
     "elastic_cache",
+    "interval",
     "low_confidence",
 ]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,11 +45,15 @@ class ElasticOptions(DecodingOptions):
         gamma: similarity below which the layers beyond are recomputed.
         track_num: positions tracked per layer.
         statistic: see ``drift.similarity``.
+        refresh: "replay" is the paper. "next" is ours: the step that finds the drift is finished
+            as it is, and in the following step everyone joins at l*+1; the layers below that are
+            tested as ever.
     """
 
     gamma: float = 0.9
     track_num: int = 1
     statistic: Statistic = "released"
+    refresh: Literal["replay", "next"] = "replay"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,13 +85,13 @@ class LayersOutput:
     Attributes:
         hidden: (W, d) output of the last layer at the window's positions.
         similarities: of the tested layers, from layer 0 on.
-        refreshed_from: l*+1, or None if nothing was refreshed.
+        stale_from: l*+1, or None if no layer had drifted.
         tracked: (n,) positions for the next step to track, ascending.
     """
 
     hidden: Tensor
     similarities: list[float] = field(default_factory=list)
-    refreshed_from: int | None = None
+    stale_from: int | None = None
     tracked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
@@ -98,6 +103,7 @@ class ElasticCache:
         cache: keys, values and hidden states, as the last step left them.
         tracked: (n,) positions that the next step tracks.
         committed: (n,) positions that the last step committed.
+        stale_from: where everyone joins the coming step (refresh "next"), or None.
         result: the record so far.
     """
 
@@ -105,6 +111,7 @@ class ElasticCache:
         self.model, self.canvas, self.options = model, canvas, options
         self.cache = LayerCache(model, len(canvas))
         self.tracked = self.committed = canvas.everywhere[:0]
+        self.stale_from: int | None = None
         self.result = DecodingResult()
 
     def rows(self, window: Tensor) -> Tensor:
@@ -120,10 +127,16 @@ class ElasticCache:
         # In the first step there is nothing stored to compare with, and nothing tracked.
         testing = len(self.tracked) > 0
         similarities: list[float] = []
-        refreshed_from = None
+        stale_from = None
         tracked = []
         hidden = model.embed(self.canvas.tokens[rows])
         for layer in range(model.config.n_layers):
+            if layer == self.stale_from:
+                hidden, rows, testing = (
+                    self.join(layer, hidden, rows),
+                    self.canvas.everywhere,
+                    False,
+                )
             q, k, v = model.project(layer, hidden, rows)
             if testing:
                 stored = cache.hidden[layer, self.tracked]
@@ -138,17 +151,22 @@ class ElasticCache:
             if testing:
                 after = model.attention_rows(q[:, index_in(rows, self.tracked)], cache.keys[layer])
                 similarities.append(similarity(before, after, options.statistic))
-                if similarities[-1] < options.gamma and layer < last_layer:
-                    refreshed_from, testing = layer + 1, False
-                    # Everyone joins: stale inputs from the cache, this step's rows fresh.
-                    hidden = cache.hidden[layer + 1].index_copy(0, rows, hidden)
-                    rows = self.canvas.everywhere
+                drifted = similarities[-1] < options.gamma and layer < last_layer
+                if drifted and options.refresh == "replay":
+                    stale_from, testing = layer + 1, False
+                    hidden, rows = self.join(layer + 1, hidden, rows), self.canvas.everywhere
+                elif drifted and stale_from is None:
+                    stale_from = layer + 1
         return LayersOutput(
             hidden=hidden[index_in(rows, window)],
             similarities=similarities,
-            refreshed_from=refreshed_from,
+            stale_from=stale_from,
             tracked=union(*tracked),
         )
+
+    def join(self, layer: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(T, d) input of a layer for everyone: stored, but for this step's fresh rows (R, d)."""
+        return self.cache.hidden[layer].index_copy(0, rows, hidden)
 
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
@@ -166,9 +184,20 @@ class ElasticCache:
         chosen = choose(confidence, options.threshold, options.tokens_per_step)
         self.canvas.commit(window[chosen], token_ids[chosen])
 
-        passes = [("window" if self.result.denoising_steps else "first", 0, len(rows))]
-        if output.refreshed_from is not None:
-            passes.append(("replay", output.refreshed_from, len(self.canvas)))
+        kind = "window" if self.result.denoising_steps else "first"
+        row_layers = None
+        if self.stale_from is not None:
+            kind = "refresh"
+            layers_above = self.model.config.n_layers - self.stale_from
+            joining = len(self.canvas) - len(rows)
+            row_layers = len(rows) * self.model.config.n_layers + joining * layers_above
+            rows = self.canvas.everywhere
+        passes = [(kind, 0, len(rows))]
+        self.stale_from = None
+        if output.stale_from is not None and options.refresh == "replay":
+            passes.append(("replay", output.stale_from, len(self.canvas)))
+        elif output.stale_from is not None:
+            self.stale_from = output.stale_from
         self.result.record(
             passes,
             window[chosen].tolist(),
@@ -176,6 +205,7 @@ class ElasticCache:
             len(self.canvas),
             output.similarities,
             self.tracked.tolist(),
+            row_layers,
         )
         self.tracked, self.committed = output.tracked, window[chosen]
         return True

@@ -63,8 +63,12 @@ class DecodingResult:
         canvas_length: int,
         similarities: list[float] | None = None,
         tracked: list[int] | None = None,
+        row_layers: int | None = None,
     ) -> None:
-        """Add one denoising step: its passes as (kind, start layer, rows), the last commits."""
+        """Add one denoising step: its passes as (kind, start layer, rows), the last commits.
+
+        ``row_layers``: of all passes together, where rows join at different layers.
+        """
         for kind, start_layer, rows in passes:
             self.steps.append(
                 Pass(
@@ -75,7 +79,9 @@ class DecodingResult:
                     committed=[],
                 )
             )
-            self.row_layers += rows * (n_layers - start_layer)
+            if row_layers is None:
+                self.row_layers += rows * (n_layers - start_layer)
+        self.row_layers += row_layers or 0
         self.steps[-1]["committed"] = committed
         self.full_row_layers += canvas_length * n_layers
         self.similarities.append(similarities or [])

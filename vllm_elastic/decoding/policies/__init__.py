@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 from vllm_elastic.decoding.policies.dual_cache import DualCache
 from vllm_elastic.decoding.policies.elastic import Elastic
+from vllm_elastic.decoding.policies.elastic_block import ElasticBlock
+from vllm_elastic.decoding.policies.interval import Interval
 from vllm_elastic.decoding.policies.recompute import Recompute
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
 
 POLICIES: dict[str, type[RefreshPolicy]] = {
-    policy.name: policy for policy in (Recompute, DualCache, Elastic)
+    policy.name: policy for policy in (Recompute, DualCache, Interval, Elastic, ElasticBlock)
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.plan import NO_POSITIONS, PassPlan, PassResult
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
@@ -20,11 +21,16 @@ class RefreshPolicy:
 
     Attributes:
         name: what ``policy`` in the config calls it.
-        measures: whether passes report attention statistics (tracked positions, similarities).
+        measures: whether passes report the attention's drift and the most attended positions
+            (tracked positions, similarities).
+        probes_blocks: whether passes report the attention of blocks and the drift of probes.
+        refresh: what its verdict does where the config does not say (see ``ElasticConfig``).
     """
 
     name: ClassVar[str]
     measures: ClassVar[bool] = False
+    probes_blocks: ClassVar[bool] = False
+    refresh: ClassVar[str] = "replay"
 
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
@@ -37,10 +43,14 @@ class RefreshPolicy:
         """Positions recomputed from layer 0 whether their block is stale or not."""
         return window
 
+    def probes(self, request: DenoisingRequest) -> Positions:
+        """Positions among ``rows`` whose drift the coming pass is to report, ascending."""
+        return NO_POSITIONS
+
     def judge(
-        self, request: DenoisingRequest, similarities: npt.NDArray[np.float32]
+        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
     ) -> npt.NDArray[np.int16] | int | None:
-        """After a pass with a drift test: from which layer blocks turned out to be stale.
+        """After every pass but a replay: from which layer blocks turned out to be stale.
 
         One layer for all blocks, int16 [blocks], or None: the pass stands.
         """

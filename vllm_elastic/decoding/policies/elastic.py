@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class Elastic(RefreshPolicy):
         )
 
     def judge(
-        self, request: DenoisingRequest, similarities: npt.NDArray[np.float32]
+        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
     ) -> npt.NDArray[np.int16] | int | None:
-        drifted = np.flatnonzero(similarities[:-1] < self.config.gamma)
+        if result.similarities is None:
+            return None
+        similarities = result.similarities[: request.num_layers - 1]
+        drifted = np.flatnonzero(similarities < self.config.gamma)
         return int(drifted[0]) + 1 if drifted.size else None

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ours: a few probes a step say how far each block has drifted; only what matters is refreshed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.plan import NO_POSITIONS, PassPlan, PassResult
+from vllm_elastic.decoding.policies.base import RefreshPolicy
+
+if TYPE_CHECKING:
+    from vllm_elastic.config import ElasticConfig
+    from vllm_elastic.decoding.request import DenoisingRequest
+
+GROWTH = 0.6
+"""Drift grows with this power of the steps since the state was stored: measured (docs/drift.md)."""
+
+
+class ElasticBlock(RefreshPolicy):
+    """Blocks of the canvas, each with its own drift, attention and age.
+
+    A *probe* is a position whose row joins a window pass only to be compared with what was stored
+    of it: the relative change of its hidden state at each layer's input. It stands for its block.
+    What a stale block costs is the attention the window pays to it times its drift; when the sum
+    over all blocks exceeds ``block_drift``, the costliest blocks are refreshed until half of it is
+    left. So the prompt, which hardly drifts, is rarely recomputed, however long it is.
+
+    Blocks are probed in turn, the more attended ones more often. Between two probes of a block
+    its drift is extrapolated from its age.
+    """
+
+    name = "elastic-block"
+    probes_blocks = True
+    refresh = "next"
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__(config)
+        self._probes = self._next_probes = NO_POSITIONS
+        self._rate: npt.NDArray[np.float32] | None = None
+
+    def begin_step(self, request: DenoisingRequest) -> None:
+        self._probes = self._next_probes
+
+    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
+        rows = np.union1d(window, request.just_committed)
+        return np.union1d(rows, self._probes).astype(np.int32)
+
+    def probes(self, request: DenoisingRequest) -> Positions:
+        return self._probes
+
+    def judge(
+        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
+    ) -> npt.NDArray[np.int16] | int | None:
+        step = plan.denoising_step
+        if plan.computes_everything:
+            self._start_over(request, step)
+        assert result.block_mass is not None and result.block_probes is not None
+        self._take_probes(request, plan, result, step)
+        for segment in plan.segments:
+            self._written_at[segment.positions] = step
+        drift = self._expected_drift(step + 1)
+        stale = self._verdict(request, drift, result.block_mass)
+        if stale is not None:
+            self._refreshed_at[stale < request.num_layers] = step + (request.refresh == "next")
+        self._choose_probes(request, result, step)
+        return stale
+
+    def _start_over(self, request: DenoisingRequest, step: int) -> None:
+        """All blocks are as of this step."""
+        blocks = len(request.validity.stale_from)
+        self._refreshed_at = np.full(blocks, step)
+        self._probed_at = np.full(blocks, step)
+        self._written_at = np.full(request.canvas.length, step)
+        if self._rate is None:
+            self._rate = np.zeros((blocks, request.num_layers), dtype=np.float32)
+
+    def _take_probes(
+        self, request: DenoisingRequest, plan: PassPlan, result: PassResult, step: int
+    ) -> None:
+        """Drift of a block per step^GROWTH, from the change since its probe was stored."""
+        if result.probe_drift is None:
+            return
+        assert self._rate is not None
+        for position, drift in zip(plan.probes.tolist(), result.probe_drift, strict=True):
+            block = position // request.validity.block_size
+            age = max(1, step - int(self._written_at[position]))
+            self._rate[block] = drift / age**GROWTH
+            self._probed_at[block] = step
+
+    def _expected_drift(self, step: int) -> npt.NDArray[np.float32]:
+        """float32 [blocks, L]: of the input of each layer, at a step to come."""
+        assert self._rate is not None
+        age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
+        return (self._rate * age[:, None]).astype(np.float32)
+
+    def _verdict(
+        self,
+        request: DenoisingRequest,
+        drift: npt.NDArray[np.float32],
+        mass: npt.NDArray[np.float32],
+    ) -> npt.NDArray[np.int16] | None:
+        """int16 [blocks]: the costliest blocks' join layers, L for the others."""
+        cost = mass.astype(np.float64) * drift.max(axis=1)
+        total = float(cost.sum())
+        if total <= self.config.block_drift:
+            return None
+        ranked = np.argsort(-cost, kind="stable")
+        left = total - np.cumsum(cost[ranked])
+        count = 1 + int(np.searchsorted(-left, -self.config.block_drift / 2))
+        stale = np.full(len(cost), request.num_layers, dtype=np.int16)
+        for block in ranked[:count][cost[ranked[:count]] > 0]:
+            settled = drift[block] <= self.config.slack * drift[block].max()
+            # argmin: the first layer whose input has drifted; the one before is where to join.
+            stale[block] = max(0, int(settled.argmin()) - 1)
+        return stale
+
+    def _choose_probes(self, request: DenoisingRequest, result: PassResult, step: int) -> None:
+        """The most attended position of the blocks whose drift is least known where it counts."""
+        assert result.block_mass is not None and result.block_probes is not None
+        known = result.block_probes >= 0
+        due = result.block_mass * np.maximum(step + 1 - self._probed_at, 0) * known
+        ranked = np.argsort(-due, kind="stable")[: self.config.probes]
+        self._next_probes = np.sort(result.block_probes[ranked[due[ranked] > 0]]).astype(np.int32)

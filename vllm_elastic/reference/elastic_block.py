@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-level invalidation: policy ``elastic-block``. Ours, not in any paper.
+
+The canvas is cut into blocks of ``granularity`` positions. Of each block is kept: the step as of
+which it is stored, the step in which it was last probed, and its *rate*, one number per layer.
+
+A step computes, from layer 0 on, the window, what was just committed and the *probes*. The
+positions of stale blocks join at their block's layer. Then, in this order:
+
+* A probe's drift at layer l is ``|new - old| / |old|`` of the hidden state at that layer's input,
+  old being what was stored before the step; layer 0 has none. Its block's rate becomes that drift
+  divided by ``age ** 0.6``, age being the steps since the probe's position was last computed.
+* A block's attention is what the window's rows pay those of its positions that this step did not
+  put in at layer 0 for its own sake (in a step that computes everything: that are not in the
+  window), summed over heads and layers, as a share of all.
+* A block's expected drift in the next step is ``rate * age ** 0.6``, age being the steps since
+  the block was refreshed. Its cost is its attention times that drift, largest layer. If all
+  costs together exceed ``block_drift``, the costliest blocks are stale, as many as are needed
+  to leave at most half of ``block_drift``. A stale block joins at the layer before the first one
+  whose input's expected drift exceeds ``slack`` times the largest.
+* The next probes: of the blocks with the largest product of attention and steps since they were
+  probed, ``probes`` of them, the most attended position.
+
+"next": stale blocks join the following step. "replay": the step's predictions are discarded and
+made again with the stale blocks refreshed; the rows of the step join where the first block does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas
+from .commit import candidates, choose
+from .decoding import DecodingOptions
+from .layer_cache import LayerCache
+from .llada import LLaDA
+from .result import DecodingResult
+
+GROWTH = 0.6
+
+
+@dataclass(frozen=True)
+class ElasticBlockOptions(DecodingOptions):
+    """``DecodingOptions`` and the policy's own; see above."""
+
+    granularity: int = 32
+    probes: int = 4
+    block_drift: float = 0.03
+    slack: float = 0.1
+    refresh: Literal["next", "replay"] = "next"
+
+
+@dataclass
+class Block:
+    """What is known of one block; ``rate``: one number a layer."""
+
+    positions: list[int]
+    rate: list[float]
+    refreshed_at: int = 0
+    probed_at: int = 0
+
+    def drift(self, step: int) -> list[float]:
+        """Expected at each layer's input, in a step."""
+        return [rate * max(step - self.refreshed_at, 0) ** GROWTH for rate in self.rate]
+
+
+@dataclass
+class Measured:
+    """A pass: (W, d) hidden states, attention share of every position, drift by probe."""
+
+    hidden: Tensor
+    share: list[float]
+    drift: dict[int, list[float]]
+
+
+class ElasticBlock:
+    """One request being decoded; ``step`` runs one denoising step."""
+
+    def __init__(self, model: LLaDA, canvas: Canvas, options: ElasticBlockOptions) -> None:
+        self.model, self.canvas, self.options = model, canvas, options
+        self.layers = model.config.n_layers
+        self.cache = LayerCache(model, len(canvas))
+        size = options.granularity
+        everyone = list(range(len(canvas)))
+        self.blocks = [
+            Block(everyone[start : start + size], [0.0] * self.layers)
+            for start in range(0, len(canvas), size)
+        ]
+        self.computed_at = [0] * len(canvas)
+        self.committed: list[int] = []
+        self.probes: list[int] = []
+        self.stale: dict[int, int] = {}  # block -> the layer at which it joins
+        self.result = DecodingResult()
+
+    def run(self, join: dict[int, int], window: Tensor) -> Measured:
+        """All layers for positions that join at the layers given."""
+        model, cache, length = self.model, self.cache, len(self.canvas)
+        old = cache.hidden[:, self.probes].clone()
+        first = min(join.values())
+        mass = torch.zeros(length)
+        active = torch.empty(0, dtype=torch.int64)
+        hidden = torch.empty(0, model.config.d_model)
+        for layer in range(first, self.layers):
+            joining = torch.tensor(sorted(p for p, at in join.items() if at == layer)).long()
+            stored = model.embed(self.canvas.tokens) if layer == 0 else cache.hidden[layer]
+            together = torch.cat([active, joining])
+            order = together.argsort()
+            active = together[order]
+            hidden = torch.cat([hidden, stored[joining]])[order]
+            q, k, v = model.project(layer, hidden, active)
+            cache.write(layer, active, hidden, k, v)
+            in_window = torch.isin(active, window)
+            mass += model.attention_rows(q[:, in_window], cache.keys[layer]).sum(dim=(0, 1))
+            attended = model.attend(q, cache.keys[layer], cache.values[layer])
+            hidden = model.finish(layer, hidden, attended)
+        change = (cache.hidden[:, self.probes] - old).norm(dim=-1) / old.norm(dim=-1)
+        change[0] = 0.0
+        drift = {probe: change[:, i].tolist() for i, probe in enumerate(self.probes)}
+        return Measured(hidden[torch.isin(active, window)], (mass / mass.sum()).tolist(), drift)
+
+    def is_everything(self, join: dict[int, int]) -> bool:
+        """Whether every position is computed from the embedding on."""
+        return len(join) == len(self.canvas) and not any(join.values())
+
+    def judge(
+        self, measured: Measured, join: dict[int, int], unwatched: list[int]
+    ) -> dict[int, int]:
+        """Learn from a pass; returns the stale blocks and where they join."""
+        step, options = self.result.denoising_steps, self.options
+        for probe, drift in measured.drift.items():
+            block = self.blocks[probe // options.granularity]
+            age = max(1, step - self.computed_at[probe])
+            block.rate, block.probed_at = [d / age**GROWTH for d in drift], step
+        for position in join:
+            self.computed_at[position] = step
+
+        if self.is_everything(join):
+            for block in self.blocks:
+                block.refreshed_at = block.probed_at = step
+        watched = [[p for p in b.positions if p not in unwatched] for b in self.blocks]
+        attention = [sum(measured.share[p] for p in positions) for positions in watched]
+
+        stale: dict[int, int] = {}
+        cost = [a * max(b.drift(step + 1)) for a, b in zip(attention, self.blocks, strict=True)]
+        left = sum(cost)
+        if left > options.block_drift:
+            for index in sorted(range(len(cost)), key=lambda i: -cost[i]):
+                if left <= options.block_drift / 2 or cost[index] == 0:
+                    break
+                left -= cost[index]
+                drift = self.blocks[index].drift(step + 1)
+                moved = [d > options.slack * max(drift) for d in drift]
+                stale[index] = max(0, moved.index(True) - 1) if any(moved) else 0
+        for index in stale:
+            self.blocks[index].refreshed_at = step + (options.refresh == "next")
+
+        due = [a * (step + 1 - b.probed_at) for a, b in zip(attention, self.blocks, strict=True)]
+        chosen = sorted(range(len(due)), key=lambda i: -due[i])[: options.probes]
+        self.probes = sorted(
+            max(watched[i], key=lambda p: measured.share[p])
+            for i in chosen
+            if due[i] > 0 and watched[i]
+        )
+        return stale
+
+    def joins(self, rows: list[int], rows_at: int) -> dict[int, int]:
+        """Where everything joins: stale blocks at their layers, ``rows`` at one of theirs."""
+        join = {p: at for index, at in self.stale.items() for p in self.blocks[index].positions}
+        return join | {p: min(rows_at, join.get(p, rows_at)) for p in rows}
+
+    def step(self) -> bool:
+        """One denoising step; False, without one, if no position is open."""
+        options = self.options
+        window = self.canvas.window(options.window)
+        if len(window) == 0:
+            return False
+        if self.result.denoising_steps == 0:
+            self.stale = dict.fromkeys(range(len(self.blocks)), 0)
+        rows = sorted({*window.tolist(), *self.committed, *self.probes})
+        join = self.joins(rows, 0)
+        kind = "refresh" if self.stale else "window"
+        if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
+            kind = "full" if self.result.denoising_steps else "first"
+        if self.is_everything(join):
+            self.probes, rows = [], window.tolist()
+        passes = [(kind, join)]
+        measured = self.run(join, window)
+        self.stale = self.judge(measured, join, rows)
+        if self.stale and options.refresh == "replay":
+            join = self.joins(rows, min(self.stale.values()))
+            passes.append(("replay", join))
+            probes, self.probes = self.probes, []
+            measured = self.run(join, window)
+            self.probes, self.stale = probes, {}
+
+        predicted = self.model.head(measured.hidden)
+        token_ids, confidence = candidates(
+            predicted, self.model.config.mask_token_id, options.never, options.last
+        )
+        chosen = choose(confidence, options.threshold, options.tokens_per_step)
+        self.canvas.commit(window[chosen], token_ids[chosen])
+        self.committed = window[chosen].tolist()
+        self.result.record(
+            [(kind, min(join.values()), len(join)) for kind, join in passes],
+            self.committed,
+            self.layers,
+            len(self.canvas),
+            row_layers=sum(self.layers - at for _, join in passes for at in join.values()),
+        )
+        return True
+
+
+def elastic_block(
+    model: LLaDA,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    options: ElasticBlockOptions | None = None,
+) -> DecodingResult:
+    """Decode a request with block-level invalidation.
+
+    Raises:
+        ValueError: see ``Canvas``.
+    """
+    options = options or ElasticBlockOptions()
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    decoder = ElasticBlock(model, canvas, options)
+    while decoder.step():
+        pass
+    return decoder.result.finish(canvas)

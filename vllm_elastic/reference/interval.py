@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole canvas every so many steps, the window and what was just committed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .canvas import Canvas
+from .commit import candidates, choose
+from .decoding import DecodingOptions
+from .layer_cache import LayerCache
+from .llada import LLaDA
+from .result import DecodingResult
+
+
+@dataclass(frozen=True)
+class IntervalOptions(DecodingOptions):
+    """``interval``: denoising steps from one refresh to the next."""
+
+    interval: int = 8
+
+
+def interval(
+    model: LLaDA,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    options: IntervalOptions | None = None,
+) -> DecodingResult:
+    """Decode with a fixed schedule: policy ``interval``.
+
+    Raises:
+        ValueError: see ``Canvas``.
+    """
+    options = options or IntervalOptions()
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    cache, result = LayerCache(model, len(canvas)), DecodingResult()
+    committed = canvas.everywhere[:0]
+    while len(window := canvas.window(options.window)):
+        rows = torch.cat([window, committed]).unique()
+        kind = "window"
+        if result.denoising_steps % options.interval == 0:
+            rows, kind = canvas.everywhere, "full" if result.denoising_steps else "first"
+        hidden = model.embed(canvas.tokens[rows])
+        for layer in range(model.config.n_layers):
+            q, k, v = model.project(layer, hidden, rows)
+            cache.write(layer, rows, hidden, k, v)
+            attended = model.attend(q, cache.keys[layer], cache.values[layer])
+            hidden = model.finish(layer, hidden, attended)
+        logits = model.head(hidden[torch.searchsorted(rows, window)])
+        token_ids, confidence = candidates(
+            logits, model.config.mask_token_id, options.never, options.last
+        )
+        chosen = choose(confidence, options.threshold, options.tokens_per_step)
+        committed = window[chosen]
+        canvas.commit(committed, token_ids[chosen])
+        result.record(
+            [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
+        )
+    return result.finish(canvas)
