@@ -112,6 +112,11 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
     ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),
+    (
+        "vllm.model_executor.model_loader.reload.inplace:reload_weights",
+        ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"],
+        [],
+    ),
     ("vllm.config:set_current_vllm_config", ["vllm_config"], []),
     (f"{ATTN_UTILS}:get_kv_cache_spec", ["vllm_config"], []),
     (f"{ATTN_UTILS}:init_attn_backend", ["kv_cache_config", "vllm_config", "device"], []),
@@ -366,7 +371,6 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "get_draft_model": "speculative decoding",
     # development and RL endpoints
     "get_encoder_timing_stats": "multimodal models",
-    "reload_weights": "reloading weights of a running server",
     # asked with hasattr
     "_init_kv_zero_meta": "asked with hasattr",
     "release_late_interaction_query_cache": "asked with getattr and a default",

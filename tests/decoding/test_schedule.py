@@ -50,7 +50,8 @@ def test_random_remasking_depends_on_the_seed_only() -> None:
     config = ElasticConfig.from_dict(values)
     assert decode(config, 12, seed=4) == decode(config, 12, seed=4)
     assert decode(config, 12, seed=4) != decode(config, 12, seed=5)
-    assert decode(config, 12, seed=-1) == decode(config, 12, seed=-1)
+    assert decode(config, 12, seed=-2) == decode(config, 12, seed=-2)
+    assert decode(config, 12, seed=-2) != decode(config, 12, seed=-3)
 
 
 @pytest.mark.parametrize(

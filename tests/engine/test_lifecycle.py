@@ -4,72 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 
 from .conftest import EOS, Served
+from .driver import Driver, assert_nothing_left, prompt_of
 
 pytestmark = pytest.mark.engine
-
-
-def prompt_of(size: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 280, (size,), generator=generator).tolist()
-
-
-class Driver:
-    """Adds, steps and aborts by hand, and collects what a streaming client would see."""
-
-    def __init__(self, served: Served) -> None:
-        self.engine: Any = served.engine
-        self.llm_engine: Any = self.engine.llm.llm_engine
-        self.tokens: dict[str, list[int]] = {}
-        self.finished: dict[str, str | None] = {}
-        self.count = 0
-
-    def add(self, prompt: list[int], max_tokens: int, **knobs: Any) -> str:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        name = f"driven{id(self)}x{self.count}"
-        self.count += 1
-        self.tokens[name] = []
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            stop_token_ids=[EOS],
-            detokenize=False,
-            extra_args={f"elastic_{k}": v for k, v in knobs.items()},
-            output_kind=RequestOutputKind.DELTA,
-        )
-        self.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        return name
-
-    def step(self) -> None:
-        for output in self.llm_engine.step():
-            self.tokens[output.request_id] += list(output.outputs[0].token_ids)
-            if output.finished:
-                self.finished[output.request_id] = output.outputs[0].finish_reason
-
-    def run(self) -> None:
-        while self.llm_engine.has_unfinished_requests():
-            self.step()
 
 
 @pytest.fixture
 def driver(serve: Callable[[str], Served]) -> Driver:
     return Driver(serve("gqa-tied"))
-
-
-def assert_nothing_left(driver: Driver) -> None:
-    driver.step()  # the step after the last tells the worker who finished
-    scheduler = driver.engine.scheduler
-    assert scheduler.kv_cache_manager.usage == 0
-    assert not scheduler.requests and not scheduler.running and not scheduler.waiting
-    assert not scheduler._canvases and not scheduler._last_served and not scheduler._admitted_at
-    scheduler.records.clear()
 
 
 def test_streamed_deltas_make_the_whole_answer(driver: Driver) -> None:

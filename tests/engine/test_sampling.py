@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .conftest import EOS, MASK, Served
-from .test_lifecycle import prompt_of
+from .driver import prompt_of
 
 pytestmark = pytest.mark.engine
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vllm_elastic.bench.fuzz import SERVER_LIMITS
 from vllm_elastic.bench.server import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +92,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--served-model-name", "tiny"]
     options += ["--elastic-config", json.dumps({"gamma": 0.8, "window": 12})]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(MODEL, options, log=log) as server:
+    with ServerProcess(MODEL, options, log=log, env=SERVER_LIMITS) as server:
         yield Client(server)
 
 

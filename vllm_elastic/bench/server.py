@@ -96,6 +96,19 @@ class ServerProcess:
         """Whether the server's main process is alive."""
         return self._process is not None and self._process.poll() is None
 
+    def wait(self, seconds: float) -> int:
+        """The exit code of a server that ends by itself.
+
+        Raises:
+            TimeoutError: it is still running when the time is up; with the log's tail.
+        """
+        assert self._process is not None, "not started"
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            message = f"still running after {seconds:.0f} s. Its log:\n{self.log_tail()}"
+            raise TimeoutError(message) from None
+
     def stop(self) -> None:
         """End the server and all that it started; harmless when it has ended."""
         if self._process is None:

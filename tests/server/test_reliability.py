@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make soak` and `make fuzz` in short, and the bad requests that the fuzzer found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_elastic.bench.fuzz import find_problems as find_fuzz_problems
+from vllm_elastic.bench.fuzz import fuzz
+from vllm_elastic.bench.soak import find_problems, soak
+from vllm_elastic.bench.traffic import ask_alone, mixed_asks
+
+from .conftest import MODEL, Client
+from .test_refusals import refusal
+
+
+def test_soak_in_short(client: Client) -> None:
+    """More than the KV cache holds, whole, streamed and left: the same answers as alone."""
+    asks = mixed_asks(20, MODEL)
+    right = ask_alone(client.server.address, asks)
+    run = soak(client.server, asks, right, seconds=4.0, clients=80)
+    assert find_problems(run) == []
+    tally = run.tally
+    assert tally.is_clean and tally.requests >= 80 and tally.streamed and tally.left
+    assert max(sample.waiting for sample in run.samples) > 0
+
+
+def test_fuzz_in_short(client: Client) -> None:
+    asks = mixed_asks(6, MODEL)
+    right = ask_alone(client.server.address, asks)
+    run = fuzz(client.server, asks, right, 200, clients=1)
+    assert find_fuzz_problems(run) == [], client.server.log_tail()
+    assert run.statuses[400] > 50 and run.statuses[200] > 5 and run.good.requests > 0
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        {"allowed_token_ids": [1]},  # the mask token
+        {"allowed_token_ids": [0], "min_tokens": 2},  # the end token
+        {"allowed_token_ids": [0], "vllm_xargs": {"elastic_canvas": [1, 1, 5, 1]}},
+        {"stop_token_ids": list(range(334)), "min_tokens": 1},
+    ],
+    ids=lambda constraints: ", ".join(constraints),
+)
+def test_constraints_that_leave_no_token(alive: Client, constraints: dict[str, Any]) -> None:
+    message = refusal(alive.post("completions", prompt="2 1", max_tokens=4, **constraints))
+    assert "no token is left" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"top_k": 2**70},
+        {"stream_interval": 2**70},
+        {"stop": ["\ud800"]},
+        {"request_id": "\ud800"},
+        {"vllm_xargs": {"other": "\ud800"}},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_values_that_cannot_be_sent_to_the_engine(alive: Client, value: dict[str, Any]) -> None:
+    """Stock vLLM: 500."""
+    message = refusal(alive.post("completions", prompt="2 1", max_tokens=4, **value))
+    assert "cannot be sent to the engine" in message
