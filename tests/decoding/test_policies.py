@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.decoding.fake_model import END_TOKENS, Scenario, drive, quiet
+from tests.decoding.fake_model import END_TOKENS, CheckedCache, Scenario, drive, quiet
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassResult
-from vllm_elastic.decoding.policies import POLICIES, make_policy
+from vllm_elastic.decoding.policies import POLICIES, RefreshPolicy, make_policy
 from vllm_elastic.decoding.request import DenoisingRequest
 
 
@@ -199,4 +201,21 @@ def test_windows_and_blocks_larger_than_the_canvas(name: str, max_tokens: int) -
     config = {"policy": name, "window": 64, "block_length": 64, "threshold": 0.0}
     trace = drive(quiet(config, max_tokens=max_tokens))
     assert len(trace.passes) == 1  # threshold 0 commits the whole window
+    assert trace.emitted == trace.scenario.answer.tolist()
+
+
+def test_the_policy_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/policies.md would show a policy that does not run."""
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    source = page.split("```python")[1].split("```")[0]
+    names: dict[str, Any] = {"np": np, "RefreshPolicy": RefreshPolicy}
+    exec(source, names)
+    monkeypatch.setitem(POLICIES, "every-other", names["EveryOther"])
+    scenario = quiet({"policy": "every-other"}, prompt_length=8, max_tokens=8)
+    trace = drive(one_token_a_step(scenario))
+    cache = CheckedCache(trace.scenario)
+    for p in trace.passes:
+        cache.run(p.plan)
+    kinds = [p.plan.kind for p in trace.passes]
+    assert kinds == ["first", "window"] + ["refresh", "window"] * 3
     assert trace.emitted == trace.scenario.answer.tolist()

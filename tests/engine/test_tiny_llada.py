@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.reference import DecodingOptions, ElasticOptions, LLaDA, decode, elastic_cache
+from vllm_elastic.engine_config import BLOCK_SIZE
+from vllm_elastic.reference import (
+    DecodingOptions,
+    ElasticBlockOptions,
+    ElasticOptions,
+    LLaDA,
+    decode,
+    elastic_block,
+    elastic_cache,
+)
 
 from .conftest import poison
 
@@ -23,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "released": {"policy": "elastic", "gamma": 0.9},
     "paper": {"policy": "elastic", "gamma": 0.9, "statistic": "paper"},
+    "block": {"policy": "elastic-block"},
     "one-a-step": {"policy": "elastic", "gamma": 0.7, "tokens_per_step": 1},
 }
 CANVAS = 128
@@ -54,7 +64,7 @@ def suite() -> list[tuple[list[int], str]]:
         prompt = tokenizer.apply_chat_template(problem.messages(), add_generation_prompt=True)
         prompt = prompt if isinstance(prompt, list) else prompt["input_ids"]
         # each short prompt with two configurations, a long one with the cheap ones
-        chosen = (index, index + 1) if index < 8 else (1, 2)
+        chosen = (index, index + 1) if index < 8 else (1, 3)
         cases += [(prompt, names[i % len(names)]) for i in chosen]
     return cases
 
@@ -78,6 +88,9 @@ def test_equals_oracle_at_batch_16_and_1(tiny: tuple[Any, LLaDA]) -> None:
         options = {key: value for key, value in CONFIGS[name].items() if key != "policy"}
         if name == "none":
             expected = decode(oracle, prompt, CANVAS, DecodingOptions(**options))
+        elif name == "block":
+            block = ElasticBlockOptions(granularity=BLOCK_SIZE, **options)
+            expected = elastic_block(oracle, prompt, CANVAS, block)
         else:
             expected = elastic_cache(oracle, prompt, CANVAS, ElasticOptions(**options))
         for result in (batched, single):

@@ -79,8 +79,8 @@ class BenchEngine:
                 (default: the engine's ``default_max_tokens``) and ``elastic_*`` knobs.
 
         Returns:
-            id, token_ids (up to and without the first end token), text, denoising_steps, passes,
-            row_layers, full_row_layers, steps, seconds.
+            id, prompt_tokens, token_ids (up to and without the first end token), text,
+            denoising_steps, passes, row_layers, full_row_layers, steps, seconds.
         """
         from vllm import SamplingParams
 
@@ -121,6 +121,7 @@ class BenchEngine:
             token_ids.pop()
         return {
             "id": request_id,
+            "prompt_tokens": len(output.prompt_token_ids),
             "token_ids": token_ids,
             "text": completion.text,
             "denoising_steps": record.denoising_steps,

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench.engine import BenchEngine
-from vllm_elastic.bench.problems import Score, read_problems, score
+from vllm_elastic.bench.problems import Score, is_right, read_problems, score
 
 
 def add_parser(commands: Any) -> None:
@@ -28,6 +29,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
     parser.add_argument("--statistics", nargs="+", default=["released", "paper"])
     parser.add_argument("--policies", nargs="*", default=["dual-cache"], help="further baselines")
+    parser.add_argument(
+        "--configs",
+        nargs="*",
+        type=json.loads,
+        default=[],
+        metavar="JSON",
+        help='further settings: \'{"policy": "elastic-block", "block_drift": 0.02}\'',
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
@@ -62,6 +71,15 @@ def main(args: argparse.Namespace) -> None:
         for statistic in args.statistics
         for gamma in args.gammas
     ]
+    runs += [
+        (
+            ", ".join(
+                f"{value}" if key == "policy" else f"{key} {value}" for key, value in c.items()
+            ),
+            {f"elastic_{key}": value for key, value in c.items()},
+        )
+        for c in args.configs
+    ]
     print(f"{len(problems)} problems, {args.dtype}, batch {args.batch_size}")
     print("| policy | accuracy | same tokens as none | steps | passes | work vs none | seconds |")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -74,9 +92,42 @@ def main(args: argparse.Namespace) -> None:
         baseline = baseline or results
         scored = score(problems, results, baseline)
         print(_line(name, scored, seconds), flush=True)
-        rows.append({"policy": name, **knobs, **asdict(scored), "seconds": seconds})
+        tasks = by_task(problems, results)
+        rows.append(
+            {"policy": name, **knobs, **asdict(scored), "seconds": seconds, "by_task": tasks}
+        )
+    if len(tasks) > 1:
+        print_tasks(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
+
+
+def by_task(
+    problems: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Problems, accuracy and median denoising steps of each ``task`` that the file names."""
+    groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for problem, result in zip(problems, results, strict=True):
+        groups.setdefault(problem.get("task", ""), []).append((problem, result))
+    return {
+        task: {
+            "problems": len(pairs),
+            "accuracy": statistics.mean(is_right(*pair) for pair in pairs),
+            "median_steps": statistics.median(result["denoising_steps"] for _, result in pairs),
+        }
+        for task, pairs in groups.items()
+    }
+
+
+def print_tasks(rows: list[dict[str, Any]]) -> None:
+    """Accuracy and median steps of each policy, a column a task."""
+    tasks = list(rows[0]["by_task"])
+    print("\n| policy | " + " | ".join(tasks) + " |")
+    print("|---" * (len(tasks) + 1) + "|")
+    for row in rows:
+        cells = [row["by_task"][task] for task in tasks]
+        shown = [f"{cell['accuracy']:.0%} in {cell['median_steps']:.0f} steps" for cell in cells]
+        print(f"| {row['policy']} | " + " | ".join(shown) + " |")
 
 
 def _line(name: str, scored: Score, seconds: float) -> str:

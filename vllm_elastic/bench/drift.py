@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench drift``: where hidden states move between denoising steps, and what is attended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.bench.run import read_jsonl
+
+REGIONS = ("prompt", "settled answer", "recent answer", "just committed", "window", "tail")
+RECENT = 16  # denoising steps for which a committed position is recent
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``drift`` to the command line."""
+    parser = commands.add_parser(
+        "drift",
+        help="drift of hidden states by region, layer and age, without any cache",
+        description="Decodes prompts with the plain PyTorch oracle, everything recomputed at every "
+        "step, and compares the hidden states at each layer's input with those of some steps "
+        "before. Nothing is cached, so nothing is disturbed by stale state.",
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--count", type=int, default=10, metavar="N")
+    parser.add_argument("--ages", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="STEPS")
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.set_defaults(function=main)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print two tables: relative change, and share of the window's attention."""
+    from transformers import AutoTokenizer
+
+    from vllm_elastic.reference import LLaDA
+
+    model = LLaDA.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sums: dict[tuple[str, str, int, int], list[float]] = defaultdict(lambda: [0.0, 0])
+    for request in list(read_jsonl(args.prompts))[: args.count]:
+        prompt = request.get("prompt_token_ids") or tokenizer.encode(
+            request["prompt"], add_special_tokens=False
+        )
+        for key, value in measure(model, prompt, args):
+            sums[key][0] += value
+            sums[key][1] += 1
+    means = {key: total / count for key, (total, count) in sums.items()}
+    layers = range(model.config.n_layers)
+    heads = " | ".join(f"layer {layer}" for layer in layers)
+    print(f"Relative change of the input of each layer\n\n| region | age | {heads} |")
+    print("|---|---" + "|---" * len(layers) + "|")
+    for region in REGIONS:
+        for age in args.ages:
+            values = [means.get(("drift", region, age, layer)) for layer in layers]
+            if None not in values:
+                print(f"| {region} | {age} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    print(f"\nShare of the window's attention\n\n| region | {heads} |")
+    print("|---" + "|---" * len(layers) + "|")
+    for region in REGIONS:
+        values = [means.get(("attention", region, 0, layer), 0.0) for layer in layers]
+        print(f"| {region} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    if args.json is not None:
+        names = ("quantity", "region", "age", "layer")
+        rows = [
+            {**dict(zip(names, key, strict=True)), "value": value} for key, value in means.items()
+        ]
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def measure(
+    model: Any, prompt: list[int], args: argparse.Namespace
+) -> Iterator[tuple[tuple[str, str, int, int], float]]:
+    """((quantity, region, age, layer), value) of every step of one prompt's decoding."""
+    import torch
+
+    from vllm_elastic.reference.canvas import Canvas
+    from vllm_elastic.reference.commit import candidates, choose
+
+    canvas = Canvas(model, prompt, args.max_tokens)
+    committed_at = torch.full((len(canvas),), torch.iinfo(torch.int64).max)
+    committed_at[: len(prompt)] = -1
+    history: list[torch.Tensor] = []
+    while len(window := canvas.window(args.window)):
+        step = len(history)
+        inputs, hidden = [], model.embed(canvas.tokens)
+        regions = regions_of(committed_at, len(prompt), window, step)
+        for layer in range(model.config.n_layers):
+            inputs.append(hidden)
+            q, k, v = model.project(layer, hidden, canvas.everywhere)
+            attention = model.attention_rows(q[:, window], k).mean(dim=(0, 1))
+            for region, where in regions.items():
+                yield ("attention", region, 0, layer), float(attention[where].sum())
+            hidden = model.finish(layer, hidden, model.attend(q, k, v))
+        history.append(torch.stack(inputs))
+        for age in args.ages:
+            if age > step:
+                continue
+            old = history[step - age]
+            change = (history[step] - old).norm(dim=-1) / old.norm(dim=-1)
+            for region, where in regions.items():
+                if where.any():
+                    for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
+                        yield ("drift", region, age, layer), value
+        token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
+        chosen = choose(confidence, args.threshold, None)
+        canvas.commit(window[chosen], token_ids[chosen])
+        committed_at[window[chosen]] = step
+
+
+def regions_of(committed_at: Any, prompt_length: int, window: Any, step: int) -> dict[str, Any]:
+    """bool [T] for each of ``REGIONS``; they part the canvas."""
+    import torch
+
+    positions = torch.arange(len(committed_at))
+    in_window = torch.isin(positions, window)
+    answer = (positions >= prompt_length) & (committed_at < step)
+    just = answer & (committed_at == step - 1)
+    settled = answer & (committed_at < step - RECENT)
+    return {
+        "prompt": positions < prompt_length,
+        "settled answer": settled,
+        "recent answer": answer & ~settled & ~just,
+        "just committed": just,
+        "window": in_window,
+        "tail": (positions >= prompt_length) & ~answer & ~in_window,
+    }
