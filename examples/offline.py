@@ -32,13 +32,16 @@ def main() -> None:
     # One request may differ: here the cache is refreshed at every step.
     refreshed = SamplingParams(temperature=0.0, max_tokens=256, extra_args={"elastic_gamma": 1.1})
 
-    questions = ["Sort : 62 7 91 18 40 33 5 77 29 84 50 11", "Walk from 3 4 : ant N owl E elm S"]
+    questions = [
+        "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin",
+        "Walk from 3 4 : cow N elf E elm S",
+    ]
     chats = [[{"role": "user", "content": question}] for question in questions]
     for question, output in zip(questions, llm.chat(chats, [greedy, refreshed]), strict=True):
         print(f"\n{question}\n-> {output.outputs[0].text}")
 
     # The same without the chat template.
-    (output,) = llm.generate("Sort : 3 1 2", greedy)
+    (output,) = llm.generate("Running total modulo 10 : pin 3 elf 1 fig 2", greedy)
     print(f"\n{output.prompt}\n-> {output.outputs[0].text}")
 
 

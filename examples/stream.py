@@ -14,7 +14,9 @@ def main() -> None:
     """Ask one question and print the answer as it comes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("base_url", nargs="?", default="http://localhost:8000/v1")
-    parser.add_argument("--prompt", default="Sort : 62 7 91 18 40 33 5 77 29 84 50 11")
+    parser.add_argument(
+        "--prompt", default="Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin"
+    )
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.base_url, api_key="none")

@@ -131,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--count", type=int, default=200, help="problems over all tasks")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of them")
     parser.add_argument("--prompt-tokens", type=int, help="fill prompts up to about this length")
     parser.add_argument("--threshold", type=float, default=0.9, help="1: one token a step")
     parser.add_argument("--window", type=int, default=16)
@@ -147,7 +148,7 @@ def main() -> None:
     args = parse()
     model = load(args.checkpoint, getattr(torch, args.dtype))
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    chosen = suite(args.seed, args.count, args.prompt_tokens)
+    chosen = suite(args.seed, args.count, args.prompt_tokens)[args.skip :]
     prompts = [
         tokenizer.encode(
             tokenizer.apply_chat_template(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tasks import TASKS, Problem, problems
 from tokenizer import build
@@ -27,6 +29,23 @@ def suite(seed: int, count: int, prompt_tokens: int | None) -> list[Problem]:
     return [problem for row in zip(*columns, strict=True) for problem in row][:count]
 
 
+def records(seed: int, count: int, prompt_tokens: int | None) -> Iterator[dict[str, Any]]:
+    """The suite as requests: id, task, prompt (templated), messages, answer, max_tokens."""
+    tokenizer = build()
+    for problem in suite(seed, count, prompt_tokens):
+        messages = problem.messages()
+        yield {
+            "id": problem.id,
+            "task": problem.task,
+            "prompt": tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            ),
+            "messages": messages,
+            "answer": problem.answer,
+            "max_tokens": CANVAS,
+        }
+
+
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,21 +54,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build()
     for name, prompt_tokens in (("short", None), ("long", LONG)):
         with (args.folder / f"heldout_{name}.jsonl").open("w") as lines:
-            for problem in suite(args.seed, args.count, prompt_tokens):
-                messages = problem.messages()
-                record = {
-                    "id": problem.id,
-                    "task": problem.task,
-                    "prompt": tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=True
-                    ),
-                    "messages": messages,
-                    "answer": problem.answer,
-                    "max_tokens": CANVAS,
-                }
+            for record in records(args.seed, args.count, prompt_tokens):
                 lines.write(json.dumps(record) + "\n")
 
 

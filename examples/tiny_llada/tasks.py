@@ -8,6 +8,7 @@ the tokenizer equals the text made here.
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from words import WORDS
 
 HELD_OUT_SHARE = 16  # one question in 16 is never trained on
 TEMPLATE_TOKENS = 9  # <|startoftext|>, two headers of three, <|eot_id|>, and a spare
-LONG_TABLE = (70, 100)  # entries of a table in a long prompt
+LONG_TABLE = (70, 110)  # entries of a table in a long prompt
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ def word(rng: random.Random, labels: Labels, size: int) -> tuple[str, str]:
 
 
 def table(rng: random.Random, labels: Labels, size: int, entries: int = 0) -> tuple[str, str]:
-    """Look up `size` consecutive entries of a table of `entries` numbers with names."""
+    """Look up `size` entries, in any order, of a table of `entries` numbers with names."""
     names = labels.take(max(entries, size))
-    values = [f"{name} {rng.randint(0, 99)}" for name in names]
-    first = rng.randint(0, len(names) - size)
-    last = first + size - 1
-    question = f"Table : {' '.join(values)} . Read from {names[first]} to {names[last]} ."
-    return question, " ".join(values[first : last + 1])
+    values = {name: rng.randint(0, 99) for name in names}
+    asked = rng.sample(names, size)
+    rows = " ".join(f"{name} {value}" for name, value in values.items())
+    question = f"Table : {rows} . Read {' '.join(asked)}"
+    return question, " ".join(f"{name} {values[name]}" for name in asked)
 
 
 def running(rng: random.Random, labels: Labels, size: int) -> tuple[str, str]:
@@ -110,10 +111,14 @@ def running(rng: random.Random, labels: Labels, size: int) -> tuple[str, str]:
     return f"Running total modulo 10 : {' '.join(digits)}", " ".join(totals)
 
 
-def sort(rng: random.Random, labels: Labels, size: int) -> tuple[str, str]:
-    """Sort `size` distinct numbers of 0..99."""
-    numbers = rng.sample(range(100), size)
-    return f"Sort : {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+def chain(rng: random.Random, labels: Labels, size: int) -> tuple[str, str]:
+    """Follow `size` arrows from one name to another; a few more arrows lead on from there."""
+    spare = rng.randint(1, max(2, size // 4))
+    nodes = labels.take(size + spare + 1)
+    arrows = [f"{a} > {b}" for a, b in itertools.pairwise(nodes)]
+    rng.shuffle(arrows)
+    path = nodes[: size + 1]
+    return f"{' , '.join(arrows)} . Go from {path[0]} to {path[-1]}", " > ".join(path)
 
 
 MOVES = {"N": (0, 1), "S": (0, -1), "E": (1, 0), "W": (-1, 0)}
@@ -135,20 +140,20 @@ TASKS: dict[str, Callable[..., tuple[str, str]]] = {
     "word": word,
     "table": table,
     "running": running,
-    "sort": sort,
+    "chain": chain,
     "walk": walk,
 }
 # Sizes (events, arrows, digits, numbers, moves) of the problems that count, and of warm-up ones.
 FULL = {
-    "word": (24, 30),
-    "table": (32, 44),
-    "running": (32, 44),
-    "sort": (12, 24),
-    "walk": (26, 34),
+    "word": (30, 40),
+    "table": (30, 42),
+    "running": (36, 48),
+    "chain": (32, 44),
+    "walk": (32, 42),
 }
 # How often training draws a task.
-WEIGHTS = {"word": 4, "table": 6, "running": 3, "sort": 6, "walk": 5}
-SMALL = {"word": (1, 8), "table": (1, 12), "running": (1, 12), "sort": (2, 9), "walk": (1, 9)}
+WEIGHTS = {"word": 4, "table": 4, "running": 3, "chain": 5, "walk": 5}
+SMALL = {"word": (1, 8), "table": (1, 8), "running": (1, 12), "chain": (1, 8), "walk": (1, 9)}
 
 
 def tokens(text: str) -> int:
@@ -241,7 +246,7 @@ def conversation(
     if kind < small:
         return task, [draw(task, rng, labels, False, SMALL)]
     if kind > 1 - packed:
-        length = rng.randint(800, 960) if rng.random() < 0.15 else rng.randint(150, 450)
+        length = rng.randint(800, 960) if rng.random() < 0.25 else rng.randint(150, 450)
         entries = None
         if task == "table" and length > LONG_TABLE[0] * 4:
             entries = rng.randint(*LONG_TABLE)

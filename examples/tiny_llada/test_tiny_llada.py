@@ -62,11 +62,23 @@ def test_answers_follow_from_questions(task):
     for problem in tasks.problems(task, 5, 10):
         question, answer = problem.question.split(), problem.answer.split()
         if task == "table":
-            pairs = list(zip(question[2::2], question[3::2], strict=False))
-            assert set(zip(answer[::2], answer[1::2], strict=True)) <= set(pairs)
-            assert [answer[0], answer[-2]] == [question[-4], question[-2]]
-        elif task == "sort":
-            assert sorted(map(int, question[2:])) == list(map(int, answer))
+            end = question.index(".")
+            rows = dict(zip(question[2:end:2], question[3:end:2], strict=True))
+            asked = question[end + 2 :]
+            assert answer[::2] == asked and answer[1::2] == [rows[name] for name in asked]
+        elif task == "chain":
+            end = question.index(".")
+            arrows = dict(zip(question[0:end:4], question[2:end:4], strict=True))
+            path = answer[::2]
+            assert [path[0], path[-1]] == [question[end + 3], question[-1]]
+            assert all(arrows[a] == b for a, b in itertools.pairwise(path))
+        elif task == "walk":
+            x, y = int(question[2]), int(question[3])
+            for move, place in zip(
+                question[6::2], zip(answer[1::3], answer[2::3], strict=True), strict=True
+            ):
+                x, y = (x + tasks.MOVES[move][0]) % 10, (y + tasks.MOVES[move][1]) % 10
+                assert (x, y) == (int(place[0]), int(place[1]))
         elif task == "running":
             totals = itertools.accumulate(map(int, question[6::2]))
             assert list(map(int, answer[1::2])) == [total % 10 for total in totals]

@@ -13,6 +13,8 @@ import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from batches import VOCABULARY, MicroBatch, Mix, pool
 from export import export
 from model import Block, Shape, TinyLLaDA
 from safetensors.torch import load_file
-from tasks import TASKS
+from tasks import TASKS, WEIGHTS
 from torch import Tensor
 
 MUON_MOMENTUM = 0.95
@@ -38,7 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--export", type=Path, help="checkpoint folder to keep up to date")
     parser.add_argument("--init", type=Path, help="checkpoint whose weights a new run starts from")
     parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--save-minutes", type=float, default=3)
+    parser.add_argument("--until", type=float, help="stop here, in minutes; the default is the end")
+    parser.add_argument("--save-minutes", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--step-tokens", type=int, default=8000)
@@ -49,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--canvas", type=float, default=0.12, help="share of full EOS tails")
     parser.add_argument("--ordered", type=float, default=0.3, help="share of left-to-right masks")
     parser.add_argument("--numbers", type=float, default=0.3, help="share of number-only masks")
+    parser.add_argument("--tasks", type=json.loads, help="how often each is drawn: JSON")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
@@ -162,6 +166,9 @@ def worker(
 ) -> None:
     """Training loop of one core."""
     torch.set_num_threads(1)
+    if args.tasks:
+        WEIGHTS.clear()
+        WEIGHTS.update(args.tasks)
     model = TinyLLaDA(shared.shape)
     for parameter, view in zip(model.parameters(), shared.views(shared.live), strict=True):
         parameter.data = view
@@ -174,7 +181,7 @@ def worker(
     start_seconds, answer_tokens = state["seconds"], 0.0
     while True:
         step, progress = state["step"], state["seconds"] / 60 / args.minutes
-        if progress >= 1:
+        if state["seconds"] / 60 >= (args.until or args.minutes):
             break
         batches, count = pool(args.seed, step, args.step_tokens, mix, 2400)
         answer_tokens += count
@@ -199,7 +206,7 @@ def worker(
             now = time.monotonic()
             state["step"] = step + 1
             state["seconds"] = start_seconds + now - began
-            done = state["seconds"] / 60 >= args.minutes
+            done = state["seconds"] / 60 >= (args.until or args.minutes)
             if now - logged > 40 or done:
                 line = report(shared, state, answer_tokens)
                 print(json.dumps(line), flush=True)
@@ -249,8 +256,11 @@ def main() -> None:
         counter, barrier = context.Value("i", 0), context.Barrier(args.workers)
         arguments = (args, shared, state, barrier, counter)
         workers = [
-            context.Process(target=worker, args=(rank, *arguments)) for rank in range(args.workers)
+            context.Process(target=worker, args=(rank, *arguments), daemon=True)
+            for rank in range(args.workers)
         ]
+        # Ending on SIGTERM takes the workers along: else they go on, and slow what comes next.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         for process in workers:
             process.start()
         for process in workers:

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench step``: what one pass takes, against the floor that its matrix products set."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.decoding.plan import PassPlan, Segment
+
+TRACKED = 4  # tracked and just committed rows beside the window
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``step`` to the command line."""
+    parser = commands.add_parser(
+        "step",
+        help="time of a full pass, a window pass and a refresh, against the floor",
+        description="Builds a LLaDA with random weights, runs passes of every kind at several "
+        "batch sizes, interleaved, and compares their median time with the floating-point "
+        "operations of the plan over the rate of a matrix product in this process. Then says "
+        "where the time goes. Run it on a machine that does nothing else.",
+    )
+    parser.add_argument("--width", type=int, default=1024, help="d_model")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--mlp", type=int, default=3072, help="mlp_hidden_size")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--canvas", type=int, default=256, metavar="T", help="positions")
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--refresh-from", type=int, default=None, help="layer; default: the middle")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 4, 16], metavar="N")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.set_defaults(function=main)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that decide what a pass costs."""
+
+    width: int
+    layers: int
+    mlp: int
+    vocabulary: int
+
+    def operations(self, plan: PassPlan) -> float:
+        """Floating-point operations of a plan's matrix products and attention.
+
+        The last layer finishes the window's rows only, but makes keys and values of all.
+        """
+        row_layers, window = plan.row_layers(self.layers), len(plan.window)
+        keys_values = 2 * self.width * 3 * self.width
+        rest = 2 * self.width * (self.width + 3 * self.mlp) + 4 * len(plan.tokens) * self.width
+        finished = row_layers - plan.num_rows + window
+        head = 2 * window * self.width * self.vocabulary
+        return row_layers * keys_values + finished * rest + head
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print a table of times and, for each kind of pass, where its time goes."""
+    import torch
+
+    shape = Shape(args.width, args.layers, args.mlp, args.vocabulary)
+    join = args.layers // 2 if args.refresh_from is None else args.refresh_from
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build(Path(folder), args)
+    runner = engine.runner
+    rows = []
+    print(f"| batch | pass | ms | GFLOP | floor, ms | x floor | of which: {', '.join(PARTS)} |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for batch in args.batch_size:
+        passes = {
+            kind: [make_plan(kind, i, join, runner.block_size, args) for i in range(batch)]
+            for kind in ("full", "window", f"from layer {join}")
+        }
+        rates = {kind: rate(sum(p.num_rows for p in plans), args) for kind, plans in passes.items()}
+        for plans in passes.values():  # keys and hidden states for the others, and a warm-up
+            runner.run(plans)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for _ in range(args.repeats):
+            for kind, plans in passes.items():
+                started = time.perf_counter()
+                runner.run(plans)
+                seconds[kind].append(time.perf_counter() - started)
+        for kind, plans in passes.items():
+            with parts_timed() as parts:
+                started = time.perf_counter()
+                runner.run(plans)
+                whole = time.perf_counter() - started
+            median = statistics.median(seconds[kind])
+            operations = sum(shape.operations(plan) for plan in plans)
+            floor = operations / rates[kind]
+            shares = {name: parts[name] / whole for name in PARTS}
+            shares["other"] = 1 - sum(shares.values())
+            rows.append(
+                {
+                    "batch_size": batch,
+                    "pass": kind,
+                    "rows": sum(p.num_rows for p in plans),
+                    "milliseconds": 1e3 * median,
+                    "gflop": operations / 1e9,
+                    "gflops_of_a_product": rates[kind] / 1e9,
+                    "floor_milliseconds": 1e3 * floor,
+                    "times_floor": median / floor,
+                    "shares": shares,
+                }
+            )
+            where = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            print(
+                f"| {batch} | {kind} | {1e3 * median:.1f} | {operations / 1e9:.2f} | "
+                f"{1e3 * floor:.1f} | {median / floor:.2f} | {where} |",
+                flush=True,
+            )
+    print(f"\n{torch.get_num_threads()} thread(s), {args.dtype}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def build(folder: Path, args: argparse.Namespace) -> BenchEngine:
+    """An engine with random weights whose KV cache holds the largest batch."""
+    config = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": args.width,
+        "n_heads": args.heads,
+        "n_layers": args.layers,
+        "mlp_hidden_size": args.mlp,
+        "vocab_size": args.vocabulary,
+        "max_sequence_length": args.canvas,
+        "mask_token_id": args.vocabulary - 1,
+        "eos_token_id": args.vocabulary - 2,
+        "torch_dtype": args.dtype,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    position = 3 * args.layers * args.width * (4 if args.dtype == "float32" else 2)
+    return BenchEngine(
+        folder,
+        dtype=args.dtype,
+        batch_size=max(args.batch_size),
+        load_format="dummy",
+        row_budget=max(args.batch_size) * args.canvas,
+        kv_cache_memory_bytes=position * (args.canvas + 128) * (max(args.batch_size) + 2),
+    )
+
+
+def make_plan(
+    kind: str, index: int, join: int, block_size: int, args: argparse.Namespace
+) -> PassPlan:
+    """Request ``index``'s part in a pass: half of its canvas is prompt, the other half masked."""
+    length = args.canvas
+    everyone = np.arange(length, dtype=np.int32)
+    masked = everyone >= length // 2
+    window = everyone[masked][: args.window]
+    tracked = everyone[: length // 2 : max(1, length // 2 // TRACKED)][:TRACKED]
+    segments = {
+        "full": [Segment(0, everyone)],
+        "window": [Segment(0, np.union1d(window, tracked).astype(np.int32))],
+    }.get(kind, [Segment(join, everyone)])
+    blocks = -(-length // block_size)
+    generator = np.random.default_rng(index)
+    tokens = generator.integers(0, args.vocabulary - 2, length, dtype=np.int32)
+    tokens[masked] = args.vocabulary - 1
+    plan = PassPlan(
+        request_id=str(index),
+        kind=kind,
+        denoising_step=0,
+        segments=segments,
+        tokens=tokens,
+        window=window,
+        trackable=~masked,
+        block_ids=list(range(1 + index * blocks, 1 + (index + 1) * blocks)),
+    )
+    if kind == "window":
+        plan.tested = tracked
+    return plan
+
+
+def rate(rows: int, args: argparse.Namespace) -> float:
+    """Operations a second of products of so many rows with the MLP's matrix, in this process."""
+    import torch
+
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(rows, args.width, dtype=dtype)
+    weight = torch.randn(args.mlp, args.width, dtype=dtype)
+    times = []
+    for _ in range(12):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        times.append(time.perf_counter() - started)
+    return 2 * rows * args.width * args.mlp / statistics.median(times[2:])
+
+
+PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch")
+
+
+def _parts() -> dict[str, list[tuple[Any, str]]]:
+    from vllm_elastic.execution import row_batch, runner
+    from vllm_elastic.execution.hidden_states import HiddenStateCache
+    from vllm_elastic.execution.statistics import StatisticsInputs
+    from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock
+
+    return {
+        "products": [(LLaDAAttention, "project"), (LLaDABlock, "finish")],
+        "attention": [(LLaDAAttention, "attend")],
+        "cache writes": [
+            (LLaDAAttention, "write"),
+            (HiddenStateCache, "write"),
+            (HiddenStateCache, "read"),
+        ],
+        "statistics": [
+            (StatisticsInputs, "prepare"),
+            (StatisticsInputs, "save_layer"),
+            (StatisticsInputs, "measure"),
+        ],
+        "head": [(runner.ElasticRunner, "_candidate_logits"), (runner, "most_probable")],
+        "batch": [(row_batch.RowLayout, "of"), (row_batch.RowBatch, "build")],
+    }
+
+
+@contextlib.contextmanager
+def parts_timed() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of ``PARTS`` while the context is open (on a CPU: no kernels wait)."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return wrapper
+
+    saved = []
+    for name, places in _parts().items():
+        for owner, attribute in places:
+            original = vars(owner)[attribute]
+            saved.append((owner, attribute, original))
+            if isinstance(original, classmethod):
+                setattr(owner, attribute, classmethod(timed(name, original.__func__)))
+            else:
+                setattr(owner, attribute, timed(name, original))
+    try:
+        yield seconds
+    finally:
+        for owner, attribute, original in saved:
+            setattr(owner, attribute, original)

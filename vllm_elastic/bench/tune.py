@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench tune``: the cheapest knobs that keep the answers, on a user's own prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.problems import Score, score
+from vllm_elastic.bench.run import read_jsonl
+
+# From the cheapest setting to the dearest: what each policy's own knob may be.
+LADDERS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "elastic": ("gamma", (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)),
+    "elastic-block": ("block_drift", (1.0, 0.3, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005)),
+    "interval": ("interval", (64, 32, 16, 8, 6, 4, 3, 2)),
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``tune`` to the command line."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the cheapest knobs whose answers agree with those without a cache",
+        description="Runs the prompts without a cache and then with every policy asked for, from "
+        "its cheapest setting to its dearest, until the answers are as good as they have to be; "
+        "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
+        "in every line of the file, good means accurate; else it means the same tokens.",
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
+    parser.add_argument("--policies", nargs="+", default=list(LADDERS), choices=list(LADDERS))
+    parser.add_argument(
+        "--accuracy-loss",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="allowed below no cache, in percent points (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="of prompts whose answer is the same, where there are no references "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the config found")
+    parser.set_defaults(function=main)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """When a setting is good enough."""
+
+    baseline: Score
+    has_answers: bool
+    accuracy_loss: float
+    agreement: float
+
+    def passed(self, scored: Score) -> bool:
+        """By accuracy where the prompts have answers, by agreement where they have none."""
+        if self.has_answers:
+            lost = 100 * (self.baseline.accuracy - scored.accuracy)
+            return lost <= self.accuracy_loss + 1e-9
+        return scored.agreement >= self.agreement
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print every setting tried, and write the best."""
+    prompts = list(read_jsonl(args.prompts))[: args.count]
+    has_answers = all("answer" in prompt for prompt in prompts)
+    engine = BenchEngine(
+        args.model,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        elastic_config=args.elastic_config,
+    )
+    none = engine.run([{**prompt, "elastic_policy": "none"} for prompt in prompts])
+    bar = Bar(
+        score_of(prompts, none, none, has_answers),
+        has_answers,
+        args.accuracy_loss,
+        args.agreement,
+    )
+    print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
+    print(_line("none", bar.baseline, has_answers, True), flush=True)
+    good: list[tuple[float, dict[str, Any]]] = [(1.0, {"policy": "none"})]
+    for policy in args.policies:
+        for knobs, scored in climb(engine, prompts, none, policy, has_answers):
+            passed = bar.passed(scored)
+            name = ", ".join(map(str, knobs.values()))
+            print(_line(name, scored, has_answers, passed), flush=True)
+            if passed:
+                good.append((scored.work, knobs))
+                break
+    work, best = min(good, key=lambda pair: pair[0])
+    config = {**args.elastic_config, **best}
+    print(f"\n{work:.3f} of the work without a cache: --elastic-config '{json.dumps(config)}'")
+    if args.out is not None:
+        args.out.write_text(json.dumps(config) + "\n")
+
+
+def climb(
+    engine: BenchEngine,
+    prompts: list[dict[str, Any]],
+    none: list[dict[str, Any]],
+    policy: str,
+    has_answers: bool,
+) -> Iterator[tuple[dict[str, Any], Score]]:
+    """A policy's settings and scores, the cheapest first."""
+    knob, ladder = LADDERS[policy]
+    for value in ladder:
+        knobs = {"policy": policy, knob: value}
+        requests = [{**p, **{f"elastic_{k}": v for k, v in knobs.items()}} for p in prompts]
+        yield knobs, score_of(prompts, engine.run(requests), none, has_answers)
+
+
+def score_of(
+    prompts: list[dict[str, Any]],
+    results: list[dict[str, Any]],
+    none: list[dict[str, Any]],
+    has_answers: bool,
+) -> Score:
+    """``score``; without references every answer counts as wrong and accuracy means nothing."""
+    references = prompts if has_answers else [{**prompt, "answer": "\0"} for prompt in prompts]
+    return score(references, results, none)
+
+
+def _line(name: str, scored: Score, has_answers: bool, passed: bool) -> str:
+    accuracy = f"{scored.accuracy:.1%}" if has_answers else ""
+    return (
+        f"| {name} | {accuracy} | {scored.agreement:.1%} | {scored.work:.3f} | "
+        f"{'yes' if passed else 'no'} |"
+    )
