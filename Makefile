@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3.11
 CONSTRAINTS ?= scripts/constraints.txt
 PYTEST_ARGS ?=
+MINUTES ?= 30
+REQUESTS ?= 5000
 
 RUN := $(VENV)/bin/python -m
 
@@ -12,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long demo lint format constraints clean
+.PHONY: help setup test test-long soak fuzz demo lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +27,12 @@ test: lint ## lint, then all tests but the long ones
 
 test-long: setup ## the long tests only
 	$(RUN) pytest -m long $(PYTEST_ARGS)
+
+soak: setup ## a server at full load for MINUTES: answers, memory, KV blocks (docs/reliability.md)
+	$(RUN) vllm_elastic.bench soak --minutes $(MINUTES)
+
+fuzz: setup ## REQUESTS malformed requests to a server that answers good ones meanwhile
+	$(RUN) vllm_elastic.bench fuzz --requests $(REQUESTS)
 
 demo: setup ## serve the tiny model and stream three answers
 	$(VENV)/bin/python examples/demo.py

@@ -18,6 +18,9 @@ from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.sampling_rules import RULES
 from vllm_elastic.scheduling.sampling import sampling_of
 
+LARGEST_BIAS = 1e4
+"""Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
+
 _WRAPPED = "_vllm_elastic_wrapped"
 
 
@@ -61,11 +64,20 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
             parameter="prompt_embeds",
         )
-    mask_token_id = vllm_config.model_config.hf_config.mask_token_id
+    hf_config = vllm_config.model_config.hf_config
+    mask_token_id = hf_config.mask_token_id
     if mask_token_id in request.prompt_token_ids:
         raise VLLMValidationError(
             f"prompt: contains the mask token (id {mask_token_id}), which would never be filled "
             "in; take it out (max_tokens says how many masks follow the prompt).",
+            parameter="prompt",
+        )
+    # vLLM checks this with a tokenizer only.
+    wrong = [t for t in request.prompt_token_ids if not 0 <= t < hf_config.vocab_size]
+    if wrong:
+        raise VLLMValidationError(
+            f"prompt: token id {wrong[0]} is not in the vocabulary, 0 to "
+            f"{hf_config.vocab_size - 1}.",
             parameter="prompt",
         )
     if request.resumable:
@@ -141,11 +153,19 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
 
 
 def check_candidates(params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """Refuse constraints that together leave no token to choose from at some position.
+    """Refuse biases that are no numbers, and constraints that together leave no token to choose.
 
     Raises:
-        VLLMValidationError: names the constraints.
+        VLLMValidationError: names the parameters.
     """
+    biases = (params.logit_bias or {}).items()
+    for token_id, bias in biases:
+        if not isinstance(bias, int | float) or not bias <= LARGEST_BIAS:  # NaN too
+            raise VLLMValidationError(
+                f"logit_bias: {bias!r} for token id {token_id}; a bias is a number up to "
+                f"{LARGEST_BIAS:g}.",
+                parameter="logit_bias",
+            )
     elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     hf_config = vllm_config.model_config.hf_config
     end_token_ids = set(params.stop_token_ids or ())
@@ -163,13 +183,14 @@ def check_candidates(params: SamplingParams, vllm_config: VllmConfig) -> None:
     if sampling is None:
         return
     never = {hf_config.mask_token_id, *sampling.banned_token_ids, *sampling.end_token_ids}
+    never |= {token_id for token_id, bias in biases if bias < -1e30}  # minus infinity in float32
     allowed = sampling.allowed_token_ids
     candidates = range(hf_config.vocab_size) if allowed is None else allowed
-    if never.issuperset(candidates):
+    if all(token_id in never for token_id in candidates):
         raise VLLMValidationError(
-            "no token is left to choose from: allowed_token_ids without the mask token, bad_words "
-            "and, where min_tokens or the end of elastic_canvas lies ahead, stop_token_ids and the "
-            "end token. Allow more tokens.",
+            "no token is left to choose from. allowed_token_ids, bad_words and an infinitely low "
+            "logit_bias rule tokens out, min_tokens and a fixed token in elastic_canvas the end "
+            "and stop tokens ahead of them, and the mask token never counts; allow more tokens.",
             parameter="bad_words" if allowed is None else "allowed_token_ids",
         )
 

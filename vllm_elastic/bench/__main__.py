@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_elastic.bench import gamma, run
+from vllm_elastic.bench import compare, drift, fuzz, gamma, run, soak, step, tune
 
 
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma):
+    for command in (run, gamma, compare, drift, tune, step, soak, fuzz):
         command.add_parser(commands)
     args = parser.parse_args()
     args.function(args)

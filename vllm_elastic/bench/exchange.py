@@ -99,12 +99,12 @@ def exchange(address: tuple[str, int], ask: Ask, timeout: float = TIMEOUT_SECOND
         payload = ask.payload()
         headers = {} if ask.content_type is None else {"Content-Type": ask.content_type}
         connection.request("GET" if payload is None else "POST", ask.path, payload, headers)
-        response = connection.getresponse()
-        answer.status = response.status
-        if "event-stream" in (response.getheader("Content-Type") or ""):
-            _read_stream(response, ask.leave_after, answer)
-        else:
-            _read_whole(response, answer)
+        with connection.getresponse() as response:  # it holds the socket too
+            answer.status = response.status
+            if "event-stream" in (response.getheader("Content-Type") or ""):
+                _read_stream(response, ask.leave_after, answer)
+            else:
+                _read_whole(response, answer)
     except (OSError, http.client.HTTPException) as error:
         what = "no answer in time" if isinstance(error, socket.timeout) else repr(error)
         answer.status, answer.error = 0, what

@@ -29,6 +29,9 @@ KNOBS: tuple[dict[str, Any], ...] = (
     {"elastic_gamma": 1.1, "elastic_window": 32, "elastic_threshold": 0.6},
     {"elastic_statistic": "paper", "elastic_tokens_per_step": 2},
     {"elastic_track_num": 4, "elastic_gamma": 0.8},
+    {"elastic_refresh": "next", "elastic_gamma": 0.95},
+    {"elastic_policy": "interval", "elastic_interval": 3},
+    {"elastic_policy": "elastic-block", "elastic_block_drift": 0.01},
     {"elastic_steps": 16, "elastic_block_length": 8},
     {"elastic_steps": 8, "elastic_block_length": 16, "elastic_remasking": "random"},
 )
@@ -202,7 +205,7 @@ class Load:
         while not self._stop.is_set():
             ask, right = rng.choice(self._cases)
             if rng.random() < self._leave_share:
-                ask = ask.streamed(leave_after=rng.randint(1, 6))
+                ask = ask.streamed(leave_after=rng.randint(1, 3))
             elif rng.random() < 0.5:
                 ask = ask.streamed()
             answer = exchange(self._address, ask)

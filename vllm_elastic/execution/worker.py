@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -20,6 +21,9 @@ class ElasticWorker(_BaseWorker):
     """The platform's worker; only the runner and the warm-up differ."""
 
     def init_device(self) -> None:
+        # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
+        # number of rows. Ours differs at nearly every step, so these are rarely of use again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         super().init_device()
         # The GPU worker makes its runner by the method below; the CPU worker makes its own.
         if not isinstance(self.model_runner, ElasticRunner):
