@@ -219,6 +219,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
 
 # Methods that we wrap: what our wrapper reads by position -> the rest passes through.
 WRAPPED = {
+    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params": ["self"],
+    f"{OPENAI}.completion.protocol:CompletionRequest.to_beam_search_params": ["self"],
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": [
         "self",
         "engine_core_outputs",

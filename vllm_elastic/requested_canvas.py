@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Over HTTP, ``max_tokens`` reaches admission as the client sent it: it is the canvas.
 
+Beam search, which would ask for canvases of one token, is refused at the same place.
+
 See patches/max-tokens: vLLM's server lowers it to what fits, and to the default.
 """
 
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+
+from vllm.exceptions import VLLMValidationError
 
 _WRAPPED = "_vllm_elastic_wrapped"
 _lengths: dict[str, int | None] = {"default": None, "cap": None}
@@ -30,6 +34,16 @@ def keep_requested_canvas(default: int, cap: int | None) -> None:
     _wrap(CompletionRequest, "max_tokens")
     _wrap(ChatCompletionRequest, "max_completion_tokens", "max_tokens")
     _wrap(ResponsesRequest, "max_output_tokens")
+    for request_class in (ChatCompletionRequest, CompletionRequest):
+        request_class.to_beam_search_params = _refuse_beam_search
+
+
+def _refuse_beam_search(*_: Any, **__: Any) -> Any:
+    raise VLLMValidationError(
+        "use_beam_search is not supported for LLaDA: beams grow from left to right, one token at a "
+        "time; leave it out, or use n with a temperature.",
+        parameter="use_beam_search",
+    )
 
 
 def _wrap(request_class: Any, *names: str) -> None:

@@ -55,6 +55,13 @@ def test_n_is_one(alive: Client) -> None:
     assert "n must be 1" in refusal(alive.chat("Sort : 2 1", max_tokens=4, n=2))
 
 
+def test_beam_search(alive: Client) -> None:
+    message = refusal(alive.chat("Sort : 2 1", max_tokens=4, use_beam_search=True, n=2))
+    assert "use_beam_search is not supported" in message
+    status, answer = alive.post("completions", prompt="Sort : 2 1", use_beam_search=True)
+    assert status == 400, answer
+
+
 @pytest.mark.parametrize(
     ("knobs", "parts"),
     [
