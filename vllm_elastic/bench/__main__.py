@@ -8,13 +8,18 @@ import argparse
 from vllm_elastic.bench import compare, drift, fuzz, gamma, run, soak, step, tune
 
 
-def main() -> None:
-    """Parse the command line and run one benchmark."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (run, gamma, compare, drift, tune, step, soak, fuzz):
         command.add_parser(commands)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse the command line and run one benchmark."""
+    args = make_parser().parse_args()
     args.function(args)
 
 

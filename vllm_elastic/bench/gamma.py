@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--problems", required=True, type=Path, metavar="FILE")
     parser.add_argument("--count", type=int, default=None, metavar="N", help="first N problems")
     parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
-    parser.add_argument("--statistics", nargs="+", default=["released", "paper"])
+    parser.add_argument("--statistics", nargs="*", default=["released", "paper"])
     parser.add_argument("--policies", nargs="*", default=["dual-cache"], help="further baselines")
     parser.add_argument(
         "--configs",
