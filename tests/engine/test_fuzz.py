@@ -110,6 +110,11 @@ def test_hundreds_over_a_cache_for_a_few(driver: Driver) -> None:
     """A queue of 250, a third of it aborted at any stage: drained, the same answers, no object."""
     from vllm_elastic.decoding.request import DenoisingRequest
 
+    def requests_alive() -> int:
+        gc.collect()
+        return sum(type(o) is DenoisingRequest for o in gc.get_objects())
+
+    before = requests_alive()  # other tests keep some to compare with
     sizes = [(10 + 7 * i, 6 + 5 * i) for i in range(6)]
     knobs: list[dict[str, Any]] = [{"gamma": 0.9}, {"policy": "none"}, {"gamma": 1.1}]
     cases = [(prompt, canvas, knob) for prompt, canvas in sizes for knob in knobs]
@@ -143,5 +148,4 @@ def test_hundreds_over_a_cache_for_a_few(driver: Driver) -> None:
             assert driver.tokens[name] == alone[case][: len(driver.tokens[name])]
     assert 20 < len(aborted) < 230
     assert_nothing_left(driver)
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is DenoisingRequest]
+    assert requests_alive() <= before
