@@ -219,8 +219,6 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
 
 # Methods that we wrap: what our wrapper reads by position -> the rest passes through.
 WRAPPED = {
-    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params": ["self"],
-    f"{OPENAI}.completion.protocol:CompletionRequest.to_beam_search_params": ["self"],
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": [
         "self",
         "engine_core_outputs",
@@ -298,8 +296,9 @@ ATTRIBUTES: dict[str, list[str]] = {
     f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest": [
         "max_completion_tokens",
         "max_tokens",
+        "to_beam_search_params",
     ],
-    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens"],
+    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens", "to_beam_search_params"],
     f"{OPENAI}.responses.protocol:ResponsesRequest": ["max_output_tokens"],
     "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engines_kept import keep_engines
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 from vllm_elastic.reference.llada import HEAD
 
@@ -54,6 +55,11 @@ def poison(engine: object) -> None:
     """Fill every KV block with NaN: an element that is read before it is written can't pass."""
     for cache in engine.runner.kv_caches.values():  # type: ignore[attr-defined]
         cache.fill_(float("nan"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_are_kept() -> None:
+    keep_engines()
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def suite() -> list[tuple[list[int], str]]:
     from tokenizer import build
 
     tokenizer = build()
-    problems = held_out(11, 8, None) + held_out(11, 2, 900)
+    problems = held_out(11, 8, None) + held_out(12, 2, 900)
     names = list(CONFIGS)
     cases = []
     for index, problem in enumerate(problems):

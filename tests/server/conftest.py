@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines_kept import keep_engines
 from vllm_elastic.bench.fuzz import SERVER_LIMITS
 from vllm_elastic.bench.server import ServerProcess
 
@@ -83,6 +84,11 @@ def questions(count: int) -> list[str]:
     share = -(-count // len(TASKS))
     columns = [problems(task, 7, share) for task in TASKS]
     return [p.question for row in zip(*columns, strict=True) for p in row][:count]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_are_kept() -> None:
+    keep_engines()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every `LLM` of a test session is kept to its end.
+
+Freeing one takes the process's parallel groups with it, whenever the garbage collector gets to it,
+and then the next one cannot start.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_engines: list[Any] = []
+
+
+def keep_engines() -> None:
+    """Make `LLM` remember its instances; calling it again does nothing."""
+    from vllm import LLM
+
+    if hasattr(LLM.__init__, "_kept"):
+        return
+    make = LLM.__init__
+
+    @functools.wraps(make)
+    def kept(self: Any, *args: Any, **kwargs: Any) -> None:
+        _engines.append(self)
+        make(self, *args, **kwargs)
+
+    kept._kept = True  # type: ignore[attr-defined]
+    LLM.__init__ = kept
