@@ -19,14 +19,15 @@ import pytest
 
 from vllm_elastic.bench.server import ServerProcess
 
-from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, Client, questions, user
+from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, Client, user
 from .metrics import RUNNING, wait_for
 
 SECONDS = 60.0  # vLLM notices within about a second, and looks every 5 s whether to end
 # Token by token, with hundreds of full passes: no danger that it ends before the engine does.
 KNOBS = {"elastic_policy": "none", "elastic_tokens_per_step": 1, "elastic_window": 1}
 LONG: dict[str, Any] = {
-    "messages": user(questions(1)[0]),  # its answer begins with text, not with end tokens
+    # Its answer begins with text, not with end tokens.
+    "messages": user("Running total modulo 10 : pin 3 elf 1 fig 2 jet 0"),
     "max_tokens": 400,
     "ignore_eos": True,
     "vllm_xargs": KNOBS,
