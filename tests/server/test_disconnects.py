@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -26,8 +27,12 @@ SLOW: dict[str, Any] = {
 GENERATED = "vllm:generation_tokens_total"
 
 
-def hang_up(client: Client, after_events: int, **options: Any) -> int:
+def hang_up(
+    client: Client, after_events: int, stay_until: Event | None = None, **options: Any
+) -> int:
     """Ask, read so many events (0: not even the status line), close the connection.
+
+    With an event to ``stay_until``, not before it has happened.
 
     Returns:
         the events that there were.
@@ -38,6 +43,8 @@ def hang_up(client: Client, after_events: int, **options: Any) -> int:
     connection.request("POST", "/v1/chat/completions", body, headers)
     if after_events == 0:
         time.sleep(0.2)
+        if stay_until:
+            assert stay_until.wait(120)
         connection.close()
         return 0
     response = connection.getresponse()
@@ -47,6 +54,8 @@ def hang_up(client: Client, after_events: int, **options: Any) -> int:
         count += line.startswith(b"data: {")
         if count == after_events:
             break
+    if stay_until:
+        assert stay_until.wait(120)
     response.close()  # it holds the socket too
     connection.close()
     return count
@@ -99,11 +108,21 @@ def test_hangs_up_at_the_end(neighbour: Client, missing: int) -> None:
 
 def test_many_hang_up_at_once(neighbour: Client) -> None:
     """More canvases than the KV cache holds: some of them never got a place."""
+    everyone_asked = Event()
     with ThreadPoolExecutor(24) as pool:
         gone = [
-            pool.submit(hang_up, neighbour, (0, 1, 4)[i % 3], stream=i % 2 == 0 or i % 3 > 0)
+            pool.submit(
+                hang_up,
+                neighbour,
+                (0, 1, 4)[i % 3],
+                everyone_asked,
+                stream=i % 2 == 0 or i % 3 > 0,
+            )
             for i in range(24)
         ]
-        wait_for(neighbour.server, lambda metrics: metrics[RUNNING] > 0 < metrics[WAITING])
+        try:
+            wait_for(neighbour.server, lambda metrics: metrics[RUNNING] > 0 < metrics[WAITING])
+        finally:
+            everyone_asked.set()
         for future in gone:
             future.result(120)

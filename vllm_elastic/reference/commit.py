@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """(R, vocabulary) in float64, tokens that are no candidates at -inf; some may lie beyond."""
+    excluded = [token for token in token_ids if token < logits.shape[1]]
+    return logits.double().index_fill(
+        1, torch.tensor(excluded, dtype=torch.int64, device=logits.device), -torch.inf
+    )
+
+
 def candidates(
     logits: Tensor,
     mask_token_id: int,
@@ -30,10 +38,7 @@ def candidates(
     Returns:
         (R,) int64 token ids, equal logits going to the smaller id; (R,) float64 confidences.
     """
-    logits = logits.double()
-    excluded = [token for token in (mask_token_id, *never) if token < logits.shape[1]]
-    if excluded:
-        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), -torch.inf)
+    logits = without(logits, (mask_token_id, *never))
     token_ids = logits.argmax(dim=-1)
     confidence = logits.softmax(dim=-1).gather(1, token_ids[:, None]).squeeze(1)
     for token in last:

@@ -6,18 +6,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from . import margin
 from .canvas import Canvas
-from .commit import candidates, choose
+from .commit import candidates, choose, without
 from .llada import LLaDA
 from .result import DecodingResult
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
-    """Which positions are predicted in a step, and which of them are committed.
+class CommitOptions:
+    """Which predictions of a step are committed, whatever is cached.
 
     Attributes:
-        window: beta, the first this many open positions are predicted.
         threshold: epsilon, confidence from which a prediction is committed; the best of a step
             always is. Above 1: one token a step (more only if equally confident).
         tokens_per_step: commit this many, the most confident, whatever the threshold.
@@ -25,7 +27,6 @@ class DecodingOptions:
         never, last: token ids, see ``candidates``.
     """
 
-    window: int = 16
     threshold: float = 0.9
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
@@ -33,10 +34,44 @@ class DecodingOptions:
     last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}, must be at least 1")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class DecodingOptions(CommitOptions):
+    """``window``: beta, the first this many open positions are predicted in a step."""
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}, must be at least 1")
+
+
+def commit_predictions(
+    model: LLaDA,
+    canvas: Canvas,
+    window: Tensor,
+    hidden: Tensor,
+    options: CommitOptions,
+    result: DecodingResult,
+) -> Tensor:
+    """The end of every step: predict the window, commit what is confident enough.
+
+    ``window`` (W,) positions, ``hidden`` (W, d) their output of the last layer. Returns (n,) the
+    positions committed, and tells ``result`` by what margin.
+    """
+    logits, mask = model.head(hidden), model.config.mask_token_id
+    token_ids, confidence = candidates(logits, mask, options.never, options.last)
+    chosen = choose(confidence, options.threshold, options.tokens_per_step)
+    canvas.commit(window[chosen], token_ids[chosen])
+    result.close_call(
+        margin.of_commit(confidence, options.threshold, options.tokens_per_step),
+        margin.of_candidates(without(logits[chosen], (mask, *options.never))),
+    )
+    return window[chosen]
 
 
 def decode(
@@ -55,13 +90,9 @@ def decode(
     result = DecodingResult()
     while len(window := canvas.window(options.window)):
         hidden = model.forward(canvas.tokens)
-        token_ids, confidence = candidates(
-            model.head(hidden[window]), model.config.mask_token_id, options.never, options.last
-        )
-        chosen = choose(confidence, options.threshold, options.tokens_per_step)
-        canvas.commit(window[chosen], token_ids[chosen])
+        committed = commit_predictions(model, canvas, window, hidden[window], options, result)
         kind = "full" if result.denoising_steps else "first"
         result.record(
-            [(kind, 0, len(canvas))], window[chosen].tolist(), model.config.n_layers, len(canvas)
+            [(kind, 0, len(canvas))], committed.tolist(), model.config.n_layers, len(canvas)
         )
     return result.finish(canvas)

@@ -9,29 +9,25 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import Canvas
-from .commit import candidates, choose
+from .decoding import CommitOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
 from .result import DecodingResult
 
 
 @dataclass(frozen=True)
-class DualCacheOptions:
+class DualCacheOptions(CommitOptions):
     """``block_length`` response positions make a block (the last may be shorter).
 
-    The rest is as in ``DecodingOptions``; the block's open positions are the window.
+    The block's open positions are the window.
     """
 
     block_length: int = 32
-    threshold: float = 0.9
-    tokens_per_step: int | None = None
-    drop_after_every_eos: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block_length < 1:
             raise ValueError(f"block_length is {self.block_length}, must be at least 1")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
 
 
 def dual_cache(
@@ -58,18 +54,10 @@ def dual_cache(
         rows = canvas.everywhere
         kind = "full" if result.denoising_steps else "first"
         while len(window := canvas.open()[torch.isin(canvas.open(), block)]):
-            hidden = model.embed(canvas.tokens[rows])
-            for layer in range(model.config.n_layers):
-                q, k, v = model.project(layer, hidden, rows)
-                cache.write(layer, rows, hidden, k, v)
-                attended = model.attend(q, cache.keys[layer], cache.values[layer])
-                hidden = model.finish(layer, hidden, attended)
-            predicted = model.head(hidden[torch.searchsorted(rows, window)])
-            token_ids, confidence = candidates(predicted, model.config.mask_token_id)
-            chosen = choose(confidence, options.threshold, options.tokens_per_step)
-            canvas.commit(window[chosen], token_ids[chosen])
+            hidden = cache.run(canvas.tokens, rows)[torch.searchsorted(rows, window)]
+            committed = commit_predictions(model, canvas, window, hidden, options, result)
             result.record(
-                [(kind, 0, len(rows))], window[chosen].tolist(), model.config.n_layers, len(canvas)
+                [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
             )
             rows, kind = block, "window"
     return result.finish(canvas)

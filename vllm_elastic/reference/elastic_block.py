@@ -34,9 +34,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import margin
 from .canvas import Canvas
-from .commit import candidates, choose
-from .decoding import DecodingOptions
+from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
 from .result import DecodingResult
@@ -148,6 +148,7 @@ class ElasticBlock:
         stale: dict[int, int] = {}
         cost = [a * max(b.drift(step + 1)) for a, b in zip(attention, self.blocks, strict=True)]
         left = sum(cost)
+        self.result.close_call(margin.of_threshold(torch.tensor([left]), options.block_drift))
         if left > options.block_drift:
             for index in sorted(range(len(cost)), key=lambda i: -cost[i]):
                 if left <= options.block_drift / 2 or cost[index] == 0:
@@ -155,12 +156,23 @@ class ElasticBlock:
                 left -= cost[index]
                 drift = self.blocks[index].drift(step + 1)
                 moved = [d > options.slack * max(drift) for d in drift]
+                self.result.close_call(
+                    margin.of_threshold(torch.tensor(drift) / max(drift), options.slack)
+                )
                 stale[index] = max(0, moved.index(True) - 1) if any(moved) else 0
+            self.result.close_call(
+                margin.of_ranking(torch.tensor(cost), len(stale)),
+                margin.of_threshold(torch.tensor([left]), options.block_drift / 2),
+            )
         for index in stale:
             self.blocks[index].refreshed_at = step + (options.refresh == "next")
 
         due = [a * (step + 1 - b.probed_at) for a, b in zip(attention, self.blocks, strict=True)]
         chosen = sorted(range(len(due)), key=lambda i: -due[i])[: options.probes]
+        self.result.close_call(margin.of_ranking(torch.tensor(due), options.probes))
+        for index in chosen:
+            attended = torch.tensor([measured.share[p] for p in watched[index]])
+            self.result.close_call(margin.of_ranking(attended, 1))
         self.probes = sorted(
             max(watched[i], key=lambda p: measured.share[p])
             for i in chosen
@@ -198,13 +210,10 @@ class ElasticBlock:
             measured = self.run(join, window)
             self.probes, self.stale = probes, {}
 
-        predicted = self.model.head(measured.hidden)
-        token_ids, confidence = candidates(
-            predicted, self.model.config.mask_token_id, options.never, options.last
+        committed = commit_predictions(
+            self.model, self.canvas, window, measured.hidden, options, self.result
         )
-        chosen = choose(confidence, options.threshold, options.tokens_per_step)
-        self.canvas.commit(window[chosen], token_ids[chosen])
-        self.committed = window[chosen].tolist()
+        self.committed = committed.tolist()
         self.result.record(
             [(kind, min(join.values()), len(join)) for kind, join in passes],
             self.committed,

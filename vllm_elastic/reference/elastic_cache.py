@@ -28,9 +28,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import margin
 from .canvas import Canvas
-from .commit import candidates, choose
-from .decoding import DecodingOptions
+from .decoding import DecodingOptions, commit_predictions
 from .drift import Statistic, similarity
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -63,6 +63,11 @@ class ElasticOptions(DecodingOptions):
             raise ValueError(f"statistic is {self.statistic!r}, must be 'released' or 'paper'")
 
 
+def attention_mass(probabilities: Tensor, masked: Tensor) -> Tensor:
+    """(T,) what (H, W, T) window rows pay each position, summed; -inf where ``masked``."""
+    return probabilities.sum(dim=(0, 1)).masked_fill(masked, -torch.inf)
+
+
 def most_attended(probabilities: Tensor, masked: Tensor, count: int) -> Tensor:
     """The unmasked positions that the window pays most attention to.
 
@@ -74,7 +79,7 @@ def most_attended(probabilities: Tensor, masked: Tensor, count: int) -> Tensor:
     Returns:
         (n,) positions by falling mass, the sum over heads and window rows; equals by position.
     """
-    mass = probabilities.sum(dim=(0, 1)).masked_fill(masked, -torch.inf)
+    mass = attention_mass(probabilities, masked)
     return mass.argsort(descending=True, stable=True)[: min(count, int((~masked).sum()))]
 
 
@@ -148,9 +153,12 @@ class ElasticCache:
 
             of_window = model.attention_rows(q[:, index_in(rows, window)], cache.keys[layer])
             tracked.append(most_attended(of_window, self.canvas.masked, options.track_num))
+            mass = attention_mass(of_window, self.canvas.masked)
+            self.result.close_call(margin.of_ranking(mass, options.track_num))
             if testing:
                 after = model.attention_rows(q[:, index_in(rows, self.tracked)], cache.keys[layer])
                 similarities.append(similarity(before, after, options.statistic))
+                self.result.close_call(abs(similarities[-1] - options.gamma))
                 drifted = similarities[-1] < options.gamma and layer < last_layer
                 if drifted and options.refresh == "replay":
                     stale_from, testing = layer + 1, False
@@ -176,13 +184,10 @@ class ElasticCache:
         rows = self.rows(window)
         output = self.run_layers(rows, window)
 
-        predicted = self.model.head(output.hidden)
         options = self.options
-        token_ids, confidence = candidates(
-            predicted, self.model.config.mask_token_id, options.never, options.last
+        committed = commit_predictions(
+            self.model, self.canvas, window, output.hidden, options, self.result
         )
-        chosen = choose(confidence, options.threshold, options.tokens_per_step)
-        self.canvas.commit(window[chosen], token_ids[chosen])
 
         kind = "window" if self.result.denoising_steps else "first"
         row_layers = None
@@ -200,14 +205,14 @@ class ElasticCache:
             self.stale_from = output.stale_from
         self.result.record(
             passes,
-            window[chosen].tolist(),
+            committed.tolist(),
             self.model.config.n_layers,
             len(self.canvas),
             output.similarities,
             self.tracked.tolist(),
             row_layers,
         )
-        self.tracked, self.committed = output.tracked, window[chosen]
+        self.tracked, self.committed = output.tracked, committed
         return True
 
 

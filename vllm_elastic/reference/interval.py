@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import Canvas
-from .commit import candidates, choose
-from .decoding import DecodingOptions
+from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
 from .result import DecodingResult
@@ -43,19 +42,8 @@ def interval(
         kind = "window"
         if result.denoising_steps % options.interval == 0:
             rows, kind = canvas.everywhere, "full" if result.denoising_steps else "first"
-        hidden = model.embed(canvas.tokens[rows])
-        for layer in range(model.config.n_layers):
-            q, k, v = model.project(layer, hidden, rows)
-            cache.write(layer, rows, hidden, k, v)
-            attended = model.attend(q, cache.keys[layer], cache.values[layer])
-            hidden = model.finish(layer, hidden, attended)
-        logits = model.head(hidden[torch.searchsorted(rows, window)])
-        token_ids, confidence = candidates(
-            logits, model.config.mask_token_id, options.never, options.last
-        )
-        chosen = choose(confidence, options.threshold, options.tokens_per_step)
-        committed = window[chosen]
-        canvas.commit(committed, token_ids[chosen])
+        hidden = cache.run(canvas.tokens, rows)[torch.searchsorted(rows, window)]
+        committed = commit_predictions(model, canvas, window, hidden, options, result)
         result.record(
             [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
         )

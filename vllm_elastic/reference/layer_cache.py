@@ -17,6 +17,7 @@ class LayerCache:
     """
 
     def __init__(self, model: LLaDA, length: int) -> None:
+        self.model = model
         config = model.config
         kv = (config.n_layers, config.n_kv_heads, length, config.head_dim)
         # NaN, so that reading what no step has written cannot go unseen.
@@ -29,3 +30,17 @@ class LayerCache:
         self.hidden[layer].index_copy_(0, rows, hidden)
         self.keys[layer].index_copy_(1, rows, k)
         self.values[layer].index_copy_(1, rows, v)
+
+    def run(self, token_ids: Tensor, rows: Tensor) -> Tensor:
+        """All layers for positions ``rows`` (R,), over what is stored of the others.
+
+        ``token_ids`` (T,) is the canvas. Returns (R, d), the output of the last layer.
+        """
+        model = self.model
+        hidden = model.embed(token_ids[rows])
+        for layer in range(model.config.n_layers):
+            q, k, v = model.project(layer, hidden, rows)
+            self.write(layer, rows, hidden, k, v)
+            attended = model.attend(q, self.keys[layer], self.values[layer])
+            hidden = model.finish(layer, hidden, attended)
+        return hidden

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import margin
 from .canvas import Canvas
-from .commit import candidates, most_confident
+from .commit import candidates, most_confident, without
 from .llada import LLaDA
 from .result import DecodingResult
 
@@ -63,10 +64,14 @@ def low_confidence(
         for count in tokens_to_transfer(length, options.steps // blocks):
             hidden = model.forward(canvas.tokens)
             left = start + canvas.masked[start : start + length].nonzero().flatten()
-            token_ids, confidence = candidates(
-                model.head(hidden[left]), model.config.mask_token_id, options.never, options.last
-            )
+            logits, mask = model.head(hidden[left]), model.config.mask_token_id
+            token_ids, confidence = candidates(logits, mask, options.never, options.last)
             chosen = most_confident(confidence, count)
+            if count:
+                predicted = without(logits[chosen], (mask, *options.never))
+                result.close_call(
+                    margin.of_ranking(confidence, count), margin.of_candidates(predicted)
+                )
             canvas.tokens[left[chosen]] = token_ids[chosen]
             canvas.masked[left[chosen]] = False
             kind = "full" if result.denoising_steps else "first"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -37,6 +38,7 @@ class DecodingResult:
         full_row_layers: T x layers x denoising steps, what recomputing everything takes.
         similarities: per denoising step, of the tested layers 0, 1, ...; empty if none was tested.
         tracked: per denoising step, the tracked positions it tested, ascending.
+        margins: per denoising step, the margin of its closest decision; see ``margin``.
         dropped: positions left undecoded beyond an EOS, ascending.
     """
 
@@ -48,7 +50,13 @@ class DecodingResult:
     full_row_layers: int = 0
     similarities: list[list[float]] = field(default_factory=list)
     tracked: list[list[int]] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    _closest: float = math.inf
+
+    def close_call(self, *margins: float) -> None:
+        """Margins of decisions of the step that ``record`` will add."""
+        self._closest = min(self._closest, *margins)
 
     @property
     def passes(self) -> int:
@@ -86,6 +94,8 @@ class DecodingResult:
         self.full_row_layers += canvas_length * n_layers
         self.similarities.append(similarities or [])
         self.tracked.append(tracked or [])
+        self.margins.append(self._closest)
+        self._closest = math.inf
         self.denoising_steps += 1
 
     def finish(self, canvas: Canvas) -> DecodingResult:

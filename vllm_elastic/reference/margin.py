@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How near a decision was to falling the other way.
+
+Two right implementations in float32 round differently. Where a decision's margin is of the order
+of that rounding (1e-5 and less), they may part for good; where it is larger, one of them is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def of_ranking(values: Tensor, count: int) -> float:
+    """Of taking the ``count`` largest of (n,) values: the gap to the next, as a share of it all.
+
+    Infinite if nothing, or nothing finite, is left out.
+    """
+    ranked = values.double().sort(descending=True).values
+    if not 0 < count < len(ranked) or not torch.isfinite(ranked[count]):
+        return math.inf
+    last, next_ = ranked[count - 1].item(), ranked[count].item()
+    return (last - next_) / max(abs(last), 1e-30)
+
+
+def of_threshold(values: Tensor, threshold: float) -> float:
+    """Of telling (n,) values from ``threshold`` on from those below: the nearest one's distance."""
+    return (values.double() - threshold).abs().min().item() if len(values) else math.inf
+
+
+def of_commit(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> float:
+    """Of ``commit.choose``."""
+    if tokens_per_step is not None:
+        return of_ranking(confidence, tokens_per_step)
+    if confidence.max() < threshold:
+        return of_ranking(confidence, 1)
+    return of_threshold(confidence, threshold)
+
+
+def of_candidates(logits: Tensor) -> float:
+    """Of taking the largest of each row of (R, vocabulary): the nearest second, in logits."""
+    best, second = logits.double().topk(2, dim=-1).values.unbind(-1)
+    return (best - second).min().item()
