@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,5 +217,37 @@ def test_row_chunks_and_shared_kv_heads(
     try:
         names = ("none", "released-high", "paper-low", "block", "next-high")
         assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
+    finally:
+        stop(served)
+
+
+@pytest.fixture
+def ray_with_two_devices() -> Iterator[None]:
+    """A Ray of this test's own; nobody else's is looked for, joined or stopped."""
+    ray = pytest.importorskip("ray")
+    # Short: Ray keeps sockets there, whose paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray")
+    ray.init(
+        address="local",
+        num_cpus=RANKS,
+        num_gpus=RANKS,
+        object_store_memory=80 << 20,
+        include_dashboard=False,
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ray_equals_oracle(
+    ray_with_two_devices: None, directory_of: Callable[[str], tuple[LLaDA, Path]]
+) -> None:
+    """The same ranks as Ray's actors: patches/ray-on-cpu."""
+    served = start(*directory_of("gqa-tied"), "gqa-tied", "ray")
+    try:
+        executor = served.engine.llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
+        assert executor.uses_ray
+        assert_equals_oracle(served, CONFIGS)
     finally:
         stop(served)

@@ -147,6 +147,20 @@ def test_drift_similarity_of_sharp_attention(shape: tuple[int, ...], statistic: 
     assert_close(statistic, found, naive.drift_similarity(old, new, statistic), 1e-5)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@statistics
+def test_drift_similarity_of_heads_on_several_ranks(statistic: str, num_ranks: int) -> None:
+    """A rank's heads alone would be judged, or a mean be taken of means of cosines."""
+    old, new = random_attention(SHAPES["mha"], 1), random_attention(SHAPES["mha"], 2)
+    parts = [
+        fast.drift_sums(a, b, statistic)
+        for a, b in zip(old.chunk(num_ranks, dim=1), new.chunk(num_ranks, dim=1), strict=True)
+    ]
+    sums = [torch.stack(ranks).sum(dim=0) for ranks in zip(*parts, strict=True)]
+    found = fast.similarity_of_sums(sums, statistic, old.shape[1] * old.shape[2])
+    assert_close(statistic, found, naive.drift_similarity(old, new, statistic), 1e-5)
+
+
 @statistics
 def test_no_drift_is_one(statistic: str) -> None:
     """gamma = 1 would fire without drift, or 0.9 would never."""

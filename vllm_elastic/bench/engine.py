@@ -67,7 +67,7 @@ class BenchEngine:
 
     @property
     def runner(self) -> Any:
-        """The ``ElasticRunner`` in this process."""
+        """The ``ElasticRunner`` in this process; several ranks have processes of their own."""
         executor = self.llm.llm_engine.engine_core.engine_core.model_executor
         return executor.driver_worker.worker.model_runner
 
