@@ -299,7 +299,6 @@ ATTRIBUTES: dict[str, list[str]] = {
         "layer_name",
         "num_kv_heads",
     ],
-    "vllm.model_executor.layers.logits_processor:LogitsProcessor": ["use_all_gather"],
     "vllm.model_executor.models.registry:_ModelRegistry": ["models"],
     "vllm.platforms.cpu:CpuPlatform": ["ray_device_key"],
     f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest": [

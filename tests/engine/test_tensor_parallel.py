@@ -92,12 +92,12 @@ def problems() -> list[tuple[list[int], int]]:
     ]
 
 
-def requests_of(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def requests_of(configs: dict[str, dict[str, Any]], count: int = 2) -> list[dict[str, Any]]:
     return [
         {"prompt_token_ids": prompt, "max_tokens": max_tokens, "id": (index, name)}
         | {f"elastic_{key}": value for key, value in config.items()}
         for name, config in configs.items()
-        for index, (prompt, max_tokens) in enumerate(problems())
+        for index, (prompt, max_tokens) in enumerate(problems()[:count])
     ]
 
 
@@ -144,7 +144,8 @@ def test_traffic_follows_the_formula(served: Served) -> None:
     scheduler.schedule = kept
     try:
         names = ("released-high", "paper-high", "always", "block-fine", "next-low", "dual-cache")
-        served.engine.run(requests_of({n: CONFIGS[n] for n in names}))  # type: ignore[attr-defined]
+        requests = requests_of({name: CONFIGS[name] for name in names}, count=1)
+        served.engine.run(requests)  # type: ignore[attr-defined]
     finally:
         del scheduler.schedule
     first, second = workers(served, take_collectives)
@@ -152,7 +153,7 @@ def test_traffic_follows_the_formula(served: Served) -> None:
     expected = [expected_traffic(step, config, RANKS, row_budget=8192) for step in plans]
     assert first == expected
     assert second == expected
-    assert any(traffic["all_gather"] > 1 for traffic in expected), "rows joined late"
+    assert any(traffic["all_gather"] > 2 for traffic in expected), "tests, and rows joined late"
 
 
 def test_each_rank_keeps_its_share(served: Served) -> None:
@@ -183,7 +184,7 @@ def test_sampled_answers_equal_one_rank(served: Served) -> None:
     alone = BenchEngine(
         served.directory, batch_size=8, max_model_len=128, kv_cache_memory_bytes=16 << 20
     )
-    prompts = [{"prompt_token_ids": prompt} for prompt, _ in problems()] * 2
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in problems()]
     params = SamplingParams(
         temperature=0.8,
         top_p=0.9,

@@ -22,6 +22,11 @@ def count() -> int:
     return int(get_tensor_model_parallel_world_size())
 
 
+def reports() -> bool:
+    """Whether this rank's results are the ones that reach the scheduler."""
+    return bool(get_tensor_model_parallel_rank() == 0)
+
+
 def own_columns(rows: torch.Tensor) -> torch.Tensor:
     """This rank's columns [..., d / ranks] of rows [..., d], a view; d a multiple of the ranks."""
     if count() == 1:

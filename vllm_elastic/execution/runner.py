@@ -84,8 +84,7 @@ class ElasticRunner:
         seats = self.vllm_config.scheduler_config.max_num_seqs
         window_rows = min(self.max_chunk_rows, seats * self.elastic_config.window)
         logits = self.model.run_without_cache(self.max_chunk_rows, window_rows)
-        if logits is not None:
-            most_probable(logits)
+        most_probable(logits)
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -189,7 +188,7 @@ class ElasticRunner:
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
         logits = self.model.compute_logits(hidden)
         sums = add_up([statistics.partial_sums(index) for index in range(len(plans))])
-        if logits is None:
+        if not ranks.reports():
             return None
         # A mask that was committed would leave its position undecided.
         logits[:, self.mask_token_id] = float("-inf")

@@ -247,8 +247,6 @@ class LLaDAModelLM(nn.Module):
         if config.weight_tying:
             self.lm_head = self.lm_head.tie_weights(self.wte)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        # Candidates are worked out once, on the rank that reports them.
-        self.logits_processor.use_all_gather = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.wte(input_ids)
@@ -296,13 +294,13 @@ class LLaDAModelLM(nn.Module):
                 x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics, final)
         return self.ln_f(x)
 
-    def run_without_cache(self, num_rows: int, num_window_rows: int) -> torch.Tensor | None:
+    def run_without_cache(self, num_rows: int, num_window_rows: int) -> torch.Tensor:
         """What a pass of so many rows allocates at its peak, for vLLM's memory profiling.
 
         One block is enough, all are alike; attention itself is left out, there is no cache yet.
 
         Returns:
-            logits [num_window_rows, vocab_size] of no meaning; None as ``compute_logits``.
+            logits [num_window_rows, vocab_size] of no meaning.
         """
         positions = torch.zeros(num_rows, dtype=torch.int64, device=self.wte.weight.device)
         x = self.wte(positions)
@@ -311,8 +309,8 @@ class LLaDAModelLM(nn.Module):
         x = block.finish(x, q.view(num_rows, -1))
         return self.compute_logits(self.ln_f(x[:num_window_rows]))
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits [W, vocab_size] of rows [W, d]; None on the ranks that do not report."""
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [W, vocab_size] of rows [W, d], on all ranks."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
