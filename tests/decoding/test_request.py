@@ -231,7 +231,11 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
     for p in trace.passes:
         plan = p.plan
         if plan.kind in ("window", "refresh"):
-            rows = set(plan.window.tolist()) | set(just_committed) | set(plan.probes.tolist())
+            reach = scenario.config.reach
+            near = {
+                at for at in range(scenario.length) for c in just_committed if abs(at - c) <= reach
+            }
+            rows = set(plan.window.tolist()) | near | set(plan.probes.tolist())
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]

@@ -4,8 +4,9 @@
 The canvas is cut into blocks of ``granularity`` positions. Of each block is kept: the step as of
 which it is stored, the step in which it was last probed, and its *rate*, one number per layer.
 
-A step computes, from layer 0 on, the window, what was just committed and the *probes*. The
-positions of stale blocks join at their block's layer. Then, in this order:
+A step computes, from layer 0 on, the window, what was just committed with all positions within
+``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer. Then,
+in this order:
 
 * A probe's drift at layer l is ``|new - old| / |old|`` of the hidden state at that layer's input,
   old being what was stored before the step; layer 0 has none. Its block's rate becomes that drift
@@ -50,6 +51,7 @@ class ElasticBlockOptions(DecodingOptions):
 
     granularity: int = 32
     probes: int = 4
+    reach: int = 4
     block_drift: float = 0.03
     slack: float = 0.1
     refresh: Literal["next", "replay"] = "next"
@@ -185,6 +187,12 @@ class ElasticBlock:
         join = {p: at for index, at in self.stale.items() for p in self.blocks[index].positions}
         return join | {p: min(rows_at, join.get(p, rows_at)) for p in rows}
 
+    def near_commits(self) -> set[int]:
+        """What was just committed and its neighbours, within the canvas."""
+        reach = self.options.reach
+        near = {p + by for p in self.committed for by in range(-reach, reach + 1)}
+        return near & set(range(len(self.canvas)))
+
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
         options = self.options
@@ -193,7 +201,7 @@ class ElasticBlock:
             return False
         if self.result.denoising_steps == 0:
             self.stale = dict.fromkeys(range(len(self.blocks)), 0)
-        rows = sorted({*window.tolist(), *self.committed, *self.probes})
+        rows = sorted({*window.tolist(), *self.near_commits(), *self.probes})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):

@@ -29,6 +29,9 @@ class ElasticBlock(RefreshPolicy):
     over all blocks exceeds ``block_drift``, the costliest blocks are refreshed until half of it is
     left. So the prompt, which hardly drifts, is rarely recomputed, however long it is.
 
+    What drifts most by far are the neighbours of a token that was just committed; within ``reach``
+    they are computed with it, and their blocks are judged by the rest of their positions.
+
     Blocks are probed in turn, the more attended ones more often. Between two probes of a block
     its drift is extrapolated from its age.
     """
@@ -46,8 +49,10 @@ class ElasticBlock(RefreshPolicy):
         self._probes = self._next_probes
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        rows = np.union1d(window, request.just_committed)
-        return np.union1d(rows, self._probes).astype(np.int32)
+        around = np.arange(-self.config.reach, self.config.reach + 1)
+        near = (request.just_committed[:, None] + around).ravel()
+        near = near[(near >= 0) & (near < request.canvas.length)]
+        return np.union1d(np.union1d(window, near), self._probes).astype(np.int32)
 
     def probes(self, request: DenoisingRequest) -> Positions:
         return self._probes
