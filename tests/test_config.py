@@ -57,6 +57,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     ),
     "logits_eos_inf": (False, FLAGS, NO_FLAGS),
     "confidence_eos_eot_inf": (False, FLAGS, NO_FLAGS),
+    "hidden_stride": (1, [(1, 1), (1024, 1024)], [0, 1025, 1.5]),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
     "record": (False, FLAGS, NO_FLAGS),
     "record_similarities": (False, FLAGS, NO_FLAGS),
@@ -75,9 +76,10 @@ NUMBERS = [
     "tokens_per_step",
     "block_length",
     "steps",
+    "hidden_stride",
     "default_max_tokens",
 ]
-SERVER_ONLY = ["default_max_tokens", "record", "record_similarities"]
+SERVER_ONLY = ["hidden_stride", "default_max_tokens", "record", "record_similarities"]
 PER_REQUEST = [name for name in KNOBS if name not in SERVER_ONLY]
 
 # What no number knob takes.

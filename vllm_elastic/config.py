@@ -130,6 +130,9 @@ class ElasticConfig:
             nothing else is left to commit in a step.
         canvas: infilling, of a request only: the answer's token ids, with the mask's id where
             text is wanted; decoded in place. None: the answer is all masks.
+        hidden_stride: the input of every so manyth layer is kept, of layers s, 2 s, ...; a refresh
+            starts at the nearest of them below, or at the embedding, and drift is tested in the
+            embedding's layer and in these. Memory against work (docs/policies.md).
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
         record_similarities: keep every drift test's similarities in these entries.
@@ -155,6 +158,7 @@ class ElasticConfig:
     logits_eos_inf: bool = _knob(False, _flag)
     confidence_eos_eot_inf: bool = _knob(False, _flag)
     canvas: tuple[int, ...] | None = _knob(None, _token_ids, engine=False)
+    hidden_stride: int = _knob(1, _integer(1, 1 << 10), per_request=False)
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
     record_similarities: bool = _knob(False, _flag, per_request=False)

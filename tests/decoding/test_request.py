@@ -163,7 +163,7 @@ def test_elastic_rows(scenario: Scenario) -> None:
     layers, track_num = scenario.num_layers, scenario.config.track_num
     measured = np.full((layers, track_num), -1)  # most attended, this step's latest of each layer
     just_committed: list[int] = []
-    drifted_layer = -1
+    drifted_layer, join_layer = -1, 0
     everything = list(range(scenario.length))
     for p in trace.passes:
         plan = p.plan
@@ -176,7 +176,7 @@ def test_elastic_rows(scenario: Scenario) -> None:
             rows = set(plan.window.tolist()) | set(just_committed) | tracked
             assert segments == [(0, sorted(rows))]
         elif plan.kind == "replay":
-            assert segments == [(drifted_layer + 1, everything)]
+            assert segments == [(join_layer, everything)]
         else:
             assert segments == [(0, everything)]
         assert plan.tested.tolist() == sorted(tracked)
@@ -190,6 +190,8 @@ def test_elastic_rows(scenario: Scenario) -> None:
                 if s < np.float32(scenario.config.gamma)
             ]
             drifted_layer = below[0] if below else -1
+        join_layer = drifted_layer + 1
+        join_layer -= join_layer % scenario.config.hidden_stride
         assert p.replayed == (drifted_layer >= 0)
         measured[plan.start_layer :] = p.result.most_attended
         if not p.replayed:
@@ -219,6 +221,8 @@ def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
             tested = p.result.similarities[: scenario.num_layers - 1]
             below = np.flatnonzero(tested < np.float32(scenario.config.gamma))
             stale_from = int(below[0]) + 1 if below.size else None
+            if stale_from is not None:
+                stale_from -= stale_from % scenario.config.hidden_stride
 
 
 @drives

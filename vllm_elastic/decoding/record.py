@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,5 +57,7 @@ class DecodingRecord:
                 "committed": committed or [],
             }
             if similarities is not None:
-                entry["similarities"] = [round(float(s), 7) for s in similarities]
+                entry["similarities"] = [
+                    None if math.isnan(s) else round(float(s), 7) for s in similarities
+                ]
             self.steps.append(entry)

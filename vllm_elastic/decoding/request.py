@@ -63,7 +63,9 @@ class DenoisingRequest:
             prompt_token_ids, max_tokens, mask_token_id, end_token_ids, config.canvas
         )
         granularity = config.granularity or block_size
-        self.validity = BlockValidity(self.canvas.length, granularity, num_layers)
+        self.validity = BlockValidity(
+            self.canvas.length, granularity, num_layers, config.hidden_stride
+        )
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
@@ -155,7 +157,8 @@ class DenoisingRequest:
             kind = "window" if current else "refresh"
         measures = self.policy.measures
         watched = None
-        if self.policy.probes_blocks:
+        judged = self.policy.probes_blocks and not replay  # a replay's statistics decide nothing
+        if judged:
             watched = np.ones(self.canvas.length, dtype=np.bool_)
             watched[window if (join == 0).all() else rows] = False
         compared = not everything and not replay
@@ -173,7 +176,7 @@ class DenoisingRequest:
             statistic=self.config.statistic,
             sampling=self.sampling,
             probes=self.policy.probes(self) if compared and join.any() else NO_POSITIONS,
-            granularity=self.validity.block_size if self.policy.probes_blocks else 0,
+            granularity=self.validity.block_size if judged else 0,
             watched=watched,
             fresh=self._fresh,
         )

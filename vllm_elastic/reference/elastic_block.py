@@ -24,6 +24,8 @@ in this order:
 
 "next": stale blocks join the following step. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
+With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
+only, and blocks join at one of them or at layer 0.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class ElasticBlockOptions(DecodingOptions):
     block_drift: float = 0.03
     slack: float = 0.1
     refresh: Literal["next", "replay"] = "next"
+    hidden_stride: int = 1
 
 
 @dataclass
@@ -122,6 +125,7 @@ class ElasticBlock:
             hidden = model.finish(layer, hidden, attended)
         change = (cache.hidden[:, self.probes] - old).norm(dim=-1) / old.norm(dim=-1)
         change[0] = 0.0
+        change[torch.arange(self.layers) % self.options.hidden_stride > 0] = 0.0
         drift = {probe: change[:, i].tolist() for i, probe in enumerate(self.probes)}
         return Measured(hidden[torch.isin(active, window)], (mass / mass.sum()).tolist(), drift)
 
@@ -161,7 +165,8 @@ class ElasticBlock:
                 self.result.close_call(
                     margin.of_threshold(torch.tensor(drift) / max(drift), options.slack)
                 )
-                stale[index] = max(0, moved.index(True) - 1) if any(moved) else 0
+                at = max(0, moved.index(True) - 1) if any(moved) else 0
+                stale[index] = at - at % options.hidden_stride
             self.result.close_call(
                 margin.of_ranking(torch.tensor(cost), len(stale)),
                 margin.of_threshold(torch.tensor([left]), options.block_drift / 2),
