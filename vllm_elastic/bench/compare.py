@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_json, add_model
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.decoding.policies import POLICIES
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "interleaved; tokens per second are medians, counted up to the first end token. Run it "
         "on a machine that does nothing else.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    add_model(parser)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--problems", type=int, default=20, metavar="N")
     parser.add_argument("--gen-length", nargs="+", type=int, default=[256], metavar="N")
@@ -46,8 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--oracle-problems", type=int, default=4, metavar="N", help="0: no oracle")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser)
     parser.add_argument(
         "--knobs",
         type=json.loads,
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         metavar="JSON",
         help='knobs of single policies: {"elastic": {"gamma": 0.8}}',
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     parser.set_defaults(function=main)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_model, add_prompts
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
@@ -32,8 +33,8 @@ def add_parser(commands: Any) -> None:
         "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
         "in every line of the file, good means accurate; else it means the same tokens.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
     parser.add_argument("--policies", nargs="+", default=list(LADDERS), choices=list(LADDERS))
     parser.add_argument(
@@ -51,9 +52,7 @@ def add_parser(commands: Any) -> None:
         help="of prompts whose answer is the same, where there are no references "
         "(default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser, batch_size=16)
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the config found")
     parser.set_defaults(function=main)
 
