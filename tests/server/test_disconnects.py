@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from vllm_elastic.bench.server_metrics import RUNNING, WAITING, read_metrics
+
 from .conftest import Client, questions, user
-from .metrics import RUNNING, WAITING, is_idle, read_metrics, wait_for
+from .metrics import is_idle, wait_for
 
 CANVAS = 400
 # Token by token, every pass over the whole canvas: an answer takes seconds.

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_json, add_model
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, BenchEngine
-from vllm_elastic.bench.problems import is_right
+from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.decoding.policies import POLICIES
 
 ORACLES = ("oracle-none", "oracle-elastic")
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "interleaved; tokens per second are medians, counted up to the first end token. Run it "
         "on a machine that does nothing else.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    add_model(parser)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--problems", type=int, default=20, metavar="N")
     parser.add_argument("--gen-length", nargs="+", type=int, default=[256], metavar="N")
@@ -46,8 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--oracle-problems", type=int, default=4, metavar="N", help="0: no oracle")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser)
     parser.add_argument(
         "--knobs",
         type=json.loads,
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         metavar="JSON",
         help='knobs of single policies: {"elastic": {"gamma": 0.8}}',
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     parser.set_defaults(function=main)
 
 
@@ -117,23 +117,9 @@ def compare(
             results[policy] = engine.run(requests)
             seconds[policy].append(time.perf_counter() - started)
     for policy in args.policies:
-        answers = results[policy]
-        tokens = sum(len(answer["token_ids"]) for answer in answers)
-        pairs = list(zip(problems, answers, strict=True))
-        same = None
-        if "none" in results:
-            baseline = zip(answers, results["none"], strict=True)
-            same = statistics.mean(a["token_ids"] == b["token_ids"] for a, b in baseline)
-        yield {
-            "policy": policy,
-            "prompt_tokens": round(statistics.mean(a["prompt_tokens"] for a in answers)),
-            "problems": len(problems),
-            "accuracy": statistics.mean(is_right(p, a) for p, a in pairs),
-            "agreement": same,
-            "passes": statistics.mean(a["passes"] for a in answers),
-            "row_layers_per_token": sum(a["row_layers"] for a in answers) / max(tokens, 1),
-            "tokens_per_second": tokens / statistics.median(seconds[policy]),
-        }
+        scored = score(problems, results[policy], results.get("none"))
+        prompt_tokens = [answer["prompt_tokens"] for answer in results[policy]]
+        yield make_row(policy, prompt_tokens, scored, statistics.median(seconds[policy]))
 
 
 def oracle_rows(
@@ -167,24 +153,43 @@ def oracle_rows(
                 with_cache = ElasticOptions(**shared, **elastic)
                 answers.append(elastic_cache(model, prompt, problem["max_tokens"], with_cache))
         seconds = time.perf_counter() - started
-        tokens = sum(len(answer.token_ids) for answer in answers)
-        texts = [{"text": tokenizer.decode(a.token_ids)} for a in answers]
-        yield {
-            "policy": name,
-            "prompt_tokens": round(statistics.mean(map(len, prompts))),
-            "problems": len(problems),
-            "accuracy": statistics.mean(map(is_right, problems, texts)),
-            "agreement": None,
-            "passes": statistics.mean(answer.passes for answer in answers),
-            "row_layers_per_token": sum(a.row_layers for a in answers) / max(tokens, 1),
-            "tokens_per_second": tokens / seconds,
-        }
+        results = [
+            {
+                "text": tokenizer.decode(answer.token_ids),
+                "token_ids": answer.token_ids,
+                "denoising_steps": answer.denoising_steps,
+                "passes": answer.passes,
+                "row_layers": answer.row_layers,
+            }
+            for answer in answers
+        ]
+        # No agreement: the oracle answers other problems than the engine, the first few.
+        yield make_row(name, [len(prompt) for prompt in prompts], score(problems, results), seconds)
+
+
+def make_row(name: str, prompt_tokens: list[int], scored: Score, seconds: float) -> dict[str, Any]:
+    """A row of the table and of ``--json``.
+
+    Args:
+        prompt_tokens: prompt length of each problem.
+        seconds: for all problems together.
+    """
+    return {
+        "policy": name,
+        "prompt_tokens": round(statistics.mean(prompt_tokens)),
+        "problems": len(prompt_tokens),
+        "accuracy": scored.accuracy,
+        "agreement": scored.agreement,
+        "passes": scored.passes,
+        "row_layers_per_token": scored.work_per_token,
+        "tokens_per_second": scored.tokens / seconds,
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
-    same = "" if row["agreement"] is None else f"{row['agreement']:.0%}"
+    same = percent(row["agreement"], decimals=0)
     return (
         f"| {row['policy']} | {row['gen_length']} | {row['prompt_tokens']} | {row['batch_size']} | "
-        f"{row['accuracy']:.1%} | {same} | {row['passes']:.1f} | "
+        f"{percent(row['accuracy'])} | {same} | {row['passes']:.1f} | "
         f"{row['row_layers_per_token']:.0f} | {row['tokens_per_second']:.1f} |"
     )

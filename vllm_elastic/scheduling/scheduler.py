@@ -20,7 +20,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.finished_answer import KEY
-from vllm_elastic.scheduling.sampling import sampling_of
+from vllm_elastic.scheduling.sampling import end_token_ids_of, sampling_of, text_end_ids_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
 
@@ -49,8 +49,7 @@ class ElasticScheduler(Scheduler):
         )
         hf_config = self.vllm_config.model_config.hf_config
         self._mask_token_id: int = hf_config.mask_token_id
-        ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
-        self._text_end_ids = tuple(token for token in ends if token is not None)
+        self._text_end_ids = text_end_ids_of(hf_config)
         self._num_layers: int = hf_config.n_layers
         self._canvases: dict[str, DenoisingRequest] = {}
         self._last_served: dict[str, int] = {}
@@ -155,9 +154,7 @@ class ElasticScheduler(Scheduler):
     def _new_canvas(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
         assert params is not None and request.prompt_token_ids is not None
-        end_token_ids = set(params.stop_token_ids or ())
-        if params.eos_token_id is not None:
-            end_token_ids.add(params.eos_token_id)
+        end_token_ids = end_token_ids_of(params)
         config = self.elastic_config.for_request(params.extra_args)
         return DenoisingRequest(
             request.request_id,
