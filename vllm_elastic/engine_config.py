@@ -17,6 +17,8 @@ from vllm_elastic.requested_canvas import keep_requested_canvas
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_elastic.models.llada_config import LLaDAConfig
+
 logger = init_logger("vllm.vllm_elastic.engine_config")
 
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
@@ -86,9 +88,25 @@ def _find_end_of_turn(vllm_config: VllmConfig) -> None:
     model.hf_config.eot_token_id = token_id
 
 
+def _undivided(config: LLaDAConfig, tp_size: int) -> str:
+    """What of the model ``tp_size`` ranks cannot share evenly, for a message; empty: nothing.
+
+    Fewer KV heads than ranks are fine: each is kept by the same number of ranks.
+    """
+    kv_heads = config.n_kv_heads
+    problems = {
+        f"{config.n_heads} heads": config.n_heads % tp_size,
+        f"{kv_heads} KV heads": max(kv_heads, tp_size) % min(kv_heads, tp_size),
+        f"an MLP of width {config.mlp_hidden_size}": config.mlp_hidden_size % tp_size,
+    }
+    return " and ".join(what for what, rest in problems.items() if rest)
+
+
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
+    tp_size = parallel.tensor_parallel_size
+    undivided = _undivided(vllm_config.model_config.hf_config, tp_size)
     problems = {
         "--logits-processors": (
             bool(vllm_config.model_config.logits_processors),
@@ -109,8 +127,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "decode context parallelism splits a causal cache; leave it at 1",
         ),
         "--tensor-parallel-size": (
-            parallel.tensor_parallel_size > 1,
-            "tensor parallelism is not built yet; leave it at 1",
+            bool(undivided),
+            f"{tp_size} ranks cannot share {undivided} evenly",
         ),
         "--speculative-config": (
             vllm_config.speculative_config is not None,

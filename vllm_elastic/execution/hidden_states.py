@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's input hidden states, paged beside the keys and values.
 
-To vLLM this is one more layer with a KV cache: same block table, same slots, memory accounted
+With tensor parallelism each rank keeps its share of a position's columns, as it keeps its share of
+the heads: no number is stored twice, and a rank's page holds as much of either as of the other. To
+vLLM this is one more layer with a KV cache: same block table, same slots, memory accounted
 for and freed by vLLM's KV cache manager.
 """
 
@@ -15,17 +17,20 @@ from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionB
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, KVCacheSpec
 
+from vllm_elastic.execution import ranks
+
 
 class HiddenStateCache(nn.Module, AttentionLayerBase):
     """The residual stream at one layer's input, for every slot of the paged cache.
 
     Attributes:
-        kv_cache: [blocks, 1, block_size, d], bound by vLLM once the cache is allocated.
+        width: columns that this rank keeps, d / ranks.
+        kv_cache: [blocks, 1, block_size, width], bound by vLLM once the cache is allocated.
     """
 
-    def __init__(self, width: int, vllm_config: VllmConfig, layer_name: str) -> None:
+    def __init__(self, d_model: int, vllm_config: VllmConfig, layer_name: str) -> None:
         super().__init__()
-        self.width = width
+        self.width = d_model // ranks.count()
         self.layer_name = layer_name
         self.num_heads = 1
         self.dtype = vllm_config.model_config.dtype
@@ -47,13 +52,13 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
         )
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """Stored rows [R, d] at slots [R] (int64)."""
-        return self.rows()[slots]
+        """Stored rows [R, d] at slots [R] (int64), gathered from all ranks."""
+        return ranks.gather_columns(self.rows()[slots])
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Store rows [R, d] at slots [R] (int64), none of them twice."""
-        self.rows()[slots] = rows
+        """Store this rank's columns of rows [R, d] at slots [R] (int64), none of them twice."""
+        self.rows()[slots] = ranks.own_columns(rows)
 
     def rows(self) -> torch.Tensor:
-        """All slots [slots, d], a view."""
+        """All slots [slots, width], a view."""
         return self.kv_cache.view(-1, self.width)

@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.execution import ranks
 from vllm_elastic.execution.candidates import (
     constrain,
     logprobs_of,
@@ -36,7 +37,7 @@ from vllm_elastic.execution.candidates import (
     sampled,
 )
 from vllm_elastic.execution.row_batch import RowBatch, RowLayout
-from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs
+from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs, add_up
 from vllm_elastic.ops.key_layout import KeyLayout
 
 logger = init_logger("vllm.vllm_elastic.runner")
@@ -83,7 +84,8 @@ class ElasticRunner:
         seats = self.vllm_config.scheduler_config.max_num_seqs
         window_rows = min(self.max_chunk_rows, seats * self.elastic_config.window)
         logits = self.model.run_without_cache(self.max_chunk_rows, window_rows)
-        most_probable(logits)
+        if logits is not None:
+            most_probable(logits)
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -137,9 +139,10 @@ class ElasticRunner:
         canvas = self.model_config.max_model_len
         canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // self.block_size)
         logger.info(
-            "a canvas position costs %d bytes (%d of them hidden states); %d full canvases of "
+            "a canvas position costs %d bytes%s (%d of them hidden states); %d full canvases of "
             "%d positions fit; keys are stored %s by %s",
             token_bytes,
+            f" on each of {ranks.count()} ranks" if ranks.count() > 1 else "",
             hidden_bytes,
             canvases,
             canvas,
@@ -155,9 +158,9 @@ class ElasticRunner:
     ) -> ModelRunnerOutput:
         """Run the plans that the scheduler put on its output (``elastic_plans``)."""
         plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
-        if not plans:
+        results = self.run(plans) if plans else None
+        if results is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        results = self.run(plans)
         req_ids = [plan.request_id for plan in plans]
         return ElasticRunnerOutput(
             req_ids=req_ids,
@@ -166,8 +169,8 @@ class ElasticRunner:
             pass_results=results,
         )
 
-    def run(self, plans: list[PassPlan]) -> list[PassResult]:
-        """One forward pass over the rows of all plans."""
+    def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
+        """One forward pass over the rows of all plans; None on the ranks that do not report."""
         layout = RowLayout.of(plans, self.block_size)
         statistics = StatisticsInputs(plans, layout, self.block_size)
         self._plans = plans
@@ -184,7 +187,12 @@ class ElasticRunner:
         self._clear_padding(plans)
         statistics.prepare(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
-        logits = self._candidate_logits(hidden)
+        logits = self.model.compute_logits(hidden)
+        sums = add_up([statistics.partial_sums(index) for index in range(len(plans))])
+        if logits is None:
+            return None
+        # A mask that was committed would leave its position undecided.
+        logits[:, self.mask_token_id] = float("-inf")
         raw: dict[
             int, tuple[torch.Tensor, int]
         ] = {}  # log probabilities are of what the model says
@@ -208,16 +216,10 @@ class ElasticRunner:
                     tokens_np[rows],
                     probabilities_np[rows],
                     logprobs=logprobs,
-                    **statistics.measure(index),
+                    **statistics.measure(index, sums[index]),
                 )
             )
         return results
-
-    def _candidate_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [W, V] without the mask: to commit it would leave its position undecided."""
-        logits = self.model.compute_logits(hidden)
-        logits[:, self.mask_token_id] = float("-inf")
-        return logits
 
     def _constrain(self, plans: list[PassPlan], logits: torch.Tensor) -> None:
         for plan, rows in zip(plans, _window_slices(plans), strict=True):

@@ -4,7 +4,7 @@
 A pass overwrites keys as it goes. What the drift test needs of the state before is little: the
 tested rows' old queries and the old keys of the rows that the pass writes; every other key is
 still there afterwards. So nothing is computed inside the layers, and with tensor parallelism
-partial sums are to be reduced once a pass.
+every rank works out the partial sums of its heads, which are added up once a pass.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.execution import ranks
 from vllm_elastic.execution.row_batch import IntArray, RowLayout
 from vllm_elastic.ops import attention_statistics as ops
 from vllm_elastic.ops.key_layout import KeyLayout
+
+Sums = dict[str, torch.Tensor]
 
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
@@ -117,7 +120,7 @@ class StatisticsInputs:
             # Before the pass: what the tested rows' old attention saw.
             self.tested_rows = put(self._tested_rows_np)
             tested_slots = put(self._layout.slots[self._tested_rows_np])
-            self.old_inputs = model.hidden_rows[:, tested_slots]
+            self.old_inputs = ranks.gather_columns(model.hidden_rows[:, tested_slots])
             key_slots = put(self._layout.slots[self._key_rows_np])
             self._old_keys = model.key_layout.read_slots(model.key_cache, key_slots)
             self._old_queries = self._queries.new_empty(
@@ -136,8 +139,14 @@ class StatisticsInputs:
         if self.old_inputs is not None:
             self._old_queries[layer] = q[num_rows:]
 
-    def measure(self, index: int) -> dict[str, np.ndarray | None]:
-        """Statistics of plan ``index`` after the pass, by their names in ``PassResult``."""
+    def partial_sums(self, index: int) -> Sums:
+        """What plan ``index``'s statistics add up from, of this rank's heads and columns.
+
+        Returns:
+            float32, every one to be summed over all ranks: ``mass`` [L, T]; ``share`` [T] and
+            ``total`` [1] of the mass; ``drift.*`` as ``drift_sums``; ``probe.change`` and
+            ``probe.before`` [L - 1, probes], squared norms. L from the plan's start layer on.
+        """
         rows = self._requests.get(index)
         if rows is None:
             return {}
@@ -151,19 +160,14 @@ class StatisticsInputs:
         attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
         num_window = len(rows.window_queries)
         mass = ops.attention_mass(attention[:, :, :num_window])
-        measured: dict[str, torch.Tensor] = {}
+        sums: Sums = {}
         if plan.trackable is not None:
-            trackable = torch.from_numpy(plan.trackable).to(device)
-            tracked = ops.most_attended(mass, trackable, plan.track_num)
-            measured["most_attended"] = tracked.to(torch.int32)
+            sums["mass"] = mass
         if plan.granularity:
-            watched = torch.from_numpy(plan.watched).to(device)
-            share = mass.sum(dim=0) / mass.sum()
-            in_blocks, probes = ops.attended_blocks(share, watched, plan.granularity)
-            measured["block_mass"] = in_blocks
-            measured["block_probes"] = probes.to(torch.int32)
+            # Not from the mass of each layer: L times as much to send.
+            sums["share"], sums["total"] = mass.sum(dim=0), mass.sum()[None]
         if index in self._probe_spans:
-            measured["probe_drift"] = self._probe_drift(self._probe_spans[index])
+            sums |= self._probe_sums(self._probe_spans[index])
         if plan.tested.size:
             old = ops.attention_scores(self._old_queries[:, rows.old_queries], keys, shape.scale)
             old_keys = self._old_keys[:, rows.old_keys].permute(0, 2, 3, 1)
@@ -171,18 +175,55 @@ class StatisticsInputs:
             old[..., written] = ops.attention_scores(
                 self._old_queries[:, rows.old_queries], old_keys, shape.scale
             )
-            similarities = ops.drift_similarity(
+            drift = ops.drift_sums(
                 old.softmax(dim=-1), attention[:, :, num_window:], plan.statistic
             )
-            measured["similarities"] = similarities[: plan.tested_layers]
+            for number, part in enumerate(drift):
+                sums[f"drift.{number}"] = part[: plan.tested_layers]
+        return sums
+
+    def measure(self, index: int, sums: Sums) -> dict[str, np.ndarray | None]:
+        """Statistics of plan ``index`` by their names in ``PassResult``, from all ranks' sums."""
+        rows = self._requests.get(index)
+        if rows is None:
+            return {}
+        plan, device = rows.plan, self._queries.device
+        measured: dict[str, torch.Tensor] = {}
+        if plan.trackable is not None:
+            trackable = torch.from_numpy(plan.trackable).to(device)
+            tracked = ops.most_attended(sums["mass"], trackable, plan.track_num)
+            measured["most_attended"] = tracked.to(torch.int32)
+        if plan.granularity:
+            watched = torch.from_numpy(plan.watched).to(device)
+            share = sums["share"] / sums["total"]
+            in_blocks, probes = ops.attended_blocks(share, watched, plan.granularity)
+            measured["block_mass"] = in_blocks
+            measured["block_probes"] = probes.to(torch.int32)
+        if "probe.change" in sums:
+            change, before = sums["probe.change"].sqrt(), sums["probe.before"].sqrt()
+            drift = (change / before.clamp_min(ops.NORM_FLOOR)).T
+            measured["probe_drift"] = torch.nn.functional.pad(drift, (1, 0))  # layer 0's is exact
+        if plan.tested.size:
+            drift_sums = [part for name, part in sums.items() if name.startswith("drift.")]
+            num_rows = self._shape.num_heads * ranks.count() * plan.tested.size
+            measured["similarities"] = ops.similarity_of_sums(drift_sums, plan.statistic, num_rows)
         return {name: tensor.cpu().numpy() for name, tensor in measured.items()}
 
-    def _probe_drift(self, span: slice) -> torch.Tensor:
-        """Relative change of stored hidden states, float32 [M, L]; layer 0's input is exact."""
+    def _probe_sums(self, span: slice) -> Sums:
+        """Squared norms of stored hidden states and of their change, [L - 1, probes] each."""
         old = self._old_probes[:, span].float()
         new = self._shape.hidden_rows[:, self._probe_slots[span]].float()
-        change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(ops.NORM_FLOOR)
-        return torch.nn.functional.pad(change.T, (1, 0))
+        # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
+        return {
+            "probe.change": (new - old).norm(dim=-1).square(),
+            "probe.before": old.norm(dim=-1).square(),
+        }
+
+
+def add_up(sums: list[Sums]) -> list[Sums]:
+    """Every plan's partial sums over all ranks, by one all-reduce for all plans."""
+    totals = iter(ranks.add_up([part for plan in sums for part in plan.values()]))
+    return [{name: next(totals) for name in plan} for plan in sums]
 
 
 @dataclass(slots=True)
@@ -192,7 +233,8 @@ class AttentionShape:
     Attributes:
         num_heads, num_kv_heads: of this rank.
         key_cache: [L, blocks, Hkv, block_size, C], all layers' paged keys and values.
-        hidden_rows: [L - 1, slots, d], the stored inputs of layers 1 .. L - 1.
+        hidden_rows: [L - 1, slots, d / ranks], this rank's columns of the stored inputs of
+            layers 1 .. L - 1.
     """
 
     num_layers: int

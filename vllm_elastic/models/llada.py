@@ -224,6 +224,7 @@ class LLaDAModelLM(nn.Module):
         config: LLaDAConfig = vllm_config.model_config.hf_config
         self.config = config
         self.num_layers = config.n_layers
+        self.d_model = config.d_model
         self.wte = VocabParallelEmbedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(
             LLaDABlock(config, vllm_config, maybe_prefix(prefix, f"blocks.{i}"))
@@ -246,6 +247,8 @@ class LLaDAModelLM(nn.Module):
         if config.weight_tying:
             self.lm_head = self.lm_head.tie_weights(self.wte)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        # Candidates are worked out once, on the rank that reports them.
+        self.logits_processor.use_all_gather = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.wte(input_ids)
@@ -268,7 +271,8 @@ class LLaDAModelLM(nn.Module):
         Returns:
             [W, d] final normed hidden states of the rows whose candidates are wanted.
         """
-        x = self.wte(input_ids)
+        # A pass without rows at layer 0 (a replay) spares the ranks a reduction of nothing.
+        x = self.wte(input_ids) if len(input_ids) else self.wte.weight.new_empty(0, self.d_model)
         old_inputs = old_x = None
         if statistics is not None and statistics.old_inputs is not None:
             old_inputs = statistics.old_inputs
@@ -292,13 +296,13 @@ class LLaDAModelLM(nn.Module):
                 x = block(layer, x, old_x, stage, batch.slots[:num_rows], statistics, final)
         return self.ln_f(x)
 
-    def run_without_cache(self, num_rows: int, num_window_rows: int) -> torch.Tensor:
+    def run_without_cache(self, num_rows: int, num_window_rows: int) -> torch.Tensor | None:
         """What a pass of so many rows allocates at its peak, for vLLM's memory profiling.
 
         One block is enough, all are alike; attention itself is left out, there is no cache yet.
 
         Returns:
-            logits [num_window_rows, vocab_size] of no meaning.
+            logits [num_window_rows, vocab_size] of no meaning; None as ``compute_logits``.
         """
         positions = torch.zeros(num_rows, dtype=torch.int64, device=self.wte.weight.device)
         x = self.wte(positions)
@@ -307,8 +311,8 @@ class LLaDAModelLM(nn.Module):
         x = block.finish(x, q.view(num_rows, -1))
         return self.compute_logits(self.ln_f(x[:num_window_rows]))
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [W, vocab_size] of rows [W, d]."""
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits [W, vocab_size] of rows [W, d]; None on the ranks that do not report."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -86,9 +86,36 @@ def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> to
     Returns:
         float32 [L].
     """
+    sums = drift_sums(old, new, statistic)
+    return similarity_of_sums(sums, statistic, old.shape[1] * old.shape[2])
+
+
+def drift_sums(old: torch.Tensor, new: torch.Tensor, statistic: str) -> list[torch.Tensor]:
+    """The part of ``drift_similarity`` that adds up over heads, of some of the heads.
+
+    Returns:
+        ``released``: dot products and both squared norms across the heads, each [L, M, T];
+        ``paper``: the cosines summed over heads and tested rows, [L].
+    """
     across = 1 if statistic == "released" else 3
-    dot = (old * new).sum(dim=across)
     # torch's vector norm takes ten times as long where the reduced dimension is not the last.
-    old_norm = (old * old).sum(dim=across).sqrt_().clamp_min_(NORM_FLOOR)
-    new_norm = (new * new).sum(dim=across).sqrt_().clamp_min_(NORM_FLOOR)
-    return (dot / old_norm / new_norm).flatten(1).mean(dim=1)
+    sums = [(a * b).sum(dim=across) for a, b in ((old, new), (old, old), (new, new))]
+    if statistic == "released":
+        return sums
+    return [_cosines(*sums).flatten(1).sum(dim=1)]
+
+
+def similarity_of_sums(sums: list[torch.Tensor], statistic: str, num_rows: int) -> torch.Tensor:
+    """Similarities [L] from ``drift_sums`` of all heads, which are overwritten.
+
+    Args:
+        num_rows: attention rows that were compared, heads times tested rows (``paper`` only).
+    """
+    if statistic == "released":
+        return _cosines(*sums).flatten(1).mean(dim=1)
+    return sums[0] / num_rows
+
+
+def _cosines(dot: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Dot products over both norms; the squared norms are overwritten."""
+    return dot / old.sqrt_().clamp_min_(NORM_FLOOR) / new.sqrt_().clamp_min_(NORM_FLOOR)

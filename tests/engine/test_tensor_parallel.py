@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks against the oracle, and what they send each other. float32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_elastic.reference import LLaDA
+
+from .agreement import agrees
+from .collectives import count_collectives, expected_traffic, take_collectives
+from .conftest import EOS, MASK, RANDOM_MODELS, Served, random_config
+from .test_oracle import CONFIGS, ask_oracle
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+RANKS = 2
+MODELS = {
+    "gqa-tied": RANDOM_MODELS["gqa-tied"],
+    # One KV head, which both ranks keep; an odd number of layers of hidden states.
+    "mqa": dict(d_model=128, n_heads=4, n_kv_heads=1, n_layers=4, weight_tying=False),
+}
+
+
+def binding() -> str:
+    """A core for each rank; the same one where there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"{cores[0]}|{cores[-1]}"
+
+
+@pytest.fixture(scope="module")
+def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[LLaDA, Path]]:
+    def save(name: str) -> tuple[LLaDA, Path]:
+        directory = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        oracle = LLaDA.random(random_config(**MODELS[name]), seed=3)
+        oracle.save_pretrained(directory)
+        return oracle, directory
+
+    return save
+
+
+def start(oracle: LLaDA, directory: Path, name: str, backend: str, **options: Any) -> Served:
+    """The scheduler in this process, where its records are; the ranks in theirs."""
+    from vllm_elastic.bench.engine import BenchEngine
+
+    engine = BenchEngine(
+        directory,
+        batch_size=8,
+        max_model_len=128,
+        kv_cache_memory_bytes=16 << 20,
+        similarities=True,
+        tensor_parallel_size=RANKS,
+        distributed_executor_backend=backend,
+        **options,
+    )
+    return Served(name, directory, oracle, engine)
+
+
+def stop(served: Served) -> None:
+    """Ends the ranks now: the session keeps its engines, and these would stay beside the next."""
+    served.engine.llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def served(directory_of: Callable[[str], tuple[LLaDA, Path]]) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+        served = start(*directory_of("gqa-tied"), "gqa-tied", "mp")
+    yield served
+    stop(served)
+
+
+def workers(served: Served, function: Callable[..., Any]) -> list[Any]:
+    """``function(worker)`` in every rank."""
+    return served.engine.llm.collective_rpc(function)  # type: ignore[attr-defined, no-any-return]
+
+
+def problems() -> list[tuple[list[int], int]]:
+    """Two short prompts, less and more than a KV block long, with canvases of 12."""
+    generator = torch.Generator().manual_seed(6)
+    return [
+        (torch.randint(0, MASK, (size,), generator=generator).tolist(), 12) for size in (19, 41)
+    ]
+
+
+def requests_of(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"prompt_token_ids": prompt, "max_tokens": max_tokens, "id": (index, name)}
+        | {f"elastic_{key}": value for key, value in config.items()}
+        for name, config in configs.items()
+        for index, (prompt, max_tokens) in enumerate(problems())
+    ]
+
+
+def assert_equals_oracle(served: Served, configs: dict[str, dict[str, Any]]) -> None:
+    """All at once, in the engine's batches of 8; every request's passes and tokens."""
+    results = served.engine.run(requests_of(configs))  # type: ignore[attr-defined]
+    asked = problems()
+    equal = []
+    for result in results:
+        index, name = result["id"]
+        expected = ask_oracle(served, *asked[index], configs[name])
+        equal.append(agrees(result, expected, result["id"]))
+    assert equal.count(False) <= 1, "near ties are rare"
+    if len(configs) == len(CONFIGS):
+        kinds = {p["kind"] for result in results for p in result["steps"]}
+        assert kinds == {"first", "window", "replay", "full", "refresh"}
+
+
+def test_equals_oracle(served: Served) -> None:
+    """Each policy and both statistics, mixed in one batch."""
+    workers(served, poison_worker)
+    assert_equals_oracle(served, CONFIGS)
+
+
+def poison_worker(worker: Any) -> None:
+    """Runs in a worker: KV blocks hold NaN."""
+    for cache in worker.model_runner.kv_caches.values():
+        cache.fill_(float("nan"))
+
+
+def test_traffic_follows_the_formula(served: Served) -> None:
+    """Calls and bytes of each pass, on both ranks: docs/deploy.md."""
+    scheduler = served.engine.scheduler  # type: ignore[attr-defined]
+    plans = []
+    schedule = scheduler.schedule
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        if output.elastic_plans:
+            plans.append(list(output.elastic_plans))
+        return output
+
+    workers(served, count_collectives)
+    scheduler.schedule = kept
+    try:
+        names = ("released-high", "paper-high", "always", "block-fine", "next-low", "dual-cache")
+        served.engine.run(requests_of({n: CONFIGS[n] for n in names}))  # type: ignore[attr-defined]
+    finally:
+        del scheduler.schedule
+    first, second = workers(served, take_collectives)
+    config = served.oracle.config
+    expected = [expected_traffic(step, config, RANKS, row_budget=8192) for step in plans]
+    assert first == expected
+    assert second == expected
+    assert any(traffic["all_gather"] > 1 for traffic in expected), "rows joined late"
+
+
+def test_each_rank_keeps_its_share(served: Served) -> None:
+    """Neither keys and values nor hidden states are stored twice."""
+    config = served.oracle.config
+    head_dim = config.d_model // config.n_heads
+    whole = config.n_layers * 2 * config.n_kv_heads * head_dim
+    whole += (config.n_layers - 1) * config.d_model
+    for share in workers(served, bytes_of_a_position):
+        assert share == whole * 4 / RANKS
+
+
+def bytes_of_a_position(worker: Any) -> float:
+    """Runs in a worker: what its paged cache holds, for each slot."""
+    runner = worker.model_runner
+    caches = [block.self_attn.attn.kv_cache for block in runner.model.blocks]
+    caches += [store.kv_cache for store in runner.model.hidden_states]
+    slots = caches[0].shape[0] * runner.block_size
+    return sum(cache.nbytes for cache in caches) / slots
+
+
+def test_sampled_answers_equal_one_rank(served: Served) -> None:
+    """Random numbers are a function of seed, step and position, not of the rank."""
+    from vllm import SamplingParams
+
+    from vllm_elastic.bench.engine import BenchEngine
+
+    alone = BenchEngine(
+        served.directory, batch_size=8, max_model_len=128, kv_cache_memory_bytes=16 << 20
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in problems()] * 2
+    params = SamplingParams(
+        temperature=0.8,
+        top_p=0.9,
+        seed=11,
+        logprobs=3,
+        max_tokens=12,
+        detokenize=False,
+        stop_token_ids=[EOS],
+        extra_args={"elastic_gamma": 0.9},
+    )
+    answers = []
+    for engine in (alone, served.engine):
+        outputs = engine.llm.generate(prompts, params, use_tqdm=False)  # type: ignore[attr-defined]
+        engine.scheduler.records.clear()  # type: ignore[attr-defined]
+        answers.append([output.outputs[0] for output in outputs])
+    for one, two in zip(*answers, strict=True):
+        assert list(one.token_ids) == list(two.token_ids)
+        for expected, found in zip(one.logprobs, two.logprobs, strict=True):
+            assert expected.keys() == found.keys()
+            for token, wanted in expected.items():
+                assert found[token].logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+def test_row_chunks_and_shared_kv_heads(
+    directory_of: Callable[[str], tuple[LLaDA, Path]],
+) -> None:
+    """A canvas beyond the row budget; fewer KV heads than ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+        served = start(*directory_of("mqa"), "mqa", "mp", row_budget=32)
+    try:
+        names = ("none", "released-high", "paper-low", "block", "next-high")
+        assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
+    finally:
+        stop(served)

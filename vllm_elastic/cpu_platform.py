@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The class that ``ray_platform`` names; importing it imports vLLM's CPU platform."""
+
+from __future__ import annotations
+
+from vllm.platforms.cpu import CpuPlatform
+
+
+class RayCpuPlatform(CpuPlatform):
+    """A rank takes one of Ray's logical GPUs; nothing looks for a real one."""
+
+    ray_device_key = "GPU"
