@@ -83,7 +83,8 @@ class BenchEngine:
                 (default: the engine's ``default_max_tokens``) and ``elastic_*`` knobs.
 
         Returns:
-            id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to and without the first end token), text,
+            id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
+            and without the first end token), text,
             denoising_steps, passes, row_layers, full_row_layers, steps, seconds.
         """
         from vllm import SamplingParams
