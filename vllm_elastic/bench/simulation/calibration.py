@@ -218,7 +218,7 @@ def report(
     """
     simulated = {}
     for setting in settings:
-        replica = _replay(shape, device, setting, capacity)
+        replica = replay(shape, device, setting, capacity)
         last_layer = replica.cost.columns.rows.stop - 1
         rows = [int(work[last_layer]) for work in replica.steps]
         if rows != setting.rows:
@@ -239,7 +239,7 @@ def report(
     print("|---" * 8 + "|")
     table: list[dict[str, Any]] = []
     for setting in settings:
-        replica = _replay(shape, device, setting, capacity)
+        replica = replay(shape, device, setting, capacity)
         measured = statistics.median(setting.totals)
         error = measured / replica.busy.seconds - 1
         row = {
@@ -267,7 +267,8 @@ def report(
     return {"device": asdict(device), "settings": table}
 
 
-def _replay(shape: ModelShape, device: Device, setting: Timed, capacity: Capacity) -> Replica:
+def replay(shape: ModelShape, device: Device, setting: Timed, capacity: Capacity) -> Replica:
+    """Serve a setting's requests on a simulated engine with its batch size."""
     recording = Recording(setting.policy, setting.results, shape.layers)
     limits = Capacity(setting.batch_size, capacity.blocks, capacity.block_size, capacity.row_budget)
     replica = Replica(recording, CostModel(shape, device), limits, keep_steps=True)
