@@ -61,6 +61,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
     "record": (False, FLAGS, NO_FLAGS),
     "record_similarities": (False, FLAGS, NO_FLAGS),
+    "record_rows": (False, FLAGS, NO_FLAGS),
 }
 NUMBERS = [
     "window",
@@ -79,7 +80,13 @@ NUMBERS = [
     "hidden_stride",
     "default_max_tokens",
 ]
-SERVER_ONLY = ["hidden_stride", "default_max_tokens", "record", "record_similarities"]
+SERVER_ONLY = [
+    "hidden_stride",
+    "default_max_tokens",
+    "record",
+    "record_similarities",
+    "record_rows",
+]
 PER_REQUEST = [name for name in KNOBS if name not in SERVER_ONLY]
 
 # What no number knob takes.

@@ -136,6 +136,7 @@ class ElasticConfig:
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
         record_similarities: keep every drift test's similarities in these entries.
+        record_rows: keep each pass's rows by join layer in them, which is what a simulation needs.
     """
 
     policy: str = _knob("elastic", _policy)
@@ -162,6 +163,7 @@ class ElasticConfig:
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
     record_similarities: bool = _knob(False, _flag, per_request=False)
+    record_rows: bool = _knob(False, _flag, per_request=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:

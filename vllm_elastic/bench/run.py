@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,
+        rows=True,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     )
     started = time.perf_counter()

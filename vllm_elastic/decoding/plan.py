@@ -94,6 +94,13 @@ class PassPlan:
         """Whether every position is computed from the embedding on."""
         return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
 
+    @property
+    def num_queries(self) -> int:
+        """Rows whose attention is worked out once more, for the statistics."""
+        if self.trackable is None and not self.granularity:
+            return 0
+        return len(np.union1d(self.window, self.tested))
+
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
         return sum(len(s.positions) * (num_layers - s.join_layer) for s in self.segments)

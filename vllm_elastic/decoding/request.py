@@ -69,7 +69,7 @@ class DenoisingRequest:
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
-        self.record = DecodingRecord(keep_steps=config.record)
+        self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
         self.sampling = sampling
