@@ -34,7 +34,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "refresh": (None, [(None, None), ("next", "next"), ("replay", "replay")], ["Next", "", 1]),
     "interval": (8, [(1, 1), (MILLION, MILLION)], [0, -1, 1.5]),
     "probes": (4, [(1, 1), (1024, 1024)], [0, 1025, 1.5]),
-    "reach": (4, [(0, 0), (64.0, 64)], [-1, 1.5]),
+    "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5]),
     "block_drift": (0.03, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "granularity": (None, [(None, None), (1, 1), (64.0, 64)], [0, -1, 1.5]),

@@ -108,8 +108,9 @@ class ElasticConfig:
             next for ``elastic-block``.
         interval: denoising steps from one refresh of ``interval`` to the next.
         probes: blocks probed at a step by ``elastic-block``, one position each.
-        reach: of ``elastic-block``, positions on either side of a just committed one that are
-            computed with it: a token's neighbours feel it first.
+        reach: positions on either side of a just committed one that ``elastic`` and
+            ``elastic-block`` compute with it: a token's neighbours feel it first. null: the
+            policy's own, 0 for ``elastic`` (the paper) and 4 for ``elastic-block``.
         block_drift: of ``elastic-block``, the expected error of the window's attention beyond
             which blocks are refreshed: attention paid to stale blocks times their relative drift.
         slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
@@ -147,7 +148,7 @@ class ElasticConfig:
     refresh: str | None = _knob(None, _choice("replay", "next", optional=True))
     interval: int = _knob(8, _integer(1, 1 << 20))
     probes: int = _knob(4, _integer(1, 1 << 10))
-    reach: int = _knob(4, _integer(0, 1 << 20))
+    reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
     block_drift: float = _knob(0.03, _number(0.0, 10.0))
     slack: float = _knob(0.1, _number(0.0, 1.0))
     granularity: int | None = _knob(None, _integer(1, 1 << 20, optional=True))

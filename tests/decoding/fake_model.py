@@ -87,7 +87,7 @@ def scenarios(
             "refresh": st.sampled_from(refreshes),
             "interval": st.integers(1, 6),
             "probes": st.integers(1, 4),
-            "reach": st.integers(0, 3) | st.just(100),
+            "reach": st.none() | st.integers(0, 3) | st.just(100),
             "block_drift": st.sampled_from([0.0, 0.1, 1.0]),
             "slack": st.sampled_from([0.0, 0.1, 1.0]),
             "hidden_stride": st.sampled_from([1, 2, 3]),

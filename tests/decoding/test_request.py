@@ -14,6 +14,7 @@ from tests.decoding.fake_model import (
     CheckedCache,
     FakeModel,
     Scenario,
+    Trace,
     drive,
     fingerprint,
     quiet,
@@ -155,6 +156,12 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
         )
 
 
+def near(trace: Trace, positions: list[int]) -> set[int]:
+    """The canvas positions within the request's reach of any of these."""
+    reach, everywhere = trace.request.reach, range(trace.scenario.length)
+    return {at for at in everywhere for p in positions if abs(at - p) <= reach}
+
+
 @drives
 @given(scenarios(policies=("elastic",), refreshes=(None, "replay")))
 def test_elastic_rows(scenario: Scenario) -> None:
@@ -173,7 +180,7 @@ def test_elastic_rows(scenario: Scenario) -> None:
         tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
         segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
         if plan.kind == "window":
-            rows = set(plan.window.tolist()) | set(just_committed) | tracked
+            rows = set(plan.window.tolist()) | near(trace, just_committed) | tracked
             assert segments == [(0, sorted(rows))]
         elif plan.kind == "replay":
             assert segments == [(join_layer, everything)]
@@ -235,11 +242,9 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
     for p in trace.passes:
         plan = p.plan
         if plan.kind in ("window", "refresh"):
-            reach = scenario.config.reach
-            near = {
-                at for at in range(scenario.length) for c in just_committed if abs(at - c) <= reach
-            }
-            rows = set(plan.window.tolist()) | near | set(plan.probes.tolist())
+            rows = (
+                set(plan.window.tolist()) | near(trace, just_committed) | set(plan.probes.tolist())
+            )
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]

@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "none-topk": {"policy": "none", "tokens_per_step": 3},
     "never": {"policy": "elastic", "gamma": 0.0},
+    "reach": {"policy": "elastic", "gamma": 0.75, "reach": 3},
     "released-low": {"policy": "elastic", "gamma": 0.75},
     "released-high": {"policy": "elastic", "gamma": 0.9, "track_num": 3},
     "paper-low": {"policy": "elastic", "gamma": 0.8, "statistic": "paper"},

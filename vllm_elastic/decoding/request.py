@@ -39,6 +39,7 @@ class DenoisingRequest:
 
     Attributes:
         refresh: ``replay`` or ``next``.
+        reach: neighbours on either side of a commit that ``near_commits`` takes in.
         tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
     """
@@ -68,6 +69,8 @@ class DenoisingRequest:
         )
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
+        reach = self.policy.reach if config.reach is None else config.reach
+        self.reach = min(reach, self.canvas.length)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
         self.tracked: Positions = NO_POSITIONS
@@ -125,6 +128,12 @@ class DenoisingRequest:
                 self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
+
+    def near_commits(self) -> Positions:
+        """What the step before committed and its neighbours within ``reach``, ascending."""
+        around = np.arange(-self.reach, self.reach + 1)
+        near = np.unique(self.just_committed[:, None] + around)
+        return near[(near >= 0) & (near < self.canvas.length)].astype(np.int32)
 
     def take_logprobs(self, count: int) -> list[Logprobs]:
         """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order.

@@ -49,6 +49,8 @@ class ElasticOptions(DecodingOptions):
         refresh: "replay" is the paper. "next" is ours: the step that finds the drift is finished
             as it is, and in the following step everyone joins at l*+1; the layers below that are
             tested as ever.
+        reach: ours; 0 is the paper. Positions on either side of a just committed one that are
+            computed with it.
         hidden_stride: s, ours: hidden states are stored at the inputs of layers s, 2 s, ... Only
             these layers and layer 0 are tested, and everyone joins at the nearest of them that
             is not above l*+1; layers from there to l* are computed once more, by everyone.
@@ -58,6 +60,7 @@ class ElasticOptions(DecodingOptions):
     track_num: int = 1
     statistic: Statistic = "released"
     refresh: Literal["replay", "next"] = "replay"
+    reach: int = 0
     hidden_stride: int = 1
 
     def __post_init__(self) -> None:
@@ -128,7 +131,10 @@ class ElasticCache:
         """(R,) positions that the coming step computes from layer 0, ascending."""
         if self.result.denoising_steps == 0:
             return self.canvas.everywhere
-        return union(self.tracked, self.committed, window)
+        reach = self.options.reach
+        near = (self.committed[:, None] + torch.arange(-reach, reach + 1)).flatten()
+        near = near[(near >= 0) & (near < len(self.canvas))]
+        return union(self.tracked, near, window)
 
     def run_layers(self, rows: Tensor, window: Tensor) -> LayersOutput:
         """All layers for ``rows`` (R,), refreshing from where the attention has drifted."""

@@ -39,6 +39,7 @@ class ElasticBlock(RefreshPolicy):
     name = "elastic-block"
     probes_blocks = True
     refresh = "next"
+    reach = 4
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
@@ -49,10 +50,8 @@ class ElasticBlock(RefreshPolicy):
         self._probes = self._next_probes
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        around = np.arange(-self.config.reach, self.config.reach + 1)
-        near = (request.just_committed[:, None] + around).ravel()
-        near = near[(near >= 0) & (near < request.canvas.length)]
-        return np.union1d(np.union1d(window, near), self._probes).astype(np.int32)
+        rows = np.union1d(window, request.near_commits())
+        return np.union1d(rows, self._probes).astype(np.int32)
 
     def probes(self, request: DenoisingRequest) -> Positions:
         return self._probes
