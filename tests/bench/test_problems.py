@@ -116,8 +116,13 @@ def test_tune(
 def test_compare(baseline: bool) -> None:
     policies = ["none", "elastic"] if baseline else ["elastic"]
     words = ["compare", "--model", "m", "--repeats", "1", "--policies", *policies]
-    args = make_parser().parse_args([*words, "--knobs", '{"elastic": {"gamma": 0.5}}'])
-    *_, row = compare.compare(FakeEngine(), PROBLEMS, 4, args)  # type: ignore[arg-type]
+    knobs = {"elastic": {"gamma": 0.5}, "fresh": {"policy": "elastic", "gamma": 0.9}}
+    args = make_parser().parse_args([*words, "--knobs", json.dumps(knobs)])
+    runners = compare.settings(FakeEngine(), args)  # type: ignore[arg-type]
+    runners["first"] = lambda problems: runners["elastic"](problems[:1])
+    *_, row, fresh, first = compare.compare(runners, PROBLEMS, 2)
+    assert (fresh["policy"], fresh["accuracy"]) == ("fresh", 1.0)
+    assert (first["problems"], first["accuracy"]) == (1, 1.0)
     assert row.pop("tokens_per_second") > 0
     assert row == {
         "policy": "elastic",
