@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -32,7 +33,14 @@ TASKS = ("word", "table", "chain")
 SEED = 7  # of the held-out suite: the model was not trained on these questions
 CANVAS = 256
 KV_CACHE_BYTES = 256 << 20
-POLICIES = ("none", "dual-cache", "elastic", "elastic-block")
+RECOMMENDED = HERE / "tiny_llada" / "elastic.json"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {"policy": "none"},
+    "dual-cache": {"policy": "dual-cache"},
+    "elastic, reach 0": {"policy": "elastic", "reach": 0},
+    "elastic": {"policy": "elastic"},
+    "elastic-block": {"policy": "elastic-block"},
+}
 ROUNDS = 3
 WIDTH = min(shutil.get_terminal_size().columns, 100)
 
@@ -106,51 +114,54 @@ def output_to(log: Path) -> Iterator[None]:
 
 
 def measure(model: str, chosen: list[Problem]) -> dict[str, dict[str, float]]:
-    """Decode the problems in this process with each policy; policies take turns in each round."""
+    """Decode the problems in this process with each setting; they take turns in each round."""
     from vllm_elastic.bench.engine import BenchEngine
 
-    engine = BenchEngine(model, kv_cache_memory_bytes=KV_CACHE_BYTES, batch_size=1)
+    engine = BenchEngine(
+        model,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        batch_size=1,
+        elastic_config=json.loads(RECOMMENDED.read_text()),
+    )
     tokenizer = engine.llm.get_tokenizer()
     prompts = [
         tokenizer.apply_chat_template(p.messages(), tokenize=False, add_generation_prompt=True)
         for p in chosen
     ]
     engine.run([{"prompt": prompts[0], "max_tokens": 16}])  # warm up
-    seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(ROUNDS):
-        for policy in POLICIES:
-            requests = [
-                {"prompt": prompt, "max_tokens": CANVAS, "elastic_policy": policy}
-                for prompt in prompts
-            ]
+        for name, knobs in SETTINGS.items():
+            own = {f"elastic_{knob}": value for knob, value in knobs.items()}
+            requests = [{"prompt": prompt, "max_tokens": CANVAS, **own} for prompt in prompts]
             began = time.perf_counter()
-            results[policy] = engine.run(requests)
-            seconds[policy].append(time.perf_counter() - began)
+            results[name] = engine.run(requests)
+            seconds[name].append(time.perf_counter() - began)
     rows = {}
-    for policy, answers in results.items():
+    for name, answers in results.items():
         tokens = sum(len(answer["token_ids"]) for answer in answers)
-        rows[policy] = {
+        rows[name] = {
             "correct": sum(p.check(a["text"]) for p, a in zip(chosen, answers, strict=True)),
             "tokens": tokens,
             "passes": sum(answer["passes"] for answer in answers),
             "work": sum(answer["row_layers"] for answer in answers) / max(tokens, 1),
-            "speed": tokens / statistics.median(seconds[policy]),
+            "speed": tokens / statistics.median(seconds[name]),
         }
     return rows
 
 
 def print_table(rows: dict[str, dict[str, float]], count: int) -> None:
-    """One line a policy."""
-    print(f"{'row-layers per token,':>{2 + 14 + 9 + 8 + 8 + 24}}")
+    """One line a setting."""
+    print(f"{'row-layers per token,':>{2 + 17 + 9 + 8 + 8 + 24}}")
     print(
-        f"  {'policy':14}{'correct':>9}{'tokens':>8}{'passes':>8}"
+        f"  {'policy':17}{'correct':>9}{'tokens':>8}{'passes':>8}"
         f"{'relative to none':>24}{'tokens/s':>10}"
     )
     for policy, row in rows.items():
         correct, work = f"{row['correct']:.0f}/{count}", row["work"] / (rows["none"]["work"] or 1)
         print(
-            f"  {policy:14}{correct:>9}{row['tokens']:>8.0f}{row['passes']:>8.0f}"
+            f"  {policy:17}{correct:>9}{row['tokens']:>8.0f}{row['passes']:>8.0f}"
             f"{work:>24.3f}{row['speed']:>10.1f}"
         )
 
@@ -167,6 +178,7 @@ def main() -> None:
 
     log = Path(tempfile.mkdtemp(prefix="elastic-demo-")) / "server.log"
     options = ["--dtype", "float32", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    options += ["--elastic-config", RECOMMENDED.read_text().strip()]
     server = ServerProcess(args.model, options, log=log)
     print(f"$ {server.command_line}")
     print(f"  log: {log}\n  starting ...", end="", flush=True)
@@ -190,7 +202,8 @@ def main() -> None:
     print_table(rows, len(chosen))
     print(
         "\nA row-layer is one position computed in one layer. `none` recomputes all positions in\n"
-        "all layers at every denoising step; window and threshold are the same for all."
+        "all layers at every denoising step; window and threshold are the same for all. With\n"
+        "`reach 0` Elastic-Cache is as published; else a commit's neighbours are computed with it."
     )
 
 

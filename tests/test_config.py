@@ -34,6 +34,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "refresh": (None, [(None, None), ("next", "next"), ("replay", "replay")], ["Next", "", 1]),
     "interval": (8, [(1, 1), (MILLION, MILLION)], [0, -1, 1.5]),
     "probes": (4, [(1, 1), (1024, 1024)], [0, 1025, 1.5]),
+    "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5]),
     "block_drift": (0.03, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "granularity": (None, [(None, None), (1, 1), (64.0, 64)], [0, -1, 1.5]),
@@ -56,9 +57,11 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     ),
     "logits_eos_inf": (False, FLAGS, NO_FLAGS),
     "confidence_eos_eot_inf": (False, FLAGS, NO_FLAGS),
+    "hidden_stride": (1, [(1, 1), (1024, 1024)], [0, 1025, 1.5]),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1, 1.5]),
     "record": (False, FLAGS, NO_FLAGS),
     "record_similarities": (False, FLAGS, NO_FLAGS),
+    "record_rows": (False, FLAGS, NO_FLAGS),
 }
 NUMBERS = [
     "window",
@@ -67,15 +70,23 @@ NUMBERS = [
     "track_num",
     "interval",
     "probes",
+    "reach",
     "block_drift",
     "slack",
     "granularity",
     "tokens_per_step",
     "block_length",
     "steps",
+    "hidden_stride",
     "default_max_tokens",
 ]
-SERVER_ONLY = ["default_max_tokens", "record", "record_similarities"]
+SERVER_ONLY = [
+    "hidden_stride",
+    "default_max_tokens",
+    "record",
+    "record_similarities",
+    "record_rows",
+]
 PER_REQUEST = [name for name in KNOBS if name not in SERVER_ONLY]
 
 # What no number knob takes.

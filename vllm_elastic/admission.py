@@ -16,7 +16,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.sampling_rules import RULES
-from vllm_elastic.scheduling.sampling import sampling_of
+from vllm_elastic.scheduling.sampling import end_token_ids_of, sampling_of, text_end_ids_of
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -36,11 +36,13 @@ def check_requests_at_admission() -> None:
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        if is_served_by_us(self.vllm_config) and request.sampling_params is not None:
+        params = request.sampling_params
+        if is_served_by_us(self.vllm_config) and params is not None:
             check_prompt(request, self.vllm_config)
-            check_sampling_params(request.sampling_params, self.vllm_config)
-            check_canvas(len(request.prompt_token_ids), request.sampling_params, self.vllm_config)
-            check_candidates(request.sampling_params, self.vllm_config)
+            config = check_knobs(params, self.vllm_config)
+            check_sampling_params(params)
+            check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
+            check_candidates(params, config, self.vllm_config)
             check_transport(request)
         return request
 
@@ -119,11 +121,11 @@ def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmCo
             )
 
 
-def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """Refuse what would otherwise be ignored or fail in the worker.
+def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfig:
+    """The request's own settings; refuses those that are unknown or do not fit its canvas.
 
     Raises:
-        VLLMValidationError: names the parameter and what is allowed.
+        VLLMValidationError: names the knob and what is allowed.
     """
     elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     try:
@@ -133,6 +135,15 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
             _check_infilling(config.canvas, params.max_tokens or 1, vllm_config)
     except ValueError as error:  # a ConfigError, or steps that the canvas does not allow
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    return config
+
+
+def check_sampling_params(params: SamplingParams) -> None:
+    """Refuse what would otherwise be ignored or fail in the worker.
+
+    Raises:
+        VLLMValidationError: names the parameter and what is allowed.
+    """
     for name, rule in RULES.items():
         value = getattr(params, name, None)
         if rule.status == "refused" and not _is_one_of(value, rule.neutral):
@@ -152,8 +163,13 @@ def check_sampling_params(params: SamplingParams, vllm_config: VllmConfig) -> No
             )
 
 
-def check_candidates(params: SamplingParams, vllm_config: VllmConfig) -> None:
+def check_candidates(
+    params: SamplingParams, config: ElasticConfig, vllm_config: VllmConfig
+) -> None:
     """Refuse biases that are no numbers, and constraints that together leave no token to choose.
+
+    Args:
+        config: the request's own settings.
 
     Raises:
         VLLMValidationError: names the parameters.
@@ -166,19 +182,14 @@ def check_candidates(params: SamplingParams, vllm_config: VllmConfig) -> None:
                 f"{LARGEST_BIAS:g}.",
                 parameter="logit_bias",
             )
-    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     hf_config = vllm_config.model_config.hf_config
-    end_token_ids = set(params.stop_token_ids or ())
-    if params.eos_token_id is not None:
-        end_token_ids.add(params.eos_token_id)
-    text_ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
     sampling = sampling_of(
         params,
-        elastic.for_request(params.extra_args),
+        config,
         0,
         hf_config.mask_token_id,
-        end_token_ids,
-        tuple(token_id for token_id in text_ends if token_id is not None),
+        end_token_ids_of(params),
+        text_end_ids_of(hf_config),
     )
     if sampling is None:
         return

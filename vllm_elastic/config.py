@@ -108,6 +108,9 @@ class ElasticConfig:
             next for ``elastic-block``.
         interval: denoising steps from one refresh of ``interval`` to the next.
         probes: blocks probed at a step by ``elastic-block``, one position each.
+        reach: positions on either side of a just committed one that ``elastic`` and
+            ``elastic-block`` compute with it: a token's neighbours feel it first. null: the
+            policy's own, 0 for ``elastic`` (the paper) and 4 for ``elastic-block``.
         block_drift: of ``elastic-block``, the expected error of the window's attention beyond
             which blocks are refreshed: attention paid to stale blocks times their relative drift.
         slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
@@ -128,9 +131,13 @@ class ElasticConfig:
             nothing else is left to commit in a step.
         canvas: infilling, of a request only: the answer's token ids, with the mask's id where
             text is wanted; decoded in place. None: the answer is all masks.
+        hidden_stride: the input of every so manyth layer is kept, of layers s, 2 s, ...; a refresh
+            starts at the nearest of them below, or at the embedding, and drift is tested in the
+            embedding's layer and in these. Memory against work (docs/policies.md).
         default_max_tokens: canvas length when a client names none.
         record: keep one entry for every pass of every request (memory: about 1 KB a pass).
         record_similarities: keep every drift test's similarities in these entries.
+        record_rows: keep each pass's rows by join layer in them, which is what a simulation needs.
     """
 
     policy: str = _knob("elastic", _policy)
@@ -141,6 +148,7 @@ class ElasticConfig:
     refresh: str | None = _knob(None, _choice("replay", "next", optional=True))
     interval: int = _knob(8, _integer(1, 1 << 20))
     probes: int = _knob(4, _integer(1, 1 << 10))
+    reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
     block_drift: float = _knob(0.03, _number(0.0, 10.0))
     slack: float = _knob(0.1, _number(0.0, 1.0))
     granularity: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
@@ -152,9 +160,11 @@ class ElasticConfig:
     logits_eos_inf: bool = _knob(False, _flag)
     confidence_eos_eot_inf: bool = _knob(False, _flag)
     canvas: tuple[int, ...] | None = _knob(None, _token_ids, engine=False)
+    hidden_stride: int = _knob(1, _integer(1, 1 << 10), per_request=False)
     default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
     record: bool = _knob(False, _flag, per_request=False)
     record_similarities: bool = _knob(False, _flag, per_request=False)
+    record_rows: bool = _knob(False, _flag, per_request=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:

@@ -107,6 +107,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     head_dim = vllm_config.model_config.get_head_size()
     tp_size = parallel.tensor_parallel_size
     undivided = _undivided(vllm_config.model_config.hf_config, tp_size)
+    stride = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic")).hidden_stride
+    layers = vllm_config.model_config.hf_config.n_layers
     problems = {
         "--logits-processors": (
             bool(vllm_config.model_config.logits_processors),
@@ -129,6 +131,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "--tensor-parallel-size": (
             bool(undivided),
             f"{tp_size} ranks cannot share {undivided} evenly",
+        ),
+        "--elastic-config": (
+            1 < stride >= layers,
+            f"hidden_stride {stride} stores no hidden state of a model of {layers} layers, so no "
+            f"refresh could save a layer; lower it to at most {layers - 1}",
         ),
         "--speculative-config": (
             vllm_config.speculative_config is not None,

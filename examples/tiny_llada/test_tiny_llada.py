@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the generator, the tokenizer, the masks and the decoder: `pytest examples/tiny_llada`.
 
 They take seconds and need no checkpoint.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import batches
 import tasks
 import tokenizer as tokenizers
+import train
 from evaluate import decode
 from export import export
 from model import Shape, TinyLLaDA, load
@@ -135,3 +137,11 @@ def test_export_can_be_loaded(small_model, tmp_path):
     again = load(tmp_path / "checkpoint")
     ids = torch.arange(10)[None]
     assert torch.equal(again(ids), small_model.eval()(ids))
+
+
+@pytest.mark.parametrize(
+    ("words", "until"), [([], 90), (["--minutes", "5"], 5), (["--minutes", "5", "--until", "2"], 2)]
+)
+def test_training_ends_with_its_schedule_unless_told_otherwise(words, until, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run", "folder", *words])
+    assert train.parse().until == until

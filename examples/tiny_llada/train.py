@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the tiny LLaDA on two CPU cores, for a given time; can be stopped and resumed.
 
 Two single-threaded workers share float32 master weights, bf16 working weights and gradients.
@@ -54,7 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--numbers", type=float, default=0.3, help="share of number-only masks")
     parser.add_argument("--tasks", type=json.loads, help="how often each is drawn: JSON")
     parser.add_argument("--no-compile", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.until = args.until or args.minutes
+    return args
 
 
 def learning_rate(progress: float) -> float:
@@ -181,7 +184,7 @@ def worker(
     start_seconds, answer_tokens = state["seconds"], 0.0
     while True:
         step, progress = state["step"], state["seconds"] / 60 / args.minutes
-        if state["seconds"] / 60 >= (args.until or args.minutes):
+        if state["seconds"] / 60 >= args.until:
             break
         batches, count = pool(args.seed, step, args.step_tokens, mix, 2400)
         answer_tokens += count
@@ -206,7 +209,7 @@ def worker(
             now = time.monotonic()
             state["step"] = step + 1
             state["seconds"] = start_seconds + now - began
-            done = state["seconds"] / 60 >= (args.until or args.minutes)
+            done = state["seconds"] / 60 >= args.until
             if now - logged > 40 or done:
                 line = report(shared, state, answer_tokens)
                 print(json.dumps(line), flush=True)

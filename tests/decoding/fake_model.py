@@ -87,8 +87,10 @@ def scenarios(
             "refresh": st.sampled_from(refreshes),
             "interval": st.integers(1, 6),
             "probes": st.integers(1, 4),
+            "reach": st.none() | st.integers(0, 3) | st.just(100),
             "block_drift": st.sampled_from([0.0, 0.1, 1.0]),
             "slack": st.sampled_from([0.0, 0.1, 1.0]),
+            "hidden_stride": st.sampled_from([1, 2, 3]),
             "granularity": st.none() | st.integers(1, 9),
             "record": st.booleans(),
         }
@@ -113,6 +115,7 @@ class FakeModel:
     def __init__(self, scenario: Scenario, rng: np.random.Generator) -> None:
         self.scenario = scenario
         self.rng = rng
+        self.not_stored = np.arange(scenario.num_layers) % scenario.config.hidden_stride > 0
 
     def run(self, plan: PassPlan) -> PassResult:
         scenario, rng = self.scenario, self.rng
@@ -134,6 +137,7 @@ class FakeModel:
             result.similarities[rng.random(scenario.num_layers) < 0.1] = gamma  # no drift
             drifted = rng.random(scenario.num_layers) < scenario.drift_rate
             result.similarities[drifted] = gamma - 0.1
+            result.similarities[self.not_stored] = np.nan
             result.similarities = result.similarities[: plan.tested_layers]
         if plan.granularity:
             blocks = np.arange(scenario.length) // plan.granularity
@@ -148,6 +152,7 @@ class FakeModel:
                 shape = (plan.probes.size, scenario.num_layers)
                 result.probe_drift = (2 * scenario.drift_rate * rng.random(shape)).astype("f4")
                 result.probe_drift[:, 0] = 0.0
+                result.probe_drift[:, self.not_stored] = 0.0
         return result
 
 
@@ -248,7 +253,9 @@ class CheckedCache:
                 continue
             self.has_keys[layer, rows] = True
             assert self.has_keys[layer].all(), f"layer {layer} attends to keys that are not there"
-            if layer + 1 < self.scenario.num_layers:
+            above = layer + 1
+            stored = above % self.scenario.config.hidden_stride == 0
+            if above < self.scenario.num_layers and stored:
                 self.has_hidden[layer + 1, rows] = True
         assert set(plan.window.tolist()) <= set(rows)
         assert set(plan.tested.tolist()) <= set(plan.segments[0].positions.tolist())

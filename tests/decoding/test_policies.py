@@ -120,6 +120,7 @@ def test_interval_refreshes_on_schedule() -> None:
 def test_elastic_block_refreshes_what_costs_most() -> None:
     """A block that nobody attends to, or that stands still, would be recomputed."""
     config = {"policy": "elastic-block", "probes": 2, "block_drift": 0.1, "slack": 0.1, "window": 2}
+    config["reach"] = 0
     request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
     assert request.plan().kind == "first"
     request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
@@ -141,7 +142,7 @@ def test_elastic_block_refreshes_what_costs_most() -> None:
 
 def test_elastic_block_extrapolates_between_probes() -> None:
     """A block that drifts slowly would never be refreshed, or only when it is probed."""
-    config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1}
+    config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1, "reach": 0}
     request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
     blocks = [0.9, *[0.0] * 5]
     request.digest(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
@@ -153,6 +154,21 @@ def test_elastic_block_extrapolates_between_probes() -> None:
         still = [[0.0, 0.04 * 2**0.6]] if request.plan().probes.size else None
         request.digest(blocks_of(request, blocks, [-1] * 6, still))
     assert "refresh" in kinds and kinds[0] == "window"
+
+
+@pytest.mark.parametrize(
+    ("reach", "expected"),
+    [(0, [7, 8, 9]), (2, [5, 6, 7, 8, 9]), (50, list(range(12)))],
+)
+def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: list[int]) -> None:
+    """The hidden states that drift most would stay as they were before the commit."""
+    config = {"policy": "elastic-block", "window": 2, "reach": reach}
+    request = quiet(config, prompt_length=7, max_tokens=5, num_layers=2).make_request()
+    result = blocks_of(request, [0.5, 0.5, 0.0], [-1, -1, -1])
+    result.probabilities[1] = 0.1  # position 7 is committed, 8 is not
+    request.digest(result)
+    assert request.just_committed.tolist() == [7]
+    assert np.concatenate([s.positions for s in request.plan().segments]).tolist() == expected
 
 
 def test_dual_cache_text_blocks() -> None:

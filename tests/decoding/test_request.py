@@ -14,6 +14,7 @@ from tests.decoding.fake_model import (
     CheckedCache,
     FakeModel,
     Scenario,
+    Trace,
     drive,
     fingerprint,
     quiet,
@@ -155,6 +156,12 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
         )
 
 
+def near(trace: Trace, positions: list[int]) -> set[int]:
+    """The canvas positions within the request's reach of any of these."""
+    reach, everywhere = trace.request.reach, range(trace.scenario.length)
+    return {at for at in everywhere for p in positions if abs(at - p) <= reach}
+
+
 @drives
 @given(scenarios(policies=("elastic",), refreshes=(None, "replay")))
 def test_elastic_rows(scenario: Scenario) -> None:
@@ -163,7 +170,7 @@ def test_elastic_rows(scenario: Scenario) -> None:
     layers, track_num = scenario.num_layers, scenario.config.track_num
     measured = np.full((layers, track_num), -1)  # most attended, this step's latest of each layer
     just_committed: list[int] = []
-    drifted_layer = -1
+    drifted_layer, join_layer = -1, 0
     everything = list(range(scenario.length))
     for p in trace.passes:
         plan = p.plan
@@ -173,10 +180,10 @@ def test_elastic_rows(scenario: Scenario) -> None:
         tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
         segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
         if plan.kind == "window":
-            rows = set(plan.window.tolist()) | set(just_committed) | tracked
+            rows = set(plan.window.tolist()) | near(trace, just_committed) | tracked
             assert segments == [(0, sorted(rows))]
         elif plan.kind == "replay":
-            assert segments == [(drifted_layer + 1, everything)]
+            assert segments == [(join_layer, everything)]
         else:
             assert segments == [(0, everything)]
         assert plan.tested.tolist() == sorted(tracked)
@@ -190,6 +197,8 @@ def test_elastic_rows(scenario: Scenario) -> None:
                 if s < np.float32(scenario.config.gamma)
             ]
             drifted_layer = below[0] if below else -1
+        join_layer = drifted_layer + 1
+        join_layer -= join_layer % scenario.config.hidden_stride
         assert p.replayed == (drifted_layer >= 0)
         measured[plan.start_layer :] = p.result.most_attended
         if not p.replayed:
@@ -219,6 +228,8 @@ def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
             tested = p.result.similarities[: scenario.num_layers - 1]
             below = np.flatnonzero(tested < np.float32(scenario.config.gamma))
             stale_from = int(below[0]) + 1 if below.size else None
+            if stale_from is not None:
+                stale_from -= stale_from % scenario.config.hidden_stride
 
 
 @drives
@@ -231,7 +242,9 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
     for p in trace.passes:
         plan = p.plan
         if plan.kind in ("window", "refresh"):
-            rows = set(plan.window.tolist()) | set(just_committed) | set(plan.probes.tolist())
+            rows = (
+                set(plan.window.tolist()) | near(trace, just_committed) | set(plan.probes.tolist())
+            )
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]

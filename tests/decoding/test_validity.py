@@ -46,6 +46,14 @@ def test_blocks_only_become_staler_until_validated(
     assert validity.all_valid
 
 
+def test_blocks_are_stale_from_layers_whose_input_is_stored() -> None:
+    """Rows would join from hidden states that nobody keeps."""
+    validity = BlockValidity(4, 1, NUM_LAYERS, hidden_stride=2)
+    validity.validate()
+    validity.invalidate(np.array([1, 3, 4, NUM_LAYERS], dtype=np.int16))
+    assert validity.join_layers().tolist() == [0, 2, 4, NUM_LAYERS]
+
+
 def test_join_layers_may_be_changed_by_the_caller() -> None:
     """Planning a pass would mark blocks stale for all passes after it."""
     for block_size in (1, 4):

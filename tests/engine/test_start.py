@@ -79,6 +79,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"gama": 0.9}, "unknown parameter 'gama'. Did you mean 'gamma'"),
+        ({"hidden_stride": 8}, "--elastic-config: hidden_stride 8 .* at most 7"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ([], "elastic config must be a JSON object"),
     ],

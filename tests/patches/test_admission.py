@@ -34,6 +34,8 @@ BAD: dict[str, dict[str, Any]] = {
     "canvas": {"prompt_length": 40, "max_tokens": 25},
     "knob": {"extra_args": {"elastic_gama": 1}},
     "penalty": {"presence_penalty": 0.5},
+    "no token left": {"allowed_token_ids": [0], "min_tokens": 2},  # the end token alone
+    "bias": {"logit_bias": {5: 1e9}},
     "prompt_logprobs": {"prompt_logprobs": 1},
 }
 
@@ -50,6 +52,22 @@ def test_canvas_that_just_fits(processor: Any) -> None:
     process_inputs = type(processor).process_inputs
     request = admit(processor, process_inputs, prompt_length=40, max_tokens=24)
     assert request.sampling_params.max_tokens == 24
+
+
+def test_settings_are_parsed_once(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request passes every check with one reading of its knobs."""
+    from vllm_elastic.config import ElasticConfig
+
+    parsed, for_request = [], ElasticConfig.for_request
+
+    def count(self: ElasticConfig, extra_args: Any) -> ElasticConfig:
+        parsed.append(extra_args)
+        return for_request(self, extra_args)
+
+    monkeypatch.setattr(ElasticConfig, "for_request", count)
+    knobs = {"elastic_gamma": 0.5}
+    admit(processor, type(processor).process_inputs, extra_args=knobs, allowed_token_ids=[5, 6])
+    assert parsed == [knobs]
 
 
 def test_patch_is_still_needed(processor: Any) -> None:

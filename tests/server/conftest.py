@@ -47,11 +47,6 @@ class Client:
     def chat(self, question: str, **options: Any) -> tuple[int, dict[str, Any]]:
         return self.post("chat/completions", messages=user(question), **options)
 
-    def get_text(self, path: str) -> str:
-        """A page beside the API, `/metrics` for one."""
-        with urllib.request.urlopen(f"{self.server.url}{path}", timeout=120) as answer:
-            return answer.read().decode()
-
     def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """The events of a streamed answer."""
         with self._open(path, {**body, "stream": True}) as answer:

@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the running server says of itself at /metrics."""
+"""Waiting for what the running server says of itself at /metrics."""
 
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable
 
 from vllm_elastic.bench.server import ServerProcess
-
-RUNNING = "vllm:num_requests_running"
-WAITING = "vllm:num_requests_waiting"
-CACHE_USAGE = "vllm:kv_cache_usage_perc"
-
-
-def read_metrics(server: ServerProcess) -> dict[str, float]:
-    """Every metric by its name; samples that differ in their labels only are added up."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    metrics: dict[str, float] = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            sample, value = line.rsplit(" ", 1)
-            name = sample.split("{")[0]
-            metrics[name] = metrics.get(name, 0.0) + float(value)
-    return metrics
+from vllm_elastic.bench.server_metrics import (
+    CACHE_USAGE,
+    RUNNING,
+    WAITING,
+    ServerMetrics,
+    read_metrics,
+)
 
 
 def wait_for(
-    server: ServerProcess, wanted: Callable[[dict[str, float]], bool], seconds: float = 60.0
+    server: ServerProcess, wanted: Callable[[ServerMetrics], bool], seconds: float = 60.0
 ) -> None:
     """Wait until the metrics are as wanted.
 
@@ -43,10 +32,10 @@ def wait_for(
         time.sleep(0.05)
 
 
-def is_idle(metrics: dict[str, float]) -> bool:
+def is_idle(metrics: ServerMetrics) -> bool:
     """Nothing runs, nothing waits, no KV block is taken."""
     return metrics[RUNNING] == metrics[WAITING] == metrics[CACHE_USAGE] == 0
 
 
-def is_running(count: int) -> Callable[[dict[str, float]], bool]:
+def is_running(count: int) -> Callable[[ServerMetrics], bool]:
     return lambda metrics: metrics[RUNNING] == count

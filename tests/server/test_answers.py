@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from vllm_elastic.bench.server_metrics import read_metrics
+
 from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, ROOT, Client, questions, user
 
 CANVAS = 40
@@ -130,13 +132,6 @@ def test_example_offline(
     assert capsys.readouterr().out.count("\n-> ") == 3
 
 
-def metric(client: Client, name: str, **labels: str) -> float:
-    """Sum over the samples of a metric whose labels are these."""
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    lines = [line for line in client.get_text("/metrics").splitlines() if line.startswith(name)]
-    return sum(float(line.split()[-1]) for line in lines if all(w in line for w in wanted))
-
-
 def test_usage_counts_the_answer_alone(client: Client) -> None:
     """Neither the end token nor what is masked behind it; streamed and not."""
     for question in questions(4):
@@ -158,13 +153,14 @@ def test_usage_counts_the_answer_alone(client: Client) -> None:
 
 def test_elastic_metrics(client: Client) -> None:
     """Counters grow by what a request cost."""
-    names = ("denoising_steps_total", "row_layers_total", "full_row_layers_total", "requests_total")
+    counters = ("denoising_steps", "row_layers", "full_row_layers", "requests", "passes")
     client.chat("Sort : 2 1", max_tokens=8)  # counters are there from the first request on
 
     def read() -> dict[str, float]:
-        return {n: metric(client, f"vllm:elastic_{n}", policy="none") for n in names}
+        metrics = read_metrics(client.server)
+        return {n: metrics.total(f"vllm:elastic_{n}_total", policy="none") for n in counters}
 
-    before, passes = read(), metric(client, "vllm:elastic_passes_total", policy="none")
+    before = read()
     knobs = {"elastic_policy": "none", "elastic_steps": 6, "elastic_block_length": 6}
     status, answer = client.chat("Sort : 2 1", max_tokens=12, ignore_eos=True, vllm_xargs=knobs)
     assert status == 200, answer
@@ -172,5 +168,4 @@ def test_elastic_metrics(client: Client) -> None:
     layers = json.loads((MODEL / "config.json").read_text())["n_layers"]
     grown = {name: value - before[name] for name, value in read().items()}
     work = canvas * layers * 6
-    assert grown == dict(zip(names, (6, work, work, 1), strict=True))
-    assert metric(client, "vllm:elastic_passes_total", policy="none") - passes == 6
+    assert grown == dict(zip(counters, (6, work, work, 1, 6), strict=True))

@@ -7,8 +7,10 @@ import json
 import urllib.request
 from typing import Any
 
+from vllm_elastic.bench.server_metrics import CACHE_USAGE, RUNNING, WAITING, read_metrics
+
 from .conftest import MODEL_LENGTH, Client, questions, user
-from .metrics import CACHE_USAGE, RUNNING, WAITING, is_idle, read_metrics, wait_for
+from .metrics import is_idle, wait_for
 
 
 def call(client: Client, path: str, **body: Any) -> Any:

@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from vllm_elastic.bench.server import ServerProcess
+from vllm_elastic.bench.server_metrics import RUNNING, ServerMetrics
 
 from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, Client, user
-from .metrics import RUNNING, wait_for
+from .metrics import wait_for
 
 SECONDS = 60.0  # vLLM notices within about a second, and looks every 5 s whether to end
 # Token by token, with hundreds of full passes: no danger that it ends before the engine does.
@@ -48,7 +49,7 @@ def ask(client: Client) -> dict[str, Any]:
     return answer["error"]
 
 
-def is_busy(metrics: dict[str, float]) -> bool:
+def is_busy(metrics: ServerMetrics) -> bool:
     return metrics[RUNNING] == 4 and metrics["vllm:generation_tokens_total"] > 20
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_elastic.bench import compare, drift, fuzz, gamma, run, soak, step, tune
+from vllm_elastic.bench import compare, drift, fuzz, gamma, run, simulate, soak, step, tune
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, drift, tune, step, soak, fuzz):
+    for command in (run, gamma, compare, drift, tune, step, soak, fuzz, simulate):
         command.add_parser(commands)
     return parser
 

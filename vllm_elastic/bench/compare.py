@@ -10,13 +10,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_json, add_model
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, BenchEngine
-from vllm_elastic.bench.problems import is_right
+from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.decoding.policies import POLICIES
+
+Runner = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+"""Problems in, one result each out, as ``BenchEngine.run`` has them."""
 
 ORACLES = ("oracle-none", "oracle-elastic")
 
@@ -31,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "interleaved; tokens per second are medians, counted up to the first end token. Run it "
         "on a machine that does nothing else.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    add_model(parser)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--problems", type=int, default=20, metavar="N")
     parser.add_argument("--gen-length", nargs="+", type=int, default=[256], metavar="N")
@@ -46,16 +52,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--oracle-problems", type=int, default=4, metavar="N", help="0: no oracle")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser)
     parser.add_argument(
         "--knobs",
         type=json.loads,
         default={},
         metavar="JSON",
-        help='knobs of single policies: {"elastic": {"gamma": 0.8}}',
+        help='knobs of single policies: {"elastic": {"gamma": 0.8}}; under another name a row of '
+        'its own: {"as published": {"policy": "elastic", "reach": 0}}',
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     parser.set_defaults(function=main)
 
 
@@ -71,15 +77,19 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     print("| policy | canvas | prompt | batch | accuracy | as none | passes | work | tokens/s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    oracle = Oracle(engine, args) if args.oracle_problems else None
     for gen_length, shots in itertools.product(args.gen_length, args.shots):
         problems = list(load_problems(args.model, args.problems, gen_length, shots))
         for batch_size in args.batch_size:
-            for row in compare(engine, problems, batch_size, args):
-                rows.append({"gen_length": gen_length, "batch_size": batch_size, **row})
+            engine.scheduler.max_num_active_reqs = batch_size
+            runners = settings(engine, args)
+            if oracle is not None and batch_size == min(args.batch_size):
+                runners |= oracle.settings(args.oracle_problems)
+            for row in compare(runners, problems, args.repeats):
+                # The oracles know no batches.
+                size = 1 if row["policy"] in ORACLES else batch_size
+                rows.append({"gen_length": gen_length, "batch_size": size, **row})
                 print(_line(rows[-1]), flush=True)
-        for row in oracle_rows(engine, problems[: args.oracle_problems], args):
-            rows.append({"gen_length": gen_length, "batch_size": 1, **row})
-            print(_line(rows[-1]), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
 
@@ -102,89 +112,109 @@ def load_problems(model: Path, count: int, gen_length: int, shots: int) -> Itera
         yield {**problem, "max_tokens": gen_length}
 
 
+def settings(engine: BenchEngine, args: argparse.Namespace) -> dict[str, Runner]:
+    """What is compared, by name: every policy, and what ``--knobs`` adds under other names."""
+    chosen = {name: {"policy": name, **args.knobs.get(name, {})} for name in args.policies}
+    chosen |= {name: knobs for name, knobs in args.knobs.items() if name not in POLICIES}
+
+    def runner(knobs: dict[str, Any]) -> Runner:
+        own = {f"elastic_{name}": value for name, value in knobs.items()}
+        return lambda problems: engine.run([{**problem, **own} for problem in problems])
+
+    return {name: runner(knobs) for name, knobs in chosen.items()}
+
+
+class Oracle:
+    """The plain PyTorch oracle in this process, with the engine's knobs."""
+
+    def __init__(self, engine: BenchEngine, args: argparse.Namespace) -> None:
+        from vllm_elastic.reference import LLaDA
+
+        self.model = LLaDA.from_pretrained(args.model)
+        self._tokenizer = engine.llm.get_tokenizer()
+        config = asdict(engine.scheduler.elastic_config) | args.knobs.get("elastic", {})
+        shared, own = ("window", "threshold"), ("gamma", "statistic", "track_num")
+        self._shared = {name: config[name] for name in shared}
+        self._elastic = {name: config[name] for name in own}
+        self._elastic["reach"] = config["reach"] or 0
+
+    def settings(self, count: int) -> dict[str, Runner]:
+        """Both of ``ORACLES`` on the first ``count`` problems."""
+        from vllm_elastic.reference import DecodingOptions, ElasticOptions, decode, elastic_cache
+
+        none = DecodingOptions(**self._shared)
+        elastic = ElasticOptions(**self._shared, **self._elastic)
+        decoders = (partial(decode, options=none), partial(elastic_cache, options=elastic))
+        return {
+            name: partial(self._run, decoder, count)
+            for name, decoder in zip(ORACLES, decoders, strict=True)
+        }
+
+    def _run(
+        self, decoder: Callable[..., Any], count: int, problems: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        results = []
+        for problem in problems[:count]:
+            prompt = self._tokenizer.encode(problem["prompt"], add_special_tokens=False)
+            answer = decoder(self.model, prompt, problem["max_tokens"])
+            results.append(
+                {
+                    "text": self._tokenizer.decode(answer.token_ids),
+                    "prompt_tokens": len(prompt),
+                    "token_ids": answer.token_ids,
+                    "denoising_steps": answer.denoising_steps,
+                    "passes": answer.passes,
+                    "row_layers": answer.row_layers,
+                }
+            )
+        return results
+
+
 def compare(
-    engine: BenchEngine, problems: list[dict[str, Any]], batch_size: int, args: argparse.Namespace
+    runners: dict[str, Runner], problems: list[dict[str, Any]], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for each policy; every repeat runs all of them in turn."""
-    seconds: dict[str, list[float]] = {policy: [] for policy in args.policies}
+    """One row for each setting; every repeat runs all of them in turn.
+
+    A setting that answers the first few of the problems only is scored on these.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
     results: dict[str, list[dict[str, Any]]] = {}
-    engine.scheduler.max_num_active_reqs = batch_size
-    for _ in range(args.repeats):
-        for policy in args.policies:
-            knobs = {f"elastic_{k}": v for k, v in args.knobs.get(policy, {}).items()}
-            requests = [{**p, "elastic_policy": policy, **knobs} for p in problems]
+    for _ in range(repeats):
+        for name, run in runners.items():
             started = time.perf_counter()
-            results[policy] = engine.run(requests)
-            seconds[policy].append(time.perf_counter() - started)
-    for policy in args.policies:
-        answers = results[policy]
-        tokens = sum(len(answer["token_ids"]) for answer in answers)
-        pairs = list(zip(problems, answers, strict=True))
-        same = None
-        if "none" in results:
-            baseline = zip(answers, results["none"], strict=True)
-            same = statistics.mean(a["token_ids"] == b["token_ids"] for a, b in baseline)
-        yield {
-            "policy": policy,
-            "prompt_tokens": round(statistics.mean(a["prompt_tokens"] for a in answers)),
-            "problems": len(problems),
-            "accuracy": statistics.mean(is_right(p, a) for p, a in pairs),
-            "agreement": same,
-            "passes": statistics.mean(a["passes"] for a in answers),
-            "row_layers_per_token": sum(a["row_layers"] for a in answers) / max(tokens, 1),
-            "tokens_per_second": tokens / statistics.median(seconds[policy]),
-        }
+            results[name] = run(problems)
+            seconds[name].append(time.perf_counter() - started)
+    for name, answers in results.items():
+        count = len(answers)
+        baseline = results["none"][:count] if "none" in results else None
+        scored = score(problems[:count], answers, baseline)
+        prompt_tokens = [answer["prompt_tokens"] for answer in answers]
+        yield make_row(name, prompt_tokens, scored, statistics.median(seconds[name]))
 
 
-def oracle_rows(
-    engine: BenchEngine, problems: list[dict[str, Any]], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """The plain PyTorch oracle on a few of the problems, with and without a cache."""
-    if not problems:
-        return
-    from vllm_elastic.reference import (
-        DecodingOptions,
-        ElasticOptions,
-        LLaDA,
-        decode,
-        elastic_cache,
-    )
+def make_row(name: str, prompt_tokens: list[int], scored: Score, seconds: float) -> dict[str, Any]:
+    """A row of the table and of ``--json``.
 
-    model = LLaDA.from_pretrained(args.model)
-    tokenizer = engine.llm.get_tokenizer()
-    base = engine.scheduler.elastic_config
-    shared = {"window": base.window, "threshold": base.threshold}
-    elastic = {"gamma": base.gamma, "statistic": base.statistic, "track_num": base.track_num}
-    elastic |= {k: v for k, v in args.knobs.get("elastic", {}).items() if k in elastic}
-    prompts = [tokenizer.encode(p["prompt"], add_special_tokens=False) for p in problems]
-    for name in ORACLES:
-        started, answers = time.perf_counter(), []
-        for problem, prompt in zip(problems, prompts, strict=True):
-            if name == "oracle-none":
-                options = DecodingOptions(**shared)
-                answers.append(decode(model, prompt, problem["max_tokens"], options))
-            else:
-                with_cache = ElasticOptions(**shared, **elastic)
-                answers.append(elastic_cache(model, prompt, problem["max_tokens"], with_cache))
-        seconds = time.perf_counter() - started
-        tokens = sum(len(answer.token_ids) for answer in answers)
-        texts = [{"text": tokenizer.decode(a.token_ids)} for a in answers]
-        yield {
-            "policy": name,
-            "prompt_tokens": round(statistics.mean(map(len, prompts))),
-            "problems": len(problems),
-            "accuracy": statistics.mean(map(is_right, problems, texts)),
-            "agreement": None,
-            "passes": statistics.mean(answer.passes for answer in answers),
-            "row_layers_per_token": sum(a.row_layers for a in answers) / max(tokens, 1),
-            "tokens_per_second": tokens / seconds,
-        }
+    Args:
+        prompt_tokens: prompt length of each problem.
+        seconds: for all problems together.
+    """
+    return {
+        "policy": name,
+        "prompt_tokens": round(statistics.mean(prompt_tokens)),
+        "problems": len(prompt_tokens),
+        "accuracy": scored.accuracy,
+        "agreement": scored.agreement,
+        "passes": scored.passes,
+        "row_layers_per_token": scored.work_per_token,
+        "tokens_per_second": scored.tokens / seconds,
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
-    same = "" if row["agreement"] is None else f"{row['agreement']:.0%}"
+    same = percent(row["agreement"], decimals=0)
     return (
         f"| {row['policy']} | {row['gen_length']} | {row['prompt_tokens']} | {row['batch_size']} | "
-        f"{row['accuracy']:.1%} | {same} | {row['passes']:.1f} | "
+        f"{percent(row['accuracy'])} | {same} | {row['passes']:.1f} | "
         f"{row['row_layers_per_token']:.0f} | {row['tokens_per_second']:.1f} |"
     )

@@ -7,9 +7,9 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_json, add_model, add_prompts
 from vllm_elastic.bench.run import read_jsonl
 
 REGIONS = ("prompt", "settled answer", "recent answer", "just committed", "window", "tail")
@@ -25,14 +25,14 @@ def add_parser(commands: Any) -> None:
         "step, and compares the hidden states at each layer's input with those of some steps "
         "before. Nothing is cached, so nothing is disturbed by stale state.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--count", type=int, default=10, metavar="N")
     parser.add_argument("--ages", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="STEPS")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     parser.set_defaults(function=main)
 
 

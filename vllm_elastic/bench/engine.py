@@ -23,6 +23,7 @@ class BenchEngine:
         max_model_len: canvas positions; None: what the model was made for.
         row_budget: max_num_batched_tokens.
         similarities: keep every drift test's similarities in the records.
+        rows: keep the rows of each join layer in the records.
     """
 
     def __init__(
@@ -35,13 +36,15 @@ class BenchEngine:
         max_model_len: int | None = None,
         row_budget: int = DEFAULT_ROW_BUDGET,
         similarities: bool = False,
+        rows: bool = False,
         **llm_options: Any,
     ) -> None:
         # The scheduler must live in this process: its records are the result.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        knobs = dict(elastic_config or {}, record=True, record_similarities=similarities)
+        knobs = dict(elastic_config or {}, record=True)
+        knobs |= {"record_similarities": similarities, "record_rows": rows}
         ElasticConfig.from_dict(knobs)
         tokenizer = (Path(model) / "tokenizer.json").exists()
         self.llm = LLM(
@@ -58,6 +61,7 @@ class BenchEngine:
         config = self.llm.llm_engine.vllm_config.model_config.hf_config
         self.mask_token_id: int = config.mask_token_id
         self.eos_token_id: int | None = config.eos_token_id
+        self.num_layers: int = config.n_layers
         self._has_tokenizer = tokenizer
 
     @property
@@ -79,7 +83,8 @@ class BenchEngine:
                 (default: the engine's ``default_max_tokens``) and ``elastic_*`` knobs.
 
         Returns:
-            id, prompt_tokens, token_ids (up to and without the first end token), text,
+            id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
+            and without the first end token), text,
             denoising_steps, passes, row_layers, full_row_layers, steps, seconds.
         """
         from vllm import SamplingParams
@@ -104,14 +109,18 @@ class BenchEngine:
             )
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [
-            self._result(request.get("id", index), output)
-            for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
+            self._result(request, index, output, asked.max_tokens)
+            for index, (request, output, asked) in enumerate(
+                zip(requests, outputs, params, strict=True)
+            )
         ]
 
     def _end_token_ids(self) -> list[int]:
         return [] if self.eos_token_id is None else [self.eos_token_id]
 
-    def _result(self, request_id: Any, output: Any) -> dict[str, Any]:
+    def _result(
+        self, request: Mapping[str, Any], index: int, output: Any, max_tokens: int
+    ) -> dict[str, Any]:
         # vLLM appends a suffix of its own to the ids that requests carry inside.
         (key,) = (k for k in self.scheduler.records if k.split("-")[0] == output.request_id)
         record = self.scheduler.records.pop(key)
@@ -120,7 +129,10 @@ class BenchEngine:
         if token_ids[-1:] == [self.eos_token_id]:  # there without a tokenizer only
             token_ids.pop()
         return {
-            "id": request_id,
+            "id": request.get("id", index),
+            "policy": request.get("elastic_policy", self.scheduler.elastic_config.policy),
+            "layers": self.num_layers,
+            "canvas": len(output.prompt_token_ids) + max_tokens,
             "prompt_tokens": len(output.prompt_token_ids),
             "token_ids": token_ids,
             "text": completion.text,

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_json, add_model
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, is_right, read_problems, score
 
@@ -23,7 +24,7 @@ def add_parser(commands: Any) -> None:
         description="Reads problems with answers (JSONL: prompt, answer, optional max_tokens), "
         "runs them without a cache and with Elastic-Cache at each gamma, in one engine.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR")
+    add_model(parser)
     parser.add_argument("--problems", required=True, type=Path, metavar="FILE")
     parser.add_argument("--count", type=int, default=None, metavar="N", help="first N problems")
     parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
@@ -37,10 +38,8 @@ def add_parser(commands: Any) -> None:
         metavar="JSON",
         help='further settings: \'{"policy": "elastic-block", "block_drift": 0.02}\'',
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_engine(parser, batch_size=16)
+    add_json(parser)
     parser.set_defaults(function=main)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_model, add_prompts
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, DEFAULT_ROW_BUDGET, BenchEngine
 
 
@@ -22,12 +23,10 @@ def add_parser(commands: Any) -> None:
         description="Reads JSONL (id, prompt or prompt_token_ids, optional max_tokens and "
         "elastic_* knobs) and writes one JSON line a request: the answer and what it cost.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser, batch_size=1)
     parser.add_argument("--max-model-len", type=int, default=None, metavar="N")
     parser.add_argument(
         "--max-num-batched-tokens",
@@ -78,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,
+        rows=True,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     )
     started = time.perf_counter()

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import re
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_elastic.bench.server import ServerProcess
+from vllm_elastic.bench.server_metrics import (
+    CACHE_CONFIG,
+    CACHE_USAGE,
+    RUNNING,
+    WAITING,
+    read_metrics,
+)
 
 ROLES = ("API server", "engine core", "worker")
 
@@ -44,27 +50,19 @@ def read_state(server: ServerProcess) -> ServerState:
 
     Raises:
         OSError: the server does not answer.
+        KeyError: it has no such metric.
     """
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
-        metrics = answer.read().decode()
-    found = re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', metrics)
-    assert found is not None
-    blocks = int(found[1]) - 1
+    metrics = read_metrics(server)
+    blocks = int(metrics.label(CACHE_CONFIG, "num_gpu_blocks")) - 1
     processes = _processes(server.pid)
     return ServerState(
         memory={role: _resident_mib(pid) for role, pid in processes.items()},
         open_files={role: _open_files(pid) for role, pid in processes.items()},
-        running=int(_gauge(metrics, "vllm:num_requests_running")),
-        waiting=int(_gauge(metrics, "vllm:num_requests_waiting")),
-        blocks_in_use=round(_gauge(metrics, "vllm:kv_cache_usage_perc") * blocks),
+        running=int(metrics[RUNNING]),
+        waiting=int(metrics[WAITING]),
+        blocks_in_use=round(metrics[CACHE_USAGE] * blocks),
         blocks=blocks,
     )
-
-
-def _gauge(metrics: str, name: str) -> float:
-    """Sum over the engines of a metric."""
-    values = re.findall(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", metrics, re.MULTILINE)
-    return sum(float(value) for value in values)
 
 
 def _processes(leader: int) -> dict[str, int]:

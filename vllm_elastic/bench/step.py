@@ -212,7 +212,7 @@ def _parts() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.execution import row_batch, runner
     from vllm_elastic.execution.hidden_states import HiddenStateCache
     from vllm_elastic.execution.statistics import StatisticsInputs
-    from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock
+    from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock, LLaDAModelLM
 
     return {
         "products": [(LLaDAAttention, "project"), (LLaDABlock, "finish")],
@@ -225,9 +225,10 @@ def _parts() -> dict[str, list[tuple[Any, str]]]:
         "statistics": [
             (StatisticsInputs, "prepare"),
             (StatisticsInputs, "save_layer"),
+            (StatisticsInputs, "partial_sums"),
             (StatisticsInputs, "measure"),
         ],
-        "head": [(runner.ElasticRunner, "_candidate_logits"), (runner, "most_probable")],
+        "head": [(LLaDAModelLM, "compute_logits"), (runner, "most_probable")],
         "batch": [(row_batch.RowLayout, "of"), (row_batch.RowBatch, "build")],
     }
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import add_engine, add_model, add_prompts
 from vllm_elastic.bench.engine import BenchEngine
-from vllm_elastic.bench.problems import Score, score
+from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
 
 # From the cheapest setting to the dearest: what each policy's own knob may be.
@@ -32,8 +33,8 @@ def add_parser(commands: Any) -> None:
         "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
         "in every line of the file, good means accurate; else it means the same tokens.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
     parser.add_argument("--policies", nargs="+", default=list(LADDERS), choices=list(LADDERS))
     parser.add_argument(
@@ -51,34 +52,37 @@ def add_parser(commands: Any) -> None:
         help="of prompts whose answer is the same, where there are no references "
         "(default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--elastic-config", type=json.loads, default={}, metavar="JSON")
+    add_engine(parser, batch_size=16)
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the config found")
     parser.set_defaults(function=main)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """When a setting is good enough."""
+    """When a setting is good enough.
+
+    Attributes:
+        baseline: without a cache.
+        accuracy_loss: allowed below the baseline, in percent points.
+        agreement: least share of prompts whose answer is the baseline's.
+    """
 
     baseline: Score
-    has_answers: bool
     accuracy_loss: float
     agreement: float
 
     def passed(self, scored: Score) -> bool:
         """By accuracy where the prompts have answers, by agreement where they have none."""
-        if self.has_answers:
+        if self.baseline.accuracy is not None and scored.accuracy is not None:
             lost = 100 * (self.baseline.accuracy - scored.accuracy)
             return lost <= self.accuracy_loss + 1e-9
+        assert scored.agreement is not None, "scored without a baseline"
         return scored.agreement >= self.agreement
 
 
 def main(args: argparse.Namespace) -> None:
     """Print every setting tried, and write the best."""
     prompts = list(read_jsonl(args.prompts))[: args.count]
-    has_answers = all("answer" in prompt for prompt in prompts)
     engine = BenchEngine(
         args.model,
         dtype=args.dtype,
@@ -86,21 +90,17 @@ def main(args: argparse.Namespace) -> None:
         elastic_config=args.elastic_config,
     )
     none = engine.run([{**prompt, "elastic_policy": "none"} for prompt in prompts])
-    bar = Bar(
-        score_of(prompts, none, none, has_answers),
-        has_answers,
-        args.accuracy_loss,
-        args.agreement,
-    )
+    bar = Bar(score(prompts, none, none), args.accuracy_loss, args.agreement)
     print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
-    print(_line("none", bar.baseline, has_answers, True), flush=True)
+    print(_line("none", bar.baseline, True), flush=True)
     good: list[tuple[float, dict[str, Any]]] = [(1.0, {"policy": "none"})]
     for policy in args.policies:
-        for knobs, scored in climb(engine, prompts, none, policy, has_answers):
+        for knobs, scored in climb(engine, prompts, none, policy):
             passed = bar.passed(scored)
             name = ", ".join(map(str, knobs.values()))
-            print(_line(name, scored, has_answers, passed), flush=True)
+            print(_line(name, scored, passed), flush=True)
             if passed:
+                assert scored.work is not None, "scored without a baseline"
                 good.append((scored.work, knobs))
                 break
     work, best = min(good, key=lambda pair: pair[0])
@@ -115,30 +115,17 @@ def climb(
     prompts: list[dict[str, Any]],
     none: list[dict[str, Any]],
     policy: str,
-    has_answers: bool,
 ) -> Iterator[tuple[dict[str, Any], Score]]:
     """A policy's settings and scores, the cheapest first."""
     knob, ladder = LADDERS[policy]
     for value in ladder:
         knobs = {"policy": policy, knob: value}
         requests = [{**p, **{f"elastic_{k}": v for k, v in knobs.items()}} for p in prompts]
-        yield knobs, score_of(prompts, engine.run(requests), none, has_answers)
+        yield knobs, score(prompts, engine.run(requests), none)
 
 
-def score_of(
-    prompts: list[dict[str, Any]],
-    results: list[dict[str, Any]],
-    none: list[dict[str, Any]],
-    has_answers: bool,
-) -> Score:
-    """``score``; without references every answer counts as wrong and accuracy means nothing."""
-    references = prompts if has_answers else [{**prompt, "answer": "\0"} for prompt in prompts]
-    return score(references, results, none)
-
-
-def _line(name: str, scored: Score, has_answers: bool, passed: bool) -> str:
-    accuracy = f"{scored.accuracy:.1%}" if has_answers else ""
+def _line(name: str, scored: Score, passed: bool) -> str:
     return (
-        f"| {name} | {accuracy} | {scored.agreement:.1%} | {scored.work:.3f} | "
-        f"{'yes' if passed else 'no'} |"
+        f"| {name} | {percent(scored.accuracy)} | {percent(scored.agreement)} | "
+        f"{scored.work:.3f} | {'yes' if passed else 'no'} |"
     )

@@ -94,6 +94,13 @@ class PassPlan:
         """Whether every position is computed from the embedding on."""
         return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
 
+    @property
+    def num_queries(self) -> int:
+        """Rows whose attention is worked out once more, for the statistics."""
+        if self.trackable is None and not self.granularity:
+            return 0
+        return len(np.union1d(self.window, self.tested))
+
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
         return sum(len(s.positions) * (num_layers - s.join_layer) for s in self.segments)
@@ -108,9 +115,10 @@ class PassResult:
         probabilities: float64 [W], its probability; NaN where the logits were not finite.
         most_attended: int32 [layers, track_num], layers from the pass's start layer on, -1 where
             fewer positions may be tracked; None: not asked for.
-        similarities: float32 [tested layers], 1 = no drift; None: no test asked for.
+        similarities: float32 [tested layers], 1 = no drift, NaN in layers whose input is not
+            stored; None: no test asked for.
         probe_drift: float32 [probes, L], relative change of the input of each layer (0 in layer
-            0, whose input is the embedding); None: nothing probed.
+            0, whose input is the embedding, and where it is not stored); None: nothing probed.
         block_mass: float32 [blocks], share of the window's attention, mean over heads and layers.
         block_probes: int32 [blocks], the most attended watched position of each block, -1: none.
         logprobs: of the window's candidates; None: not asked for.

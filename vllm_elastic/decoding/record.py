@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,11 @@ from vllm_elastic.decoding.plan import PassPlan
 
 @dataclass(slots=True)
 class DecodingRecord:
-    """Counters of one request; one entry a pass where asked for.
+    """Counters of one request; one entry a pass where asked for (``keep_steps``).
+
+    With ``keep_rows`` an entry also has ``segments`` ([join layer, rows] pairs, ascending),
+    ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured)
+    and ``tested`` (rows of the drift test): what the pass costs on any machine.
 
     Attributes:
         denoising_steps: steps finished; a step that is replayed counts once.
@@ -25,6 +30,7 @@ class DecodingRecord:
     """
 
     keep_steps: bool = False
+    keep_rows: bool = False
     denoising_steps: int = 0
     passes: int = 0
     row_layers: int = 0
@@ -56,5 +62,12 @@ class DecodingRecord:
                 "committed": committed or [],
             }
             if similarities is not None:
-                entry["similarities"] = [round(float(s), 7) for s in similarities]
+                entry["similarities"] = [
+                    None if math.isnan(s) else round(float(s), 7) for s in similarities
+                ]
+            if self.keep_rows:
+                entry["segments"] = [[s.join_layer, len(s.positions)] for s in plan.segments]
+                entry["window"] = len(plan.window)
+                entry["queries"] = plan.num_queries
+                entry["tested"] = len(plan.tested)
             self.steps.append(entry)

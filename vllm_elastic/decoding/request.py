@@ -39,6 +39,7 @@ class DenoisingRequest:
 
     Attributes:
         refresh: ``replay`` or ``next``.
+        reach: neighbours on either side of a commit that ``near_commits`` takes in.
         tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
     """
@@ -63,11 +64,15 @@ class DenoisingRequest:
             prompt_token_ids, max_tokens, mask_token_id, end_token_ids, config.canvas
         )
         granularity = config.granularity or block_size
-        self.validity = BlockValidity(self.canvas.length, granularity, num_layers)
+        self.validity = BlockValidity(
+            self.canvas.length, granularity, num_layers, config.hidden_stride
+        )
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
+        reach = self.policy.reach if config.reach is None else config.reach
+        self.reach = min(reach, self.canvas.length)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
-        self.record = DecodingRecord(keep_steps=config.record)
+        self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
         self.sampling = sampling
@@ -124,6 +129,12 @@ class DenoisingRequest:
         self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
 
+    def near_commits(self) -> Positions:
+        """What the step before committed and its neighbours within ``reach``, ascending."""
+        around = np.arange(-self.reach, self.reach + 1)
+        near = np.unique(self.just_committed[:, None] + around)
+        return near[(near >= 0) & (near < self.canvas.length)].astype(np.int32)
+
     def take_logprobs(self, count: int) -> list[Logprobs]:
         """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order.
 
@@ -155,7 +166,8 @@ class DenoisingRequest:
             kind = "window" if current else "refresh"
         measures = self.policy.measures
         watched = None
-        if self.policy.probes_blocks:
+        judged = self.policy.probes_blocks and not replay  # a replay's statistics decide nothing
+        if judged:
             watched = np.ones(self.canvas.length, dtype=np.bool_)
             watched[window if (join == 0).all() else rows] = False
         compared = not everything and not replay
@@ -173,7 +185,7 @@ class DenoisingRequest:
             statistic=self.config.statistic,
             sampling=self.sampling,
             probes=self.policy.probes(self) if compared and join.any() else NO_POSITIONS,
-            granularity=self.validity.block_size if self.policy.probes_blocks else 0,
+            granularity=self.validity.block_size if judged else 0,
             watched=watched,
             fresh=self._fresh,
         )

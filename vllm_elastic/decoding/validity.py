@@ -13,13 +13,19 @@ class BlockValidity:
     A block that is stale from layer j holds usable hidden states at the *input* of layer j (j = 0:
     the embedding), so its rows can join a pass there.
 
+    Args:
+        hidden_stride: inputs are stored of every so manyth layer only, so staleness begins there.
+
     Attributes:
         block_size: positions a block has.
         stale_from: int16 [blocks], 0 .. L.
     """
 
-    def __init__(self, canvas_length: int, block_size: int, num_layers: int) -> None:
+    def __init__(
+        self, canvas_length: int, block_size: int, num_layers: int, hidden_stride: int = 1
+    ) -> None:
         self.num_layers = num_layers
+        self._hidden_stride = hidden_stride
         self._canvas_length = canvas_length
         self.block_size = block_size
         num_blocks = -(-canvas_length // block_size)
@@ -31,7 +37,11 @@ class BlockValidity:
 
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
-        self.stale_from = np.minimum(self.stale_from, stale_from).astype(np.int16)
+        layers = np.asarray(stale_from, dtype=np.int16)
+        stored = np.where(
+            layers < self.num_layers, layers - layers % self._hidden_stride, self.num_layers
+        )
+        self.stale_from = np.minimum(self.stale_from, stored).astype(np.int16)
 
     def validate(self) -> None:
         """All blocks were brought up to date by the pass that just ran."""

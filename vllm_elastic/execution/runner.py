@@ -128,6 +128,7 @@ class ElasticRunner:
             key_layout=KeyLayout.measure(layers[0]),
             key_cache=_stack_views([layer.kv_cache for layer in layers]),
             hidden_rows=_stack_views([store.rows() for store in self.model.hidden_states]),
+            hidden_stride=self.model.hidden_stride,
         )
         self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
 

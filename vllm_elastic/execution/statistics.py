@@ -45,7 +45,7 @@ class StatisticsInputs:
         query_rows: int64 [S] ascending, rows whose queries are kept.
         tested_positions: int64 [M], positions under test, plan by plan.
         tested_rows: int64 [M], their rows.
-        old_inputs: [L - 1, M, d], their stored inputs of layers 1 .. L - 1, or None: no test.
+        old_inputs: [stored, M, d], their inputs of the layers that store them, or None: no test.
     """
 
     def __init__(self, plans: Sequence[PassPlan], layout: RowLayout, block_size: int) -> None:
@@ -122,22 +122,28 @@ class StatisticsInputs:
             tested_slots = put(self._layout.slots[self._tested_rows_np])
             self.old_inputs = ranks.gather_columns(model.hidden_rows[:, tested_slots])
             key_slots = put(self._layout.slots[self._key_rows_np])
-            self._old_keys = model.key_layout.read_slots(model.key_cache, key_slots)
+            self._old_keys = model.key_layout.read_slots(
+                model.key_cache[:: model.hidden_stride], key_slots
+            )
             self._old_queries = self._queries.new_empty(
-                model.num_layers, len(self.tested_positions), model.num_heads, model.head_dim
+                1 + len(self.old_inputs),
+                len(self.tested_positions),
+                model.num_heads,
+                model.head_dim,
             )
 
     def save_layer(self, layer: int, q: torch.Tensor, num_rows: int, num_queries: int) -> None:
         """Called in each layer.
 
         Args:
-            q: [num_rows + M, Hq, D], the M tested rows' queries from stored hidden states last.
+            q: [num_rows + M, Hq, D], the M tested rows' queries from stored hidden states last;
+                [num_rows, Hq, D] in a layer whose input is not stored.
             num_queries: the first so many of ``query_rows`` are active at this layer.
         """
         if num_queries:
             self._queries[layer, :num_queries] = q[self._query_rows[:num_queries]]
-        if self.old_inputs is not None:
-            self._old_queries[layer] = q[num_rows:]
+        if self.old_inputs is not None and q.shape[0] > num_rows:
+            self._old_queries[layer // self._shape.hidden_stride] = q[num_rows:]
 
     def partial_sums(self, index: int) -> Sums:
         """What plan ``index``'s statistics add up from, of this rank's heads and columns.
@@ -145,7 +151,7 @@ class StatisticsInputs:
         Returns:
             float32, every one to be summed over all ranks: ``mass`` [L, T]; ``share`` [T] and
             ``total`` [1] of the mass; ``drift.*`` as ``drift_sums``; ``probe.change`` and
-            ``probe.before`` [L - 1, probes], squared norms. L from the plan's start layer on.
+            ``probe.before`` [stored, probes], squared norms. L from the plan's start layer on.
         """
         rows = self._requests.get(index)
         if rows is None:
@@ -169,17 +175,21 @@ class StatisticsInputs:
         if index in self._probe_spans:
             sums |= self._probe_sums(self._probe_spans[index])
         if plan.tested.size:
-            old = ops.attention_scores(self._old_queries[:, rows.old_queries], keys, shape.scale)
+            # A pass that tests starts at layer 0; tested are the layers whose input is stored.
+            stride = shape.hidden_stride
+            old = ops.attention_scores(
+                self._old_queries[:, rows.old_queries], keys[::stride], shape.scale
+            )
             old_keys = self._old_keys[:, rows.old_keys].permute(0, 2, 3, 1)
             written = torch.from_numpy(rows.written).to(device)
             old[..., written] = ops.attention_scores(
                 self._old_queries[:, rows.old_queries], old_keys, shape.scale
             )
             drift = ops.drift_sums(
-                old.softmax(dim=-1), attention[:, :, num_window:], plan.statistic
+                old.softmax(dim=-1), attention[::stride, :, num_window:], plan.statistic
             )
             for number, part in enumerate(drift):
-                sums[f"drift.{number}"] = part[: plan.tested_layers]
+                sums[f"drift.{number}"] = part[: shape.num_tested(plan.tested_layers)]
         return sums
 
     def measure(self, index: int, sums: Sums) -> dict[str, np.ndarray | None]:
@@ -201,16 +211,21 @@ class StatisticsInputs:
             measured["block_probes"] = probes.to(torch.int32)
         if "probe.change" in sums:
             change, before = sums["probe.change"].sqrt(), sums["probe.before"].sqrt()
-            drift = (change / before.clamp_min(ops.NORM_FLOOR)).T
-            measured["probe_drift"] = torch.nn.functional.pad(drift, (1, 0))  # layer 0's is exact
+            drift = change.new_zeros(plan.probes.size, self._shape.num_layers)
+            stride = self._shape.hidden_stride
+            drift[:, stride::stride] = (change / before.clamp_min(ops.NORM_FLOOR)).T
+            measured["probe_drift"] = drift
         if plan.tested.size:
             drift_sums = [part for name, part in sums.items() if name.startswith("drift.")]
             num_rows = self._shape.num_heads * ranks.count() * plan.tested.size
-            measured["similarities"] = ops.similarity_of_sums(drift_sums, plan.statistic, num_rows)
+            tested = ops.similarity_of_sums(drift_sums, plan.statistic, num_rows)
+            similarities = tested.new_full((self._shape.num_layers,), torch.nan)
+            similarities[:: self._shape.hidden_stride][: len(tested)] = tested
+            measured["similarities"] = similarities[: plan.tested_layers]
         return {name: tensor.cpu().numpy() for name, tensor in measured.items()}
 
     def _probe_sums(self, span: slice) -> Sums:
-        """Squared norms of stored hidden states and of their change, [L - 1, probes] each."""
+        """Squared norms of stored hidden states and of their change, [stored, probes] each."""
         old = self._old_probes[:, span].float()
         new = self._shape.hidden_rows[:, self._probe_slots[span]].float()
         # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
@@ -233,8 +248,8 @@ class AttentionShape:
     Attributes:
         num_heads, num_kv_heads: of this rank.
         key_cache: [L, blocks, Hkv, block_size, C], all layers' paged keys and values.
-        hidden_rows: [L - 1, slots, d / ranks], this rank's columns of the stored inputs of
-            layers 1 .. L - 1.
+        hidden_rows: [stored, slots, d / ranks], this rank's columns of the stored inputs, of
+            every ``hidden_stride``-th layer from that one on.
     """
 
     num_layers: int
@@ -245,3 +260,8 @@ class AttentionShape:
     key_layout: KeyLayout
     key_cache: torch.Tensor
     hidden_rows: torch.Tensor
+    hidden_stride: int = 1
+
+    def num_tested(self, tested_layers: int | None) -> int | None:
+        """How many of the first so many layers store their input, or are layer 0; None: all."""
+        return None if tested_layers is None else -(-tested_layers // self.hidden_stride)

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.execution.hidden_states import HiddenStateCache
 from vllm_elastic.execution.row_batch import Chunk, RowBatch, Stage, WindowRows
 from vllm_elastic.execution.statistics import StatisticsInputs
@@ -182,7 +183,8 @@ class LLaDABlock(nn.Module):
         num_rows = stage.num_rows
         rows_x = x if old_x is None else torch.cat([x, old_x])
         if len(stage.chunks) == 1:
-            q, k, v = attention.project(self.attn_norm(rows_x), stage.positions)
+            positions = stage.positions[: rows_x.shape[0]]
+            q, k, v = attention.project(self.attn_norm(rows_x), positions)
         else:
             # Keys and values of all chunks first: every chunk attends to all of them.
             parts = [
@@ -231,11 +233,13 @@ class LLaDAModelLM(nn.Module):
             for i in range(config.n_layers)
         )
         # Layer 0's input is the embedding of the canvas; it needs no storage.
+        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        self.hidden_stride = elastic.hidden_stride
         self.hidden_states = nn.ModuleList(
             HiddenStateCache(
                 config.d_model, vllm_config, maybe_prefix(prefix, f"hidden_states.{i}")
             )
-            for i in range(1, config.n_layers)
+            for i in range(self.hidden_stride, config.n_layers, self.hidden_stride)
         )
         self.ln_f = KernelRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.lm_head = ParallelLMHead(
@@ -279,15 +283,20 @@ class LLaDAModelLM(nn.Module):
         num_rows = x.shape[0]
         for layer, block in enumerate(self.blocks):
             stage = batch.stage_of(layer)
-            if layer > 0:
-                store = self.hidden_states[layer - 1]
+            nth, between = divmod(layer, self.hidden_stride)
+            if between:
+                if stage.num_rows > num_rows:
+                    raise RuntimeError(f"rows join at layer {layer}, whose input is not stored")
+                old_x = None
+            elif layer > 0:
+                store = self.hidden_states[nth - 1]
                 if num_rows:
                     store.write(x, batch.slots[:num_rows])
                 if stage.num_rows > num_rows:
                     joining = store.read(batch.slots[num_rows : stage.num_rows])
                     x = torch.cat([x, joining]) if num_rows else joining
                 if old_inputs is not None:
-                    old_x = old_inputs[layer - 1]
+                    old_x = old_inputs[nth - 1]
             num_rows = stage.num_rows
             if num_rows:
                 final = batch.window if layer == self.num_layers - 1 else None

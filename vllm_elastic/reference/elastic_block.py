@@ -4,8 +4,9 @@
 The canvas is cut into blocks of ``granularity`` positions. Of each block is kept: the step as of
 which it is stored, the step in which it was last probed, and its *rate*, one number per layer.
 
-A step computes, from layer 0 on, the window, what was just committed and the *probes*. The
-positions of stale blocks join at their block's layer. Then, in this order:
+A step computes, from layer 0 on, the window, what was just committed with all positions within
+``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer. Then,
+in this order:
 
 * A probe's drift at layer l is ``|new - old| / |old|`` of the hidden state at that layer's input,
   old being what was stored before the step; layer 0 has none. Its block's rate becomes that drift
@@ -23,6 +24,8 @@ positions of stale blocks join at their block's layer. Then, in this order:
 
 "next": stale blocks join the following step. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
+With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
+only, and blocks join at one of them or at layer 0.
 """
 
 from __future__ import annotations
@@ -50,9 +53,11 @@ class ElasticBlockOptions(DecodingOptions):
 
     granularity: int = 32
     probes: int = 4
+    reach: int = 4
     block_drift: float = 0.03
     slack: float = 0.1
     refresh: Literal["next", "replay"] = "next"
+    hidden_stride: int = 1
 
 
 @dataclass
@@ -120,6 +125,7 @@ class ElasticBlock:
             hidden = model.finish(layer, hidden, attended)
         change = (cache.hidden[:, self.probes] - old).norm(dim=-1) / old.norm(dim=-1)
         change[0] = 0.0
+        change[torch.arange(self.layers) % self.options.hidden_stride > 0] = 0.0
         drift = {probe: change[:, i].tolist() for i, probe in enumerate(self.probes)}
         return Measured(hidden[torch.isin(active, window)], (mass / mass.sum()).tolist(), drift)
 
@@ -159,7 +165,8 @@ class ElasticBlock:
                 self.result.close_call(
                     margin.of_threshold(torch.tensor(drift) / max(drift), options.slack)
                 )
-                stale[index] = max(0, moved.index(True) - 1) if any(moved) else 0
+                at = max(0, moved.index(True) - 1) if any(moved) else 0
+                stale[index] = at - at % options.hidden_stride
             self.result.close_call(
                 margin.of_ranking(torch.tensor(cost), len(stale)),
                 margin.of_threshold(torch.tensor([left]), options.block_drift / 2),
@@ -185,6 +192,12 @@ class ElasticBlock:
         join = {p: at for index, at in self.stale.items() for p in self.blocks[index].positions}
         return join | {p: min(rows_at, join.get(p, rows_at)) for p in rows}
 
+    def near_commits(self) -> set[int]:
+        """What was just committed and its neighbours, within the canvas."""
+        reach = self.options.reach
+        near = {p + by for p in self.committed for by in range(-reach, reach + 1)}
+        return near & set(range(len(self.canvas)))
+
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
         options = self.options
@@ -193,7 +206,7 @@ class ElasticBlock:
             return False
         if self.result.denoising_steps == 0:
             self.stale = dict.fromkeys(range(len(self.blocks)), 0)
-        rows = sorted({*window.tolist(), *self.committed, *self.probes})
+        rows = sorted({*window.tolist(), *self.near_commits(), *self.probes})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):

@@ -21,6 +21,7 @@ What is pinned down here beyond the paper:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,12 +49,19 @@ class ElasticOptions(DecodingOptions):
         refresh: "replay" is the paper. "next" is ours: the step that finds the drift is finished
             as it is, and in the following step everyone joins at l*+1; the layers below that are
             tested as ever.
+        reach: ours; 0 is the paper. Positions on either side of a just committed one that are
+            computed with it.
+        hidden_stride: s, ours: hidden states are stored at the inputs of layers s, 2 s, ... Only
+            these layers and layer 0 are tested, and everyone joins at the nearest of them that
+            is not above l*+1; layers from there to l* are computed once more, by everyone.
     """
 
     gamma: float = 0.9
     track_num: int = 1
     statistic: Statistic = "released"
     refresh: Literal["replay", "next"] = "replay"
+    reach: int = 0
+    hidden_stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +131,10 @@ class ElasticCache:
         """(R,) positions that the coming step computes from layer 0, ascending."""
         if self.result.denoising_steps == 0:
             return self.canvas.everywhere
-        return union(self.tracked, self.committed, window)
+        reach = self.options.reach
+        near = (self.committed[:, None] + torch.arange(-reach, reach + 1)).flatten()
+        near = near[(near >= 0) & (near < len(self.canvas))]
+        return union(self.tracked, near, window)
 
     def run_layers(self, rows: Tensor, window: Tensor) -> LayersOutput:
         """All layers for ``rows`` (R,), refreshing from where the attention has drifted."""
@@ -133,17 +144,15 @@ class ElasticCache:
         testing = len(self.tracked) > 0
         similarities: list[float] = []
         stale_from = None
-        tracked = []
-        hidden = model.embed(self.canvas.tokens[rows])
-        for layer in range(model.config.n_layers):
+        tracked: list[Tensor] = []
+        hidden, layer = model.embed(self.canvas.tokens[rows]), 0
+        while layer < model.config.n_layers:
             if layer == self.stale_from:
-                hidden, rows, testing = (
-                    self.join(layer, hidden, rows),
-                    self.canvas.everywhere,
-                    False,
-                )
+                hidden, rows = self.join(layer, hidden, rows), self.canvas.everywhere
+                testing = False
             q, k, v = model.project(layer, hidden, rows)
-            if testing:
+            tests_here = testing and layer % options.hidden_stride == 0
+            if tests_here:
                 stored = cache.hidden[layer, self.tracked]
                 q_before = model.queries(layer, stored, self.tracked)
                 before = model.attention_rows(q_before, cache.keys[layer])
@@ -155,16 +164,24 @@ class ElasticCache:
             tracked.append(most_attended(of_window, self.canvas.masked, options.track_num))
             mass = attention_mass(of_window, self.canvas.masked)
             self.result.close_call(margin.of_ranking(mass, options.track_num))
-            if testing:
-                after = model.attention_rows(q[:, index_in(rows, self.tracked)], cache.keys[layer])
+            layer += 1
+            if testing and not tests_here:
+                similarities.append(math.nan)
+            elif tests_here:
+                after = model.attention_rows(
+                    q[:, index_in(rows, self.tracked)], cache.keys[layer - 1]
+                )
                 similarities.append(similarity(before, after, options.statistic))
                 self.result.close_call(abs(similarities[-1] - options.gamma))
-                drifted = similarities[-1] < options.gamma and layer < last_layer
+                drifted = similarities[-1] < options.gamma and layer <= last_layer
                 if drifted and options.refresh == "replay":
-                    stale_from, testing = layer + 1, False
-                    hidden, rows = self.join(layer + 1, hidden, rows), self.canvas.everywhere
+                    stale_from, testing = layer - layer % options.hidden_stride, False
+                    if stale_from < layer:  # back to what is stored, this step's rows included
+                        tracked, layer = tracked[:stale_from], stale_from
+                        hidden = cache.hidden[layer, rows]
+                    hidden, rows = self.join(layer, hidden, rows), self.canvas.everywhere
                 elif drifted and stale_from is None:
-                    stale_from = layer + 1
+                    stale_from = layer - layer % options.hidden_stride
         return LayersOutput(
             hidden=hidden[index_in(rows, window)],
             similarities=similarities,
@@ -192,7 +209,7 @@ class ElasticCache:
         kind = "window" if self.result.denoising_steps else "first"
         row_layers = None
         if self.stale_from is not None:
-            kind = "refresh"
+            kind = "refresh" if self.stale_from else "full"
             layers_above = self.model.config.n_layers - self.stale_from
             joining = len(self.canvas) - len(rows)
             row_layers = len(rows) * self.model.config.n_layers + joining * layers_above

@@ -5,11 +5,26 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.sampling import Sampling
+
+
+def end_token_ids_of(params: SamplingParams) -> set[int]:
+    """What ends this request's answer: its stop tokens, and the end token unless it ignores it."""
+    end_token_ids = set(params.stop_token_ids or ())
+    if params.eos_token_id is not None:
+        end_token_ids.add(params.eos_token_id)
+    return end_token_ids
+
+
+def text_end_ids_of(hf_config: Any) -> tuple[int, ...]:
+    """The model's end-of-text, then its end-of-turn where it has one."""
+    ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
+    return tuple(token_id for token_id in ends if token_id is not None)
 
 
 def sampling_of(
@@ -26,8 +41,8 @@ def sampling_of(
     the request fixed.
 
     Args:
-        end_token_ids: what ends this request's answer.
-        text_end_ids: the model's end-of-text, then its end-of-turn where it has one.
+        end_token_ids: from ``end_token_ids_of``.
+        text_end_ids: from ``text_end_ids_of``.
     """
     first_end = params.min_tokens
     for offset, token_id in enumerate(config.canvas or ()):

@@ -19,8 +19,9 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
+from vllm_elastic.decoding.turns import Turns
 from vllm_elastic.finished_answer import KEY
-from vllm_elastic.scheduling.sampling import sampling_of
+from vllm_elastic.scheduling.sampling import end_token_ids_of, sampling_of, text_end_ids_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
 
@@ -32,11 +33,9 @@ class ElasticScheduler(Scheduler):
     """Owns the canvas of every request and decides what each step computes and commits.
 
     A request holds the KV blocks of its whole canvas (P + max_tokens) from admission on, so
-    running out of blocks never preempts. Each step serves running requests in the order in which
-    they were served last, until the row budget (``max_num_batched_tokens``) is full; the first
-    one that does not fit ends the step and is first in the next. So a request waits for at most
-    as many steps as there are running requests. A request with more rows than the budget runs
-    alone, in row chunks.
+    running out of blocks never preempts. Each step serves running requests by their ``Turns``,
+    those served longest ago first, until the row budget (``max_num_batched_tokens``) is full. A
+    request with more rows than the budget runs alone, in row chunks.
 
     Attributes:
         records: finished requests' records, kept only with ``record`` in the config.
@@ -49,11 +48,10 @@ class ElasticScheduler(Scheduler):
         )
         hf_config = self.vllm_config.model_config.hf_config
         self._mask_token_id: int = hf_config.mask_token_id
-        ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
-        self._text_end_ids = tuple(token for token in ends if token is not None)
+        self._text_end_ids = text_end_ids_of(hf_config)
         self._num_layers: int = hf_config.n_layers
         self._canvases: dict[str, DenoisingRequest] = {}
-        self._last_served: dict[str, int] = {}
+        self._turns = Turns()
         self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
         self._unreported: list[dict[str, Any]] = []  # ended, and not told to the front end yet
@@ -149,15 +147,13 @@ class ElasticScheduler(Scheduler):
                 self._canvases[request.request_id].restart()
             else:
                 self._canvases[request.request_id] = self._new_canvas(request)
-            self._last_served[request.request_id] = -1
+            self._turns.add(request.request_id)
             self.running.append(request)
 
     def _new_canvas(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
         assert params is not None and request.prompt_token_ids is not None
-        end_token_ids = set(params.stop_token_ids or ())
-        if params.eos_token_id is not None:
-            end_token_ids.add(params.eos_token_id)
+        end_token_ids = end_token_ids_of(params)
         config = self.elastic_config.for_request(params.extra_args)
         return DenoisingRequest(
             request.request_id,
@@ -180,17 +176,14 @@ class ElasticScheduler(Scheduler):
         )
 
     def _plan_step(self) -> list[PassPlan]:
-        plans: list[PassPlan] = []
-        budget = self.max_num_scheduled_tokens
-        for request in sorted(self.running, key=lambda r: self._last_served[r.request_id]):
-            plan = self._canvases[request.request_id].plan()
-            if plans and plan.num_rows > budget:
-                break
-            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-            plans.append(plan)
-            budget -= plan.num_rows
-            self._last_served[request.request_id] = self.current_step
-        return plans
+        taken = self._turns.take(
+            [request.request_id for request in self.running],
+            lambda request_id: self._canvases[request_id].plan(),
+            self.max_num_scheduled_tokens,
+        )
+        for request_id, plan in taken:
+            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+        return [plan for _, plan in taken]
 
     # Where vLLM asks.
 
@@ -198,7 +191,7 @@ class ElasticScheduler(Scheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         canvas = self._canvases.pop(request.request_id, None)
-        self._last_served.pop(request.request_id, None)
+        self._turns.remove(request.request_id)
         admitted_at = self._admitted_at.pop(request.request_id, None)
         if canvas is not None and admitted_at is not None and self.elastic_config.record:
             canvas.record.seconds = time.monotonic() - admitted_at

@@ -24,13 +24,14 @@ class RefreshPolicy:
         measures: whether passes report the attention's drift and the most attended positions
             (tracked positions, similarities).
         probes_blocks: whether passes report the attention of blocks and the drift of probes.
-        refresh: what its verdict does where the config does not say (see ``ElasticConfig``).
+        refresh, reach: where the config does not say (see ``ElasticConfig``).
     """
 
     name: ClassVar[str]
     measures: ClassVar[bool] = False
     probes_blocks: ClassVar[bool] = False
     refresh: ClassVar[str] = "replay"
+    reach: ClassVar[int] = 0
 
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config

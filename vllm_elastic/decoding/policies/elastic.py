@@ -27,9 +27,8 @@ class Elastic(RefreshPolicy):
     measures = True
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return np.union1d(np.union1d(window, request.just_committed), request.tracked).astype(
-            np.int32
-        )
+        rows = np.union1d(window, request.near_commits())
+        return np.union1d(rows, request.tracked).astype(np.int32)
 
     def judge(
         self, request: DenoisingRequest, plan: PassPlan, result: PassResult

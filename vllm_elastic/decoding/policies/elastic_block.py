@@ -29,6 +29,9 @@ class ElasticBlock(RefreshPolicy):
     over all blocks exceeds ``block_drift``, the costliest blocks are refreshed until half of it is
     left. So the prompt, which hardly drifts, is rarely recomputed, however long it is.
 
+    What drifts most by far are the neighbours of a token that was just committed; within ``reach``
+    they are computed with it, and their blocks are judged by the rest of their positions.
+
     Blocks are probed in turn, the more attended ones more often. Between two probes of a block
     its drift is extrapolated from its age.
     """
@@ -36,6 +39,7 @@ class ElasticBlock(RefreshPolicy):
     name = "elastic-block"
     probes_blocks = True
     refresh = "next"
+    reach = 4
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
@@ -46,7 +50,7 @@ class ElasticBlock(RefreshPolicy):
         self._probes = self._next_probes
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        rows = np.union1d(window, request.just_committed)
+        rows = np.union1d(window, request.near_commits())
         return np.union1d(rows, self._probes).astype(np.int32)
 
     def probes(self, request: DenoisingRequest) -> Positions:

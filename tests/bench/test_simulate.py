@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator: costs by hand, nothing lost, and a command line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.decoding.fake_model import Scenario, drive
+from vllm_elastic.bench.__main__ import make_parser
+from vllm_elastic.bench.simulation.calibration import fit, non_negative_least_squares
+from vllm_elastic.bench.simulation.cluster import closed_loop, open_loop, run_closed
+from vllm_elastic.bench.simulation.cost_model import CostModel
+from vllm_elastic.bench.simulation.device import DEVICES, PARTS, Device
+from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.bench.simulation.recording import Recording
+from vllm_elastic.bench.simulation.replica import Capacity, Job, Replica
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.policies import POLICIES
+
+LAYERS = 8
+SMALL = ModelShape(
+    width=4, key_width=2, layers=2, heads=2, mlp=6, vocabulary=10, bytes_per_number=2
+)
+SLOW_HOST = Device("test", 100, 50, 1000, 0, step_seconds=1, layer_seconds=0.5, pass_seconds=0.25)
+
+
+def record_of(policy: str, seed: int = 0, prompt: int = 9, length: int = 24) -> dict[str, Any]:
+    """A record as ``bench run`` writes it: the real decoder on a model that answers at random."""
+    knobs = {"policy": policy, "record": True, "record_rows": True, "granularity": 4}
+    scenario = Scenario(
+        ElasticConfig.from_dict(knobs),
+        prompt_length=prompt,
+        max_tokens=length,
+        num_layers=LAYERS,
+        end_tokens=frozenset({1}),
+        seed=seed,
+    )
+    record = drive(scenario).request.record
+    return {
+        "id": seed,
+        "policy": policy,
+        "layers": LAYERS,
+        "canvas": scenario.length,
+        "token_ids": [token for token in scenario.shown if token != 1],
+        "row_layers": record.row_layers,
+        "steps": record.steps,
+    }
+
+
+def records(count: int, policy: str = "elastic") -> list[dict[str, Any]]:
+    return [record_of(policy, seed, 5 + seed % 7, 8 + 3 * (seed % 6)) for seed in range(count)]
+
+
+def one_pass(**changes: Any) -> dict[str, Any]:
+    entry = {"kind": "window", "rows": 5, "segments": [[0, 3], [1, 2]], "window": 2}
+    entry |= {"queries": 0, "tested": 0, **changes}
+    return {"policy": "none", "layers": 2, "canvas": 5, "token_ids": [1], "steps": [entry]}
+
+
+def seconds_of(device: Device, *passes: dict[str, Any]) -> tuple[dict[str, list[float]], float]:
+    """A step's parts, [compute, bandwidth] each, and the host's seconds."""
+    work = Recording("test", passes, SMALL.layers).work.sum(axis=0)
+    parts, host = CostModel(SMALL, device).step_seconds(work)
+    return dict(zip(PARTS, parts.tolist(), strict=True)), float(host)
+
+
+def test_costs_by_hand_compute_bound() -> None:
+    """Layer 0 has 3 rows, layer 1 has 5 and finishes 2; T = 5; 32 and 88 parameters, head 40."""
+    parts, host = seconds_of(SLOW_HOST, one_pass())
+    # (2 * 32 * 3 + 2 * 88 * 3) + (2 * 32 * 5 + 2 * 88 * 2) operations at 100 a second
+    assert parts["products"] == pytest.approx([7.20 + 6.72, 0])
+    assert parts["attention"] == pytest.approx([(4 * 4 * 3 * 5 + 4 * 4 * 2 * 5) / 100, 0])
+    # keys, values and hidden state, 2 + 2 + 4 numbers of 2 bytes, at 1000 bytes a second
+    assert parts["cache writes"] == pytest.approx([0, 8 * 16 / 1000])
+    assert parts["candidates"] == pytest.approx([2 * 40 * 2 / 100, 0])
+    assert parts["statistics"] == [0, 0]
+    assert host == pytest.approx(1 + 2 * 0.5 + 0.25)
+
+
+def test_costs_by_hand_bandwidth_bound() -> None:
+    """Two requests read the weights once, their own keys and values each."""
+    device = replace(SLOW_HOST, flops=1e9, bandwidth=10)
+    parts, host = seconds_of(device, one_pass(), one_pass())
+    assert parts["products"] == pytest.approx([0, 2 * 120 * 2 / 10])
+    assert parts["attention"] == pytest.approx([0, 2 * (2 * 2 * 2 * 5) * 2 / 10])
+    # the head's 40 weights, and 4 rows of 10 logits at 3 * 2 + 48 bytes
+    assert parts["candidates"] == pytest.approx([0, (80 + 4 * 10 * 54) / 10])
+    assert host == pytest.approx(1 + 2 * 0.5 + 2 * 0.25)
+
+
+def test_costs_of_statistics_by_hand() -> None:
+    device = replace(SLOW_HOST, statistics_seconds=0.125)
+    parts, host = seconds_of(device, one_pass(queries=3, tested=1))
+    # (3 + 1) queries, 5 keys, 2 layers: 2 * 4 operations each at 50 a second
+    assert parts["statistics"] == pytest.approx([2 * 4 * 40 / 50, 0])
+    # the tested row's old query is projected once more in each layer
+    assert parts["products"] == pytest.approx([13.92 + 2 * 2 * 32 / 100, 0])
+    assert host == pytest.approx(2.25 + 0.125)
+    parts, _ = seconds_of(replace(device, bandwidth=10), one_pass(queries=3, tested=1))
+    assert parts["statistics"] == pytest.approx([0, (10 * 2 * 14 + 40 * 2 * 16) / 10])
+
+
+def test_a_layer_without_rows_costs_nothing() -> None:
+    device = replace(SLOW_HOST, flops=1e9, bandwidth=10)
+    parts, host = seconds_of(device, one_pass(segments=[[1, 5]]))
+    assert parts["products"] == pytest.approx([0, 120 * 2 / 10])
+    assert parts["attention"] == pytest.approx([0, 40 / 10])
+    assert host == pytest.approx(1 + 0.5 + 0.25)
+
+
+def test_launches_hide_behind_the_device_on_a_gpu_only() -> None:
+    parts, _ = seconds_of(SLOW_HOST, one_pass())
+    work = sum(map(sum, parts.values()))
+    for layer_seconds, added in ((work / 4, 0.0), (work, work)):
+        device = replace(SLOW_HOST, asynchronous=True, layer_seconds=layer_seconds)
+        assert seconds_of(device, one_pass())[1] == pytest.approx(1.25 + added)
+
+
+def test_efficiency_and_factors_scale_the_device_only() -> None:
+    whole, host = seconds_of(SLOW_HOST, one_pass())
+    half, same = seconds_of(replace(SLOW_HOST, efficiency=0.5), one_pass())
+    assert same == host
+    for part in PARTS:
+        assert half[part] == pytest.approx([2 * s for s in whole[part]])
+    scaled, _ = seconds_of(replace(SLOW_HOST, factors={"attention": 3.0}), one_pass())
+    assert scaled["attention"] == pytest.approx([3 * s for s in whole["attention"]])
+    assert scaled["products"] == whole["products"]
+
+
+def test_llada_8b_sizes() -> None:
+    shape = ModelShape()
+    assert shape.weight_bytes == 2 * 8_015_581_184
+    assert shape.position_bytes == 778_240  # docs/design.md, Memory
+
+
+def test_shape_of_a_config(tmp_path: Path) -> None:
+    config = {"d_model": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 2}
+    config |= {"mlp_hidden_size": 512, "vocab_size": 334, "embedding_size": 384}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    shape = ModelShape.from_config(path, bytes_per_number=4)
+    assert shape == ModelShape(192, 64, 8, 6, 512, 384, False, 4)
+    path.write_text(json.dumps({"hidden_size": 192}))
+    with pytest.raises(SystemExit, match="d_model"):
+        ModelShape.from_config(path)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_work_of_a_recording_is_what_was_counted(policy: str) -> None:
+    """At its own depth a record's row-layers are those of the engine; at four times, four times."""
+    record = record_of(policy)
+    for factor in (1, 4):
+        recording = Recording("test", [record], factor * LAYERS)
+        columns = recording.columns
+        assert recording.work[:, columns.rows].sum() == factor * record["row_layers"]
+        assert recording.work[:, columns.kinds].sum() == factor * record["row_layers"]
+        rows = [recorded.num_rows for recorded in recording.requests[0].passes]
+        assert rows == [entry["rows"] for entry in record["steps"]]
+        assert recording.work[:, columns.rows.stop - 1].tolist() == rows
+        for work, entry in zip(recording.work, record["steps"], strict=True):
+            layers = int((work[columns.rows] > 0).sum())
+            assert layers == factor * (LAYERS - entry["start_layer"])
+
+
+def make_replica(recording: Recording, capacity: Capacity, keep_steps: bool = False) -> Replica:
+    shape = replace(SMALL, layers=recording.layers)
+    return Replica(recording, CostModel(shape, SLOW_HOST), capacity, keep_steps=keep_steps)
+
+
+@given(
+    policy=st.sampled_from(list(POLICIES)),
+    seats=st.integers(1, 9),
+    blocks=st.integers(12, 60),
+    row_budget=st.integers(1, 120),
+    count=st.integers(1, 14),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_request_has_its_passes_within_budget_seats_and_blocks(
+    policy: str, seats: int, blocks: int, row_budget: int, count: int
+) -> None:
+    recording = Recording("test", records(count, policy), 16)
+    replica = make_replica(recording, Capacity(seats, blocks, 4, row_budget))
+    for request in recording.requests:
+        replica.submit(Job(request, 0.0))
+    seen: dict[str, list[Any]] = {}
+    blocks_of = {}
+    now, ended = 0.0, 0
+    while (end := replica.begin_step(now)) is not None:
+        assert end > now
+        step = replica.current
+        assert len(step) == 1 or sum(p.num_rows for _, p in step) <= row_budget
+        assert len(step) == len({request_id for request_id, _ in step}) <= seats
+        for request_id, recorded in step:
+            seen.setdefault(request_id, []).append(recorded)
+        now = end
+        ended += len(replica.end_step(now))
+    assert ended == count == len(replica.done)
+    assert replica.outstanding == 0
+    # Request i is the i-th admitted: the queue is served in order.
+    assert [seen[str(i)] for i in range(count)] == [r.passes for r in recording.requests]
+    for request_id, request in zip(seen, recording.requests, strict=False):
+        blocks_of[request_id] = -(-request.canvas // 4)
+    for job in replica.done:  # nobody held blocks that were not there
+        holding = [j for j in replica.done if j.admitted <= job.admitted < j.ended]
+        assert sum(-(-j.request.canvas // 4) for j in holding) <= blocks
+        assert len(holding) <= seats
+    assert replica.busy.seconds == pytest.approx(now)
+    assert replica.busy.kinds.sum() == pytest.approx(now)
+    assert replica.busy.parts.sum() + replica.busy.host == pytest.approx(now)
+
+
+def test_canvas_that_never_fits_is_refused() -> None:
+    recording = Recording("test", records(1), 8)
+    with pytest.raises(ValueError, match="never fits"):
+        run_closed(make_replica(recording, Capacity(1, 1, 4, 100)), recording.requests)
+
+
+def test_batch_of_one_takes_the_sum_of_its_passes() -> None:
+    recording = Recording("test", records(6), 8)
+    replica = make_replica(recording, Capacity(1, 100, 4, 1000))
+    seconds = run_closed(replica, recording.requests)
+    parts, host = replica.cost.step_seconds(recording.work)
+    assert seconds == pytest.approx(parts.sum() + host.sum())
+    assert replica.busy.steps == len(recording.work)
+
+
+def test_batching_shares_overheads_and_weights() -> None:
+    recording = Recording("test", records(16), 8)
+    times = [
+        run_closed(make_replica(recording, Capacity(seats, 400, 4, 1000)), recording.requests)
+        for seats in (1, 4, 16)
+    ]
+    assert times[0] > times[1] > times[2]
+
+
+def test_replicas_of_a_closed_loop_add_up() -> None:
+    recording = Recording("test", records(12), 8)
+
+    def make() -> Replica:
+        return make_replica(recording, Capacity(4, 100, 4, 1000))
+
+    few, many = (
+        closed_loop(make, recording, replicas=n, sample=5, requests=24, seed=0) for n in (5, 3000)
+    )
+    assert many.simulated == few.simulated == 5
+    assert many.tokens == few.tokens
+    totals = [outcome.summary()["tokens_per_second"] for outcome in (few, many)]
+    assert totals[1] == pytest.approx(600 * totals[0])
+
+
+@pytest.mark.parametrize("router", ["round-robin", "least-outstanding"])
+def test_rare_arrivals_meet_an_idle_cluster(router: str) -> None:
+    """With hours between them, every request takes what it takes alone, on replicas in turn."""
+    recording = Recording("test", records(8), 8)
+    outcome = open_loop(
+        lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+        recording,
+        replicas=4,
+        sample=4,
+        requests=16,
+        rate=1e-6,
+        router=router,
+        seed=1,
+    )
+    parts, host = CostModel(replace(SMALL, layers=8), SLOW_HOST).step_seconds(recording.work)
+    alone = parts.sum(axis=(1, 2)) + host
+    # Each request was drawn as often as any other: 64 arrivals of 8 requests.
+    wanted = sorted(
+        float(alone[[p.index for p in request.passes]].sum()) for request in recording.requests
+    )
+    assert sorted(outcome.latencies) == pytest.approx(np.repeat(wanted, 8).tolist())
+    tokens = sum(request.tokens for request in recording.requests)
+    assert sum(outcome.tokens) == 8 * tokens
+
+
+def test_load_grows_with_replicas_and_waits_with_load() -> None:
+    """At the same rate a replica, more replicas serve more; at a higher rate, all wait longer."""
+    recording = Recording("test", records(12), 8)
+
+    def play(replicas: int, rate: float, router: str = "least-outstanding") -> dict[str, Any]:
+        return open_loop(
+            lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+            recording,
+            replicas=replicas,
+            sample=8,
+            requests=60,
+            rate=rate,
+            router=router,
+            seed=2,
+        ).summary()
+
+    full = closed_loop(
+        lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+        recording,
+        replicas=1,
+        sample=1,
+        requests=60,
+        seed=0,
+    ).summary()
+    capacity = (
+        60 * full["tokens_per_second"] / sum(r.tokens for _ in range(5) for r in recording.requests)
+    )  # requests a second that a full replica serves
+    one, eight = play(1, 0.5 * capacity), play(8, 0.5 * capacity)
+    assert eight["tokens_per_second"] == pytest.approx(8 * one["tokens_per_second"], rel=0.2)
+    assert eight["latency_p99"] < one["latency_p99"]  # a free replica is easier to find
+    assert play(8, 2 * capacity)["latency_median"] > 2 * eight["latency_median"]
+    assert eight["busy"] < play(8, 2 * capacity)["busy"] <= 1 + 1e-9
+    # Round robin has fewer surprises than one replica, more than a router that looks.
+    assert eight["latency_p99"] <= play(8, 0.5 * capacity, "round-robin")["latency_p99"]
+
+
+def test_least_squares_without_negative_coefficients() -> None:
+    rng = np.random.default_rng(0)
+    columns = rng.random((60, 5)) * [1, 10, 100, 1e-3, 1]
+    x = np.array([2.0, 0.0, 3.0, 50.0, 0.0])
+    assert non_negative_least_squares(columns, columns @ x) == pytest.approx(x, abs=1e-6)
+    # Where the plain solution is negative the best is on the boundary: no gradient points inside.
+    wanted = columns @ np.array([1.0, -2.0, 3.0, 4.0, -5.0])
+    found = non_negative_least_squares(columns, wanted)
+    gradient = columns.T @ (columns @ found - wanted)
+    assert (found >= 0).all() and (found == 0).any()
+    assert (gradient[found == 0] >= -1e-9).all()
+    assert gradient[found > 0] == pytest.approx(0, abs=1e-6)
+
+
+def test_fit_predicts_steps_of_a_device_it_does_not_know() -> None:
+    shape = replace(SMALL, layers=8)
+    known = Device("test", 1e4, 1e4, 1e6, 0)
+    factors = {"products": 1.5, "attention": 4.0, "candidates": 1.0, "statistics": 2.0}
+    hidden = replace(
+        known, step_seconds=0.3, pass_seconds=0.1, statistics_seconds=0.2, factors=factors
+    )
+    timed: list[tuple[Any, Any]] = []
+    for policy in ("none", "elastic", "elastic-block"):
+        recording = Recording("test", records(12, policy), 8)
+        replica = make_replica(recording, Capacity(4, 100, 4, 1000), keep_steps=True)
+        run_closed(replica, recording.requests)
+        work = np.array(replica.steps)
+        parts, host = CostModel(shape, hidden).step_seconds(work)
+        timed.append((work, parts.sum(axis=(1, 2)) + host))
+    (none, elastic, check) = timed
+    found = fit(
+        known,
+        CostModel(shape, known),
+        np.concatenate([none[0], elastic[0]]),
+        np.concatenate([none[1], elastic[1]]),
+    )
+    parts, host = CostModel(shape, found).step_seconds(check[0])
+    assert parts.sum(axis=(1, 2)) + host == pytest.approx(check[1], rel=1e-3)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "elastic.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records(10)))
+    return path
+
+
+def simulate(*words: str | Path) -> None:
+    args = make_parser().parse_args(["simulate", *map(str, words)])
+    args.function(args)
+
+
+def test_command_line(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    simulate(
+        run_file, "--batch-size", "1", "64", "--replicas", "1", "1000", "--sample", "2",
+        "--requests", "64", "--json", out,
+    )  # fmt: skip
+    rows = json.loads(out.read_text())
+    settings = [(row["batch_size"], row["replicas"]) for row in rows]
+    assert settings == [(1, 1), (1, 1000), (64, 1), (64, 1000)]
+    rates = [row["tokens_per_second_and_replica"] for row in rows]
+    assert rates[2] > 5 * rates[0] > 0
+    for row in rows:
+        assert row["run"] == "elastic (elastic)"
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert sum(row["kinds"].values()) == pytest.approx(1)
+        assert row["latency_median"] <= row["latency_p99"]
+    printed = capsys.readouterr().out
+    assert "not measured" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("| elastic")]) == 4
+
+
+def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> None:
+    """A device without overheads and with twice the rates is twice as fast, exactly."""
+    rates = []
+    for scale in (1, 2):
+        out = tmp_path / "out.json"
+        simulate(
+            run_file, "--device", "h200", "--batch-size", "8", "--json", out,
+            "--tflops", str(100 * scale), "--float32-tflops", str(10 * scale),
+            "--bandwidth-gb", str(1000 * scale), "--efficiency", "1", "--memory-gib", "40",
+            "--step-overhead-us", "0", "--layer-overhead-us", "0", "--pass-overhead-us", "0",
+            "--statistics-overhead-us", "0",
+        )  # fmt: skip
+        (row,) = json.loads(out.read_text())
+        rates.append(row["tokens_per_second"])
+        assert row["shares"]["host"] == 0
+        # 0.9 * 40 GiB less the weights and the MLP's tensors of 8192 rows, in blocks of 16
+        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (2 * 4096 + 3 * 12288) * 2
+        sizes = [-(-record["canvas"] // 16) for record in records(10)]
+        assert row["canvases_that_fit"] == free // (16 * 778_240) * 10 // sum(sizes)
+    assert rates[1] == pytest.approx(2 * rates[0])
+
+
+def test_command_line_with_arrivals(run_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    simulate(run_file, "--batch-size", "4", "--replicas", "8", "--rate", "0.5", "--json", out)
+    (row,) = json.loads(out.read_text())
+    tokens = np.mean([len(record["token_ids"]) for record in records(10)])
+    assert row["requests"] == 8 * 64
+    assert row["tokens_per_second"] == pytest.approx(8 * 0.5 * tokens, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.pop("canvas"), "record 3 lacks canvas"),
+        (lambda record: record["steps"][1].pop("segments"), "record 3 lacks segments"),
+    ],
+)
+def test_record_without_rows_is_refused(run_file: Path, change: Any, message: str) -> None:
+    lines = [json.loads(line) for line in run_file.read_text().splitlines()]
+    change(lines[2])
+    run_file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit, match=message):
+        simulate(run_file)
+
+
+def test_files_and_devices_that_cannot_do(run_file: Path) -> None:
+    with pytest.raises(SystemExit, match="at least one file"):
+        simulate()
+    with pytest.raises(SystemExit, match="--calibrate needs --model"):
+        simulate(run_file, "--calibrate")
+    with pytest.raises(SystemExit, match="left for canvases"):
+        simulate(run_file, "--memory-gib", "17")
+    run_file.write_text("not json\n")
+    with pytest.raises(SystemExit, match=r"elastic\.jsonl"):
+        simulate(run_file)
+    run_file.write_text("")
+    with pytest.raises(SystemExit, match="no passes"):
+        simulate(run_file)
+
+
+def test_presets_are_the_vendors_figures() -> None:
+    peaks = {name: (d.flops, d.bandwidth, d.memory) for name, d in DEVICES.items()}
+    assert peaks == {"h100": (989e12, 3.35e12, 80e9), "h200": (989e12, 4.8e12, 141e9)}

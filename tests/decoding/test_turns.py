@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests share the row budget in turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_elastic.decoding.turns import Turns
+
+
+@dataclass
+class Rows:
+    num_rows: int
+
+
+def names(taken: list[tuple[str, Rows]]) -> str:
+    return "".join(request_id for request_id, _ in taken)
+
+
+def test_first_that_does_not_fit_ends_the_step_and_is_first_in_the_next() -> None:
+    """Skipping it for smaller ones behind it would let a large canvas wait for ever."""
+    turns, rows = Turns(), {"a": 4, "b": 8, "c": 1}
+    for name in rows:
+        turns.add(name)
+    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), 10)) for _ in range(4)]
+    assert seen == ["a", "bc", "a", "bc"]
+
+
+def test_more_rows_than_the_budget_run_alone() -> None:
+    turns, rows = Turns(), {"a": 1, "b": 50}
+    for name in rows:
+        turns.add(name)
+    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), 10)) for _ in range(3)]
+    assert seen == ["a", "b", "a"]
+
+
+def test_who_starts_over_goes_first_and_who_left_is_forgotten() -> None:
+    turns = Turns()
+    for name in "abc":
+        turns.add(name)
+    assert names(turns.take("abc", lambda _: Rows(1), 2)) == "ab"
+    turns.add("b")
+    assert names(turns.take("abc", lambda _: Rows(1), 2)) == "bc"
+    turns.remove("c")
+    turns.remove("never added")
+    assert len(turns) == 2
+    with pytest.raises(KeyError):
+        turns.take("c", lambda _: Rows(1), 2)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 30), min_size=1), min_size=1, max_size=8),
+    budget=st.integers(1, 40),
+)
+def test_budget_and_waiting_bound(rows: list[list[int]], budget: int) -> None:
+    """Each request has the same passes again and again; nobody waits longer than promised."""
+    turns = Turns()
+    running = [str(index) for index in range(len(rows))]
+    served = dict.fromkeys(running, 0)
+    waited = dict.fromkeys(running, 0)
+    for name in running:
+        turns.add(name)
+    for _ in range(40):
+        taken = turns.take(
+            running,
+            lambda name: Rows(rows[int(name)][served[name] % len(rows[int(name)])]),
+            budget,
+        )
+        assert taken
+        assert len(taken) == 1 or sum(plan.num_rows for _, plan in taken) <= budget
+        for name in running:
+            waited[name] += 1
+        for name, _ in taken:
+            served[name] += 1
+            waited[name] = 0
+        assert max(waited.values()) < len(running)

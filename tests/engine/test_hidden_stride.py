@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states of every second or third layer only: the oracle's answers, and fewer bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.reference import (
+    ElasticBlockOptions,
+    ElasticOptions,
+    LLaDA,
+    elastic_block,
+    elastic_cache,
+)
+
+from .agreement import agrees
+from .conftest import RANDOM_MODELS, poison, random_config
+from .test_oracle import problems
+
+pytestmark = pytest.mark.engine
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "released": {"policy": "elastic", "gamma": 0.75},
+    "paper": {"policy": "elastic", "gamma": 0.9, "statistic": "paper", "track_num": 2},
+    "always": {"policy": "elastic", "gamma": 1.1},
+    "next": {"policy": "elastic", "gamma": 0.9, "statistic": "paper", "refresh": "next"},
+    "block": {"policy": "elastic-block", "granularity": 8, "block_drift": 0.1, "slack": 0.5},
+    "block-replay": {"policy": "elastic-block", "granularity": 8, "refresh": "replay"},
+}
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_equals_oracle(stride: int, tmp_path: Path) -> None:
+    oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
+    oracle.save_pretrained(tmp_path)
+    engine = BenchEngine(
+        tmp_path,
+        batch_size=16,
+        max_model_len=256,
+        kv_cache_memory_bytes=64 << 20,
+        similarities=True,
+        elastic_config={"hidden_stride": stride},
+    )
+    poison(engine)
+    cases = [(*problem, name) for problem in problems(16) for name in CONFIGS]
+    results = engine.run(
+        [
+            {"prompt_token_ids": prompt, "max_tokens": max_tokens}
+            | {f"elastic_{key}": value for key, value in CONFIGS[name].items()}
+            for prompt, max_tokens, name in cases
+        ]
+    )
+    equal, starts = [], set()
+    for (prompt, max_tokens, name), result in zip(cases, results, strict=True):
+        options = {k: v for k, v in CONFIGS[name].items() if k != "policy"}
+        if name.startswith("block"):
+            block = ElasticBlockOptions(hidden_stride=stride, **options)
+            expected = elastic_block(oracle, prompt, max_tokens, block)
+        else:
+            elastic = ElasticOptions(hidden_stride=stride, **options)
+            expected = elastic_cache(oracle, prompt, max_tokens, elastic)
+        equal.append(agrees(result, expected, (name, len(prompt), max_tokens)))
+        starts |= {entry["start_layer"] for entry in result["steps"]}
+    assert equal.count(False) <= len(equal) / 50
+    stored = set(range(0, oracle.config.n_layers, stride))
+    assert {0} < starts <= stored, "no refresh started from a stored hidden state"
+    stores = engine.runner.model.hidden_states
+    assert len(stores) == len(stored) - 1

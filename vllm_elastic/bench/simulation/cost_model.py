@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a step takes: a roofline for each part of it, and the host's overheads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_elastic.bench.simulation.device import PARTS, Device
+from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.bench.simulation.recording import Columns, Floats
+
+BOUNDS = ("compute", "bandwidth")
+
+
+class CostModel:
+    """Seconds of a step from the summed work of its passes (``Columns``).
+
+    Every part takes the longer of its operations over the device's rate and its bytes over the
+    bandwidth; parts follow one another. A layer's weights are read once by all of a step's rows,
+    a canvas's keys and values once a layer by each of its passes.
+    """
+
+    def __init__(self, shape: ModelShape, device: Device) -> None:
+        self.shape = shape
+        self.device = device
+        self.columns = Columns(shape.layers)
+        self._factors = np.array([device.factors.get(part, 1.0) for part in PARTS])
+        self._rate = device.flops * device.efficiency
+        self._float32_rate = device.float32_flops * device.efficiency
+        self._bandwidth = device.bandwidth * device.efficiency
+
+    def work_seconds(self, work: Floats) -> Floats:
+        """What the device's work takes at its rates, without its ``factors``.
+
+        Args:
+            work: [..., columns.count].
+
+        Returns:
+            [..., parts, 2]: seconds of each of ``PARTS``, by what bounds them (``BOUNDS``).
+        """
+        shape, columns = self.shape, self.columns
+        size, width = shape.bytes_per_number, shape.width
+        rows, keys = work[..., columns.rows], work[..., columns.keys]
+        window = work[..., columns.window]
+        # The last layer makes keys and values of all rows, but finishes the window's only.
+        finished = rows.copy()
+        finished[..., -1] = window
+        attended = work[..., columns.attended].copy()
+        attended[..., -1] = work[..., columns.window_attended]
+        weights = (shape.projection_parameters + shape.rest_parameters) * size * (rows > 0)
+        projected = 2 * shape.projection_parameters * work[..., columns.projected]
+        seconds = np.zeros((*work.shape[:-1], len(PARTS), len(BOUNDS)))
+
+        def put(part: str, compute: Floats, transfer: Floats) -> None:
+            of_compute = compute >= transfer
+            at = PARTS.index(part)
+            seconds[..., at, 0] = np.where(of_compute, compute, 0.0).sum(axis=-1)
+            seconds[..., at, 1] = np.where(of_compute, 0.0, transfer).sum(axis=-1)
+
+        put(
+            "products",
+            (projected + 2 * shape.rest_parameters * finished) / self._rate,
+            weights / self._bandwidth,
+        )
+        put(
+            "attention",
+            4 * width * attended / self._rate,
+            2 * shape.key_width * size * keys / self._bandwidth,
+        )
+        written = (2 * shape.key_width + width) * size * rows
+        put("cache writes", np.zeros_like(rows), written / self._bandwidth)
+        # Logits are written and read twice, then go through float64: copied, reduced,
+        # exponentiated and summed, each a pass over memory (execution/candidates.py).
+        logits = window * shape.vocabulary * (3 * size + 48)
+        put(
+            "candidates",
+            (2 * shape.head_parameters * window / self._rate)[..., None],
+            ((shape.head_parameters * size * (window > 0) + logits) / self._bandwidth)[..., None],
+        )
+        # Keys are gathered, then copied to float32, then read; scores are written, go through a
+        # softmax and are summed (execution/statistics.py).
+        gathered = work[..., columns.query_keys] * shape.key_width * (3 * size + 8)
+        scores = work[..., columns.queries] * shape.heads * 16
+        put(
+            "statistics",
+            (2 * width * work[..., columns.queries] / self._float32_rate)[..., None],
+            ((gathered + scores) / self._bandwidth)[..., None],
+        )
+        return seconds
+
+    def host_counts(self, work: Floats) -> Floats:
+        """[..., 4]: steps, layers with rows, passes, and passes with statistics."""
+        columns = self.columns
+        layers = (work[..., columns.rows] > 0).sum(axis=-1)
+        requests, measured = work[..., columns.requests], work[..., columns.measured]
+        return np.stack([np.ones_like(requests), layers, requests, measured], axis=-1)
+
+    def step_seconds(self, work: Floats) -> tuple[Floats, Floats]:
+        """A step's seconds on the device and those the host adds.
+
+        Returns:
+            [..., parts, 2] as ``work_seconds``, and [...] host seconds that nothing hides.
+        """
+        device = self.device
+        seconds = self.work_seconds(work) * self._factors[:, None]
+        counts = self.host_counts(work)
+        launches = counts[..., 1] * device.layer_seconds
+        if device.asynchronous:
+            launches = np.maximum(launches - seconds.sum(axis=(-2, -1)), 0.0)
+        per_step = np.array([device.step_seconds, 0.0, device.pass_seconds])
+        host = counts[..., :3] @ per_step + counts[..., 3] * device.statistics_seconds + launches
+        return seconds, host

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device can do: peaks from public figures, and what is lost on the way to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PARTS = ("products", "attention", "cache writes", "candidates", "statistics")
+"""The device's work in a step, part by part."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates and fixed overheads of one device.
+
+    Attributes:
+        flops: operations a second of dense matrix products in the model's number format.
+        float32_flops: the same in float32, in which the statistics are worked out.
+        bandwidth: bytes a second of its memory. memory: bytes.
+        efficiency: share of these rates that is reached.
+        step_seconds: of host time a step: scheduling, output, one synchronisation.
+        layer_seconds: of host time a layer with rows: its kernels are launched one by one.
+        pass_seconds: of host time for each request's pass in a step: plan and digest.
+        statistics_seconds: the same where attention statistics are wanted.
+        asynchronous: layers' host time hides behind the device's work, as on a GPU.
+        factors: what a part takes relative to what the rates say; 1 where it is not named.
+    """
+
+    name: str
+    flops: float
+    float32_flops: float
+    bandwidth: float
+    memory: float
+    efficiency: float = 1.0
+    step_seconds: float = 0.0
+    layer_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    statistics_seconds: float = 0.0
+    asynchronous: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+def _gpu(name: str, bandwidth: float, memory: float) -> Device:
+    """A Hopper GPU (SXM).
+
+    Peaks are the vendor's: dense bfloat16, plain float32. Efficiency and overheads are guesses:
+    nothing here was measured on a GPU. The runner launches its kernels one by one from Python,
+    about 15 a layer and 20 for a request's statistics, at some 5 microseconds each.
+    """
+    return Device(
+        name=name,
+        flops=989e12,
+        float32_flops=67e12,
+        bandwidth=bandwidth,
+        memory=memory,
+        efficiency=0.65,
+        step_seconds=1e-3,
+        layer_seconds=75e-6,
+        pass_seconds=20e-6,
+        statistics_seconds=100e-6,
+        asynchronous=True,
+    )
+
+
+DEVICES = {"h100": _gpu("h100", 3.35e12, 80e9), "h200": _gpu("h200", 4.8e12, 141e9)}

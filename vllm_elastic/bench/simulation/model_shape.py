@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of a LLaDA that decide what a pass costs and what a canvas takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A LLaDA's sizes; the defaults are LLaDA-8B's in bfloat16.
+
+    Attributes:
+        width: d_model; key_width: n_kv_heads times the entries of a head.
+        mlp: mlp_hidden_size; vocabulary: rows of the embedding and of the head.
+        bytes_per_number: of weights, keys, values and hidden states.
+    """
+
+    width: int = 4096
+    key_width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    mlp: int = 12288
+    vocabulary: int = 126464
+    tied: bool = False
+    bytes_per_number: int = 2
+
+    @classmethod
+    def from_config(cls, path: Path, bytes_per_number: int = 2) -> ModelShape:
+        """From a checkpoint's config.json.
+
+        Raises:
+            SystemExit: the file is no LLaDA's; names what is missing.
+        """
+        config = json.loads(path.read_text())
+        wanted = {"d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"}
+        if missing := sorted(wanted - set(config)):
+            raise SystemExit(f"{path}: not a LLaDA's config, lacks {', '.join(missing)}")
+        kv_heads = config.get("n_kv_heads") or config["n_heads"]
+        return cls(
+            width=config["d_model"],
+            key_width=config["d_model"] // config["n_heads"] * kv_heads,
+            layers=config["n_layers"],
+            heads=config["n_heads"],
+            mlp=config["mlp_hidden_size"],
+            vocabulary=config.get("embedding_size") or config["vocab_size"],
+            tied=config.get("weight_tying", False),
+            bytes_per_number=bytes_per_number,
+        )
+
+    @property
+    def projection_parameters(self) -> int:
+        """Of one layer's queries, keys and values."""
+        return self.width * (self.width + 2 * self.key_width)
+
+    @property
+    def rest_parameters(self) -> int:
+        """Of one layer's attention output and MLP."""
+        return self.width * (self.width + 3 * self.mlp)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.width * self.vocabulary
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights; norms included."""
+        layer = self.projection_parameters + self.rest_parameters + 2 * self.width
+        ends = self.head_parameters * (1 if self.tied else 2) + self.width
+        return self.bytes_per_number * (self.layers * layer + ends)
+
+    @property
+    def position_bytes(self) -> int:
+        """Keys, values and hidden states of one canvas position (docs/design.md, Memory)."""
+        keys_values = self.layers * 2 * self.key_width
+        return self.bytes_per_number * (keys_values + (self.layers - 1) * self.width)
+
+    def activation_bytes(self, rows: int, window_rows: int) -> int:
+        """What a step of so many rows needs beside weights and cache, at its peak.
+
+        The larger of the MLP's tensors and of the candidates' logits, whose softmax is in
+        float64: a logit, its double and the exponential are alive at once.
+        """
+        layer = rows * (2 * self.width + 3 * self.mlp) * self.bytes_per_number
+        logits = window_rows * self.vocabulary * (self.bytes_per_number + 16)
+        return max(layer, logits)

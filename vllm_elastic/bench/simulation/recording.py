@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run files as work: what every recorded pass would ask of a model of another depth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+KINDS = ("first", "window", "refresh")
+"""Passes as a table shows them; replays and repeated full passes count as refreshes."""
+
+NEEDED = {"policy", "layers", "canvas", "token_ids", "steps"}
+NEEDED_OF_A_PASS = {"kind", "rows", "segments", "window", "queries", "tested"}
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPass:
+    """A pass of one request: its row in the recording's ``work`` and its place in the budget."""
+
+    index: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest:
+    """What a request did, in order.
+
+    Attributes:
+        canvas: positions; tokens: of its answer, up to and without the first end token.
+    """
+
+    canvas: int
+    tokens: int
+    passes: list[RecordedPass]
+
+
+class Columns:
+    """Where a pass's work stands in a row of numbers, so that a step's work is their sum.
+
+    Attributes:
+        rows: [L] rows at each layer; projected: [L] with the drift test's old queries.
+        attended: [L] rows times T; keys: [L] T where the layer has rows.
+        window: rows of the last layer and the head; window_attended: times T.
+        queries: measured rows times T, summed over layers; query_keys: T, summed over layers.
+        requests, measured: 1; 1 where attention statistics are wanted.
+        kinds: row-layers, in the column of the pass's kind.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.rows, self.projected, self.attended, self.keys = (
+            slice(i * layers, (i + 1) * layers) for i in range(4)
+        )
+        end = 4 * layers
+        self.window, self.window_attended, self.queries, self.query_keys = range(end, end + 4)
+        self.requests, self.measured = end + 4, end + 5
+        self.kinds = slice(end + 6, end + 6 + len(KINDS))
+        self.count = end + 6 + len(KINDS)
+
+
+class Recording:
+    """Requests of one run file, mapped onto a model of ``layers`` layers.
+
+    Rows, windows and denoising steps are as recorded. Join layers keep their relative depth: a
+    row that joined at layer j of n joins at layer j * layers / n, rounded.
+
+    Attributes:
+        work: [passes, columns.count] float64.
+    """
+
+    def __init__(self, name: str, records: Iterable[dict[str, Any]], layers: int) -> None:
+        """Raises: ValueError: a record lacks what a replay needs; says which."""
+        self.name = name
+        self.layers = layers
+        self.columns = Columns(layers)
+        self.requests: list[RecordedRequest] = []
+        rows: list[Floats] = []
+        for number, record in enumerate(records, start=1):
+            lacking = NEEDED - set(record)
+            for entry in record.get("steps", ()):
+                lacking |= NEEDED_OF_A_PASS - set(entry)
+            if lacking:
+                raise ValueError(
+                    f"record {number} lacks {', '.join(sorted(lacking))}; `bench run` of this "
+                    "version writes it"
+                )
+            passes = []
+            for entry in record["steps"]:
+                passes.append(RecordedPass(len(rows), entry["rows"]))
+                rows.append(self._work(entry, record["canvas"], record["layers"]))
+            tokens = len(record["token_ids"])
+            self.requests.append(RecordedRequest(record["canvas"], tokens, passes))
+        if not rows:
+            raise ValueError("no passes are recorded")
+        self.work: Floats = np.array(rows)
+
+    @classmethod
+    def read(cls, path: Path, layers: int) -> Recording:
+        """A file that ``bench run`` wrote.
+
+        Raises:
+            SystemExit: it holds something else; names the file.
+        """
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            if not all(isinstance(record, dict) for record in records):
+                raise ValueError("a line is no JSON object")
+            recording = cls(path.stem, records, layers)
+        except ValueError as error:
+            raise SystemExit(f"{path}: {error}") from None
+        policies = sorted({record["policy"] for record in records})
+        recording.name = f"{path.stem} ({', '.join(policies)})"
+        return recording
+
+    @property
+    def window(self) -> int:
+        """The largest window of any pass."""
+        return int(self.work[:, self.columns.window].max())
+
+    def _work(self, entry: dict[str, Any], canvas: int, recorded_layers: int) -> Floats:
+        columns, layers = self.columns, self.layers
+        work = np.zeros(columns.count)
+        for join_layer, count in entry["segments"]:
+            work[columns.rows][round(join_layer * layers / recorded_layers) :] += count
+        rows = work[columns.rows]
+        active = rows > 0
+        work[columns.projected] = rows + entry["tested"] * active
+        work[columns.attended] = rows * canvas
+        work[columns.keys] = active * canvas
+        work[columns.window] = entry["window"]
+        work[columns.window_attended] = entry["window"] * canvas
+        if entry["queries"]:
+            measured_layers = int(active.sum())
+            queries = entry["queries"] + entry["tested"]
+            work[columns.queries] = queries * canvas * measured_layers
+            work[columns.query_keys] = canvas * measured_layers
+            work[columns.measured] = 1
+        work[columns.requests] = 1
+        kind = entry["kind"] if entry["kind"] in KINDS else "refresh"
+        work[columns.kinds][KINDS.index(kind)] = rows.sum()
+        return work

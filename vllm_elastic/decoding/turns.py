@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose passes make up a step: the one rule by which requests share the row budget.
+
+The scheduler and the simulator (``bench simulate``) run this very code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+
+class HasRows(Protocol):
+    """Anything that takes part in a step with so many rows."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+Plan = TypeVar("Plan", bound=HasRows)
+
+
+class Turns:
+    """Requests take turns: those that were served longest ago come first.
+
+    A step takes their passes in this order until the row budget is full. The first one that does
+    not fit ends the step, so it is first in the next; hence a request waits for at most as many
+    steps as there are running requests. A pass with more rows than the budget runs alone.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._last_served: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._last_served)
+
+    def add(self, request_id: str) -> None:
+        """A request that starts or starts over has not been served: it goes first."""
+        self._last_served[request_id] = -1
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; one that was never added is fine."""
+        self._last_served.pop(request_id, None)
+
+    def take(
+        self, running: Iterable[str], plan_of: Callable[[str], Plan], row_budget: int
+    ) -> list[tuple[str, Plan]]:
+        """The next step's requests with their plans, in the order of their turns.
+
+        Args:
+            running: requests that were added, all that may be served; equals keep this order.
+            plan_of: asked in the order of the turns, up to the first plan that does not fit.
+        """
+        self._step += 1
+        taken: list[tuple[str, Plan]] = []
+        for request_id in sorted(running, key=self._last_served.__getitem__):
+            plan = plan_of(request_id)
+            if taken and plan.num_rows > row_budget:
+                break
+            taken.append((request_id, plan))
+            row_budget -= plan.num_rows
+            self._last_served[request_id] = self._step
+        return taken
