@@ -99,6 +99,12 @@ def add_parser(commands: Any) -> None:
     check.add_argument("--model", type=Path, metavar="DIR", help="checkpoint with a heldout.py")
     check.add_argument("--problems", type=_positive, default=32, metavar="N")
     check.add_argument("--repeats", type=_positive, default=3, metavar="N")
+    check.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: this process's processor time, for a rough figure on a machine that is shared",
+    )
     parser.set_defaults(function=main)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,9 @@ FITTED = (("none", 4), ("elastic", 4))
 """Settings whose steps the overheads are fitted on; every other one is a check."""
 
 CANVAS = 256
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds of this process on a processor are about those of a machine that does nothing else."""
 
 
 @dataclass
@@ -67,7 +71,11 @@ class Timed:
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the engine, fit, predict every setting; prints and returns what was found."""
+    """Time the engine, fit, predict every setting; prints and returns what was found.
+
+    Raises:
+        SystemExit: processor time is asked for, which several threads would spend at once.
+    """
     batch_sizes = args.batch_size or BATCH_SIZES
     batch_sizes = sorted({*batch_sizes, *(batch for _, batch in FITTED)})
     engine = BenchEngine(
@@ -76,18 +84,33 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         row_budget=args.max_num_batched_tokens,
         rows=True,
     )
+    if args.clock == "cpu" and (threads := _threads()) > 1:
+        raise SystemExit(f"--clock cpu needs one thread, not {threads}: OMP_NUM_THREADS=1")
     problems = list(load_problems(args.model, args.problems, CANVAS, 0))
     settings = [Timed(*pair) for pair in itertools.product(POLICIES, batch_sizes)]
     engine.run([{**problem, "elastic_policy": "elastic"} for problem in problems])  # warm-up
+    clock = CLOCKS[args.clock]
     for number in range(args.repeats):
         for setting in settings:
-            time_setting(engine, problems, setting)
-        print(f"repeat {number + 1} of {args.repeats} is done", flush=True)
+            time_setting(engine, problems, setting, clock)
+            where = f"repeat {number + 1} of {args.repeats}: {setting.policy}, batch"
+            print(f"{where} {setting.batch_size}: {setting.totals[-1]:.1f} s", file=sys.stderr)
     shape = ModelShape.from_config(args.model / "config.json", bytes_per_number=4)
-    return report(shape, measured_device(shape), settings, capacity_of(engine))
+    return report(shape, measured_device(shape, clock), settings, capacity_of(engine))
 
 
-def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], setting: Timed) -> None:
+def _threads() -> int:
+    import torch
+
+    return int(torch.get_num_threads())
+
+
+def time_setting(
+    engine: BenchEngine,
+    problems: Sequence[dict[str, Any]],
+    setting: Timed,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Serve the problems once and keep what each step took."""
     policy = setting.policy.split(",")[0]
     knobs = {"elastic_policy": policy, **POLICIES[setting.policy]}
@@ -103,11 +126,11 @@ def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], settin
         return plans
 
     def step() -> Any:
-        started = time.perf_counter()
+        started = clock()
         try:
             return engine_step()
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
 
     scheduler.max_num_active_reqs = setting.batch_size
     scheduler._plan_step, llm_engine.step = plan, step
@@ -120,25 +143,25 @@ def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], settin
     setting.seconds.append([s for s, rows in zip(seconds, planned, strict=True) if rows])
 
 
-def measured_device(shape: ModelShape) -> Device:
+def measured_device(shape: ModelShape, clock: Callable[[], float]) -> Device:
     """Rates of this process: a product of the MLP's shape in float32, and a large copy."""
     import torch
 
     x = torch.randn(256, shape.width)
     weight = torch.randn(2 * shape.mlp, shape.width)
     large = torch.empty(1 << 25)  # 128 MiB, far more than a cache holds
-    product = _median_seconds(lambda: torch.nn.functional.linear(x, weight), 200)
-    copy = _median_seconds(lambda: large.clone(), 10)
+    product = _median_seconds(lambda: torch.nn.functional.linear(x, weight), 200, clock)
+    copy = _median_seconds(lambda: large.clone(), 10, clock)
     flops = 2 * x.numel() * weight.shape[0] / product
     return Device("this machine", flops, flops, 2 * 4 * large.numel() / copy, memory=0.0)
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int) -> float:
+def _median_seconds(function: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         function()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return statistics.median(seconds)
 
 
