@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     )
     load.add_argument(
         "--rate",
-        type=float,
+        type=_rate,
         default=None,
         metavar="R",
         help="Poisson arrivals, requests a second and replica; default: a closed loop that "
@@ -115,6 +115,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return number
+
+
 def main(args: argparse.Namespace) -> None:
     """Print one table row for each run file, batch size and number of replicas."""
     if args.calibrate:
@@ -138,6 +145,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         shape = ModelShape.from_config(args.model_config)
     device = device_of(args)
     cost = CostModel(shape, device)
+    recordings = [Recording.read(path, shape.layers) for path in args.runs]
     print(f"Predicted for {device.name}, not measured; {shape.layers} layers of {shape.width}.\n")
     print(
         "| run | batch | fit | replicas | tokens/s each | tokens/s all | latency median, s | "
@@ -146,7 +154,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("|---" * 10 + "|", flush=True)
     rows = []
     batch_sizes = args.batch_size or BATCH_SIZES
-    recordings = [Recording.read(path, shape.layers) for path in args.runs]
     for recording, batch_size in itertools.product(recordings, batch_sizes):
         capacity = capacity_of(shape, device, recording, batch_size, args)
         for replicas in args.replicas:

@@ -284,8 +284,8 @@ def report(
         )
     errors = [abs(row["error"]) for row in table if not row["fitted"]]
     print(
-        f"\nSettings that were not fitted: mean error {statistics.mean(errors):.1%}, largest "
-        f"{max(errors):.1%}. Spread: of the repeats, (slowest - fastest) / median."
+        f"\n{len(errors)} settings that were not fitted: mean error {statistics.mean(errors):.1%}, "
+        f"largest {max(errors):.1%}. Spread: of the repeats, (slowest - fastest) / median."
     )
     return {"device": asdict(device), "settings": table}
 
