@@ -383,16 +383,16 @@ def test_calibration_predicts_what_it_was_not_fitted_on(
     hidden = replace(known, step_seconds=0.3, pass_seconds=0.1, factors={"products": 1.5})
     settings = [
         timed(policy, batch_size, capacity, hidden)
-        for policy in ("none", "elastic", "elastic-block")
+        for policy in ("none", "interval", "elastic, paper", "elastic-block")
         for batch_size in (1, 4, 16)
     ]
     shape = replace(SMALL, layers=8)
     found = report(shape, known, settings, capacity)
-    assert [row["fitted"] for row in found["settings"]].count(True) == 2
+    assert [row["fitted"] for row in found["settings"]].count(True) == 3
     for row in found["settings"]:
         assert row["error"] == pytest.approx(0, abs=0.01)
         assert row["spread"] == pytest.approx(0.2)
-    assert "7 settings that were not fitted" in capsys.readouterr().out
+    assert "9 settings that were not fitted" in capsys.readouterr().out
     # Twice the time is half the speed: predicted to be 100% faster than it is.
     settings[-1].seconds = [[2 * s for s in steps] for steps in settings[-1].seconds]
     assert report(shape, known, settings, capacity)["settings"][-1]["error"] == pytest.approx(

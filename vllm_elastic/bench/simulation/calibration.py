@@ -27,13 +27,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "dual-cache": {},
     "interval": {},
-    "elastic": {},
     "elastic, paper": {"elastic_statistic": "paper"},
     "elastic-block": {},
 }
 BATCH_SIZES = (1, 4, 16)
-FITTED = (("none", 4), ("elastic", 4))
-"""Settings whose steps the overheads are fitted on; every other one is a check."""
+FITTED = (("none", 4), ("interval", 4), ("elastic, paper", 4))
+"""Settings whose steps the overheads are fitted on; every other one is a check.
+
+They tell the costs apart: whole canvases, windows without statistics, windows with them.
+"""
 
 CANVAS = 256
 
@@ -179,15 +181,16 @@ def capacity_of(engine: BenchEngine) -> Capacity:
 def fit(device: Device, cost: CostModel, work: Floats, seconds: Floats) -> Device:
     """Overheads, and what each part takes relative to the rates, from timed steps.
 
-    Least squares with no negative coefficient.
+    Least squares with no negative coefficient. A step's error is taken to grow with the root of
+    its seconds, as the error of a sum does; else whole canvases alone would decide.
 
     Args:
         work: [steps, columns]; seconds: [steps].
     """
     parts = cost.work_seconds(work).sum(axis=-1)
-    found = non_negative_least_squares(
-        np.concatenate([cost.host_counts(work), parts], axis=1), seconds
-    ).tolist()
+    columns = np.concatenate([cost.host_counts(work), parts], axis=1)
+    weights = seconds**-0.5
+    found = non_negative_least_squares(columns * weights[:, None], seconds * weights).tolist()
     return Device(
         device.name,
         device.flops,
