@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from tests.decoding.fake_model import Scenario, drive
 from vllm_elastic.bench.__main__ import make_parser
-from vllm_elastic.bench.simulation.calibration import fit, non_negative_least_squares
+from vllm_elastic.bench.simulation.calibration import (
+    Timed,
+    fit,
+    non_negative_least_squares,
+    replay,
+    report,
+)
 from vllm_elastic.bench.simulation.cluster import closed_loop, open_loop, run_closed
 from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import DEVICES, PARTS, Device
@@ -357,6 +363,46 @@ def test_fit_predicts_steps_of_a_device_it_does_not_know() -> None:
     assert parts.sum(axis=(1, 2)) + host == pytest.approx(check[1], rel=1e-3)
 
 
+def timed(policy: str, batch_size: int, capacity: Capacity, hidden: Device) -> Timed:
+    """A setting as if the engine had run it, with steps as long as ``hidden`` says."""
+    results = records(12, policy.split(",")[0])
+    setting = Timed(policy, batch_size, results=results)
+    replica = replay(replace(SMALL, layers=8), hidden, setting, capacity)
+    parts, host = replica.cost.step_seconds(np.array(replica.steps))
+    setting.rows = [int(work[replica.cost.columns.rows.stop - 1]) for work in replica.steps]
+    seconds = parts.sum(axis=(1, 2)) + host
+    setting.seconds = [(seconds * slower).tolist() for slower in (1.0, 1.1, 0.9)]
+    return setting
+
+
+def test_calibration_predicts_what_it_was_not_fitted_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capacity = Capacity(16, 100, 4, 60)
+    known = Device("test", 1e4, 1e4, 1e6, 0)
+    hidden = replace(known, step_seconds=0.3, pass_seconds=0.1, factors={"products": 1.5})
+    settings = [
+        timed(policy, batch_size, capacity, hidden)
+        for policy in ("none", "interval", "elastic, paper", "elastic-block")
+        for batch_size in (1, 4, 16)
+    ]
+    shape = replace(SMALL, layers=8)
+    found = report(shape, known, settings, capacity)
+    assert [row["fitted"] for row in found["settings"]].count(True) == 3
+    for row in found["settings"]:
+        assert row["error"] == pytest.approx(0, abs=0.01)
+        assert row["spread"] == pytest.approx(0.2)
+    assert "9 settings that were not fitted" in capsys.readouterr().out
+    # Twice the time is half the speed: predicted to be 100% faster than it is.
+    settings[-1].seconds = [[2 * s for s in steps] for steps in settings[-1].seconds]
+    assert report(shape, known, settings, capacity)["settings"][-1]["error"] == pytest.approx(
+        1, abs=0.02
+    )
+    settings[-1].rows[3] += 1
+    with pytest.raises(RuntimeError, match="elastic-block, batch 16: other steps"):
+        report(shape, known, settings, capacity)
+
+
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "elastic.jsonl"
@@ -449,6 +495,18 @@ def test_files_and_devices_that_cannot_do(run_file: Path) -> None:
     run_file.write_text("")
     with pytest.raises(SystemExit, match="no passes"):
         simulate(run_file)
+
+
+@pytest.mark.parametrize(
+    "words", [("--rate", "0"), ("--rate", "nan"), ("--batch-size", "0"), ("--replicas", "-1")]
+)
+def test_impossible_loads_are_refused(
+    words: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine with no seats or no arrivals would never end."""
+    with pytest.raises(SystemExit):
+        simulate("run.jsonl", *words)
+    assert f"argument {words[0]}" in capsys.readouterr().err
 
 
 def test_presets_are_the_vendors_figures() -> None:

@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     )
     load.add_argument(
         "--rate",
-        type=float,
+        type=_rate,
         default=None,
         metavar="R",
         help="Poisson arrivals, requests a second and replica; default: a closed loop that "
@@ -99,6 +99,12 @@ def add_parser(commands: Any) -> None:
     check.add_argument("--model", type=Path, metavar="DIR", help="checkpoint with a heldout.py")
     check.add_argument("--problems", type=_positive, default=32, metavar="N")
     check.add_argument("--repeats", type=_positive, default=3, metavar="N")
+    check.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: this process's processor time, for a rough figure on a machine that is shared",
+    )
     parser.set_defaults(function=main)
 
 
@@ -106,6 +112,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return number
 
 
@@ -132,6 +145,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         shape = ModelShape.from_config(args.model_config)
     device = device_of(args)
     cost = CostModel(shape, device)
+    recordings = [Recording.read(path, shape.layers) for path in args.runs]
     print(f"Predicted for {device.name}, not measured; {shape.layers} layers of {shape.width}.\n")
     print(
         "| run | batch | fit | replicas | tokens/s each | tokens/s all | latency median, s | "
@@ -140,7 +154,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("|---" * 10 + "|", flush=True)
     rows = []
     batch_sizes = args.batch_size or BATCH_SIZES
-    recordings = [Recording.read(path, shape.layers) for path in args.runs]
     for recording, batch_size in itertools.product(recordings, batch_sizes):
         capacity = capacity_of(shape, device, recording, batch_size, args)
         for replicas in args.replicas:

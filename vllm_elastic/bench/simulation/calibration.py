@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,15 +27,20 @@ POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "dual-cache": {},
     "interval": {},
-    "elastic": {},
     "elastic, paper": {"elastic_statistic": "paper"},
     "elastic-block": {},
 }
 BATCH_SIZES = (1, 4, 16)
-FITTED = (("none", 4), ("elastic", 4))
-"""Settings whose steps the overheads are fitted on; every other one is a check."""
+FITTED = (("none", 4), ("interval", 4), ("elastic, paper", 4))
+"""Settings whose steps the overheads are fitted on; every other one is a check.
+
+They tell the costs apart: whole canvases, windows without statistics, windows with them.
+"""
 
 CANVAS = 256
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds of this process on a processor are about those of a machine that does nothing else."""
 
 
 @dataclass
@@ -67,7 +73,11 @@ class Timed:
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the engine, fit, predict every setting; prints and returns what was found."""
+    """Time the engine, fit, predict every setting; prints and returns what was found.
+
+    Raises:
+        SystemExit: processor time is asked for, which several threads would spend at once.
+    """
     batch_sizes = args.batch_size or BATCH_SIZES
     batch_sizes = sorted({*batch_sizes, *(batch for _, batch in FITTED)})
     engine = BenchEngine(
@@ -76,18 +86,33 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         row_budget=args.max_num_batched_tokens,
         rows=True,
     )
+    if args.clock == "cpu" and (threads := _threads()) > 1:
+        raise SystemExit(f"--clock cpu needs one thread, not {threads}: OMP_NUM_THREADS=1")
     problems = list(load_problems(args.model, args.problems, CANVAS, 0))
     settings = [Timed(*pair) for pair in itertools.product(POLICIES, batch_sizes)]
     engine.run([{**problem, "elastic_policy": "elastic"} for problem in problems])  # warm-up
+    clock = CLOCKS[args.clock]
     for number in range(args.repeats):
         for setting in settings:
-            time_setting(engine, problems, setting)
-        print(f"repeat {number + 1} of {args.repeats} is done", flush=True)
+            time_setting(engine, problems, setting, clock)
+            where = f"repeat {number + 1} of {args.repeats}: {setting.policy}, batch"
+            print(f"{where} {setting.batch_size}: {setting.totals[-1]:.1f} s", file=sys.stderr)
     shape = ModelShape.from_config(args.model / "config.json", bytes_per_number=4)
-    return report(shape, measured_device(shape), settings, capacity_of(engine))
+    return report(shape, measured_device(shape, clock), settings, capacity_of(engine))
 
 
-def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], setting: Timed) -> None:
+def _threads() -> int:
+    import torch
+
+    return int(torch.get_num_threads())
+
+
+def time_setting(
+    engine: BenchEngine,
+    problems: Sequence[dict[str, Any]],
+    setting: Timed,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Serve the problems once and keep what each step took."""
     policy = setting.policy.split(",")[0]
     knobs = {"elastic_policy": policy, **POLICIES[setting.policy]}
@@ -103,11 +128,11 @@ def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], settin
         return plans
 
     def step() -> Any:
-        started = time.perf_counter()
+        started = clock()
         try:
             return engine_step()
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
 
     scheduler.max_num_active_reqs = setting.batch_size
     scheduler._plan_step, llm_engine.step = plan, step
@@ -120,25 +145,25 @@ def time_setting(engine: BenchEngine, problems: Sequence[dict[str, Any]], settin
     setting.seconds.append([s for s, rows in zip(seconds, planned, strict=True) if rows])
 
 
-def measured_device(shape: ModelShape) -> Device:
+def measured_device(shape: ModelShape, clock: Callable[[], float]) -> Device:
     """Rates of this process: a product of the MLP's shape in float32, and a large copy."""
     import torch
 
     x = torch.randn(256, shape.width)
     weight = torch.randn(2 * shape.mlp, shape.width)
     large = torch.empty(1 << 25)  # 128 MiB, far more than a cache holds
-    product = _median_seconds(lambda: torch.nn.functional.linear(x, weight), 200)
-    copy = _median_seconds(lambda: large.clone(), 10)
+    product = _median_seconds(lambda: torch.nn.functional.linear(x, weight), 200, clock)
+    copy = _median_seconds(lambda: large.clone(), 10, clock)
     flops = 2 * x.numel() * weight.shape[0] / product
     return Device("this machine", flops, flops, 2 * 4 * large.numel() / copy, memory=0.0)
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int) -> float:
+def _median_seconds(function: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         function()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return statistics.median(seconds)
 
 
@@ -156,15 +181,16 @@ def capacity_of(engine: BenchEngine) -> Capacity:
 def fit(device: Device, cost: CostModel, work: Floats, seconds: Floats) -> Device:
     """Overheads, and what each part takes relative to the rates, from timed steps.
 
-    Least squares with no negative coefficient.
+    Least squares with no negative coefficient. A step's error is taken to grow with the root of
+    its seconds, as the error of a sum does; else whole canvases alone would decide.
 
     Args:
         work: [steps, columns]; seconds: [steps].
     """
     parts = cost.work_seconds(work).sum(axis=-1)
-    found = non_negative_least_squares(
-        np.concatenate([cost.host_counts(work), parts], axis=1), seconds
-    ).tolist()
+    columns = np.concatenate([cost.host_counts(work), parts], axis=1)
+    weights = seconds**-0.5
+    found = non_negative_least_squares(columns * weights[:, None], seconds * weights).tolist()
     return Device(
         device.name,
         device.flops,
@@ -261,8 +287,8 @@ def report(
         )
     errors = [abs(row["error"]) for row in table if not row["fitted"]]
     print(
-        f"\nSettings that were not fitted: mean error {statistics.mean(errors):.1%}, largest "
-        f"{max(errors):.1%}. Spread: of the repeats, (slowest - fastest) / median."
+        f"\n{len(errors)} settings that were not fitted: mean error {statistics.mean(errors):.1%}, "
+        f"largest {max(errors):.1%}. Spread: of the repeats, (slowest - fastest) / median."
     )
     return {"device": asdict(device), "settings": table}
 
