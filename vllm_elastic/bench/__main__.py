@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from vllm_elastic.bench import compare, drift, fuzz, gamma, run, simulate, soak, step, tune
 
@@ -20,6 +21,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line and run one benchmark."""
     args = make_parser().parse_args()
+    # The table alone on standard output; a server that a command starts has a log of its own.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if args.command not in ("soak", "fuzz"):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     args.function(args)
 
 
