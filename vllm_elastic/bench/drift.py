@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from vllm_elastic.bench.arguments import add_json, add_model, add_prompts
 from vllm_elastic.bench.run import read_jsonl
 
 REGIONS = ("prompt", "settled answer", "recent answer", "just committed", "window", "tail")
+DISTANCES = (1, 2, 4, 8, 16, 32, 64)  # from a commit, up to and with
 RECENT = 16  # denoising steps for which a committed position is recent
 
 
@@ -37,7 +39,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print two tables: relative change, and share of the window's attention."""
+    """Print relative changes by region and by distance from commits, and attention by region."""
     from transformers import AutoTokenizer
 
     from vllm_elastic.reference import LLaDA
@@ -62,6 +64,15 @@ def main(args: argparse.Namespace) -> None:
             values = [means.get(("drift", region, age, layer)) for layer in layers]
             if None not in values:
                 print(f"| {region} | {age} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    print(
+        "\nRelative change in one step, outside the window, by distance from the nearest token "
+        f"that the step before committed\n\n| distance up to | {heads} |"
+    )
+    print("|---" + "|---" * len(layers) + "|")
+    for distance in DISTANCES:
+        values = [means.get(("near", str(distance), 1, layer)) for layer in layers]
+        if None not in values:
+            print(f"| {distance} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
     print(f"\nShare of the window's attention\n\n| region | {heads} |")
     print("|---" + "|---" * len(layers) + "|")
     for region in REGIONS:
@@ -109,10 +120,31 @@ def measure(
                 if where.any():
                     for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
                         yield ("drift", region, age, layer), value
+        if step:
+            old = history[step - 1]
+            change = (history[step] - old).norm(dim=-1) / old.norm(dim=-1)
+            for distance, where in distances_of(committed_at, window, step).items():
+                if where.any():
+                    for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
+                        yield ("near", str(distance), 1, layer), value
         token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
         chosen = choose(confidence, args.threshold, None)
         canvas.commit(window[chosen], token_ids[chosen])
         committed_at[window[chosen]] = step
+
+
+def distances_of(committed_at: Any, window: Any, step: int) -> dict[int, Any]:
+    """bool [T] for each of ``DISTANCES``: further than the one before it; outside the window."""
+    import torch
+
+    positions = torch.arange(len(committed_at))
+    just = (committed_at == step - 1).nonzero().flatten()
+    nearest = (positions[:, None] - just).abs().min(dim=1).values
+    nearest[window] = 0
+    bounds = (0, *DISTANCES)
+    return {
+        last: (nearest > first) & (nearest <= last) for first, last in itertools.pairwise(bounds)
+    }
 
 
 def regions_of(committed_at: Any, prompt_length: int, window: Any, step: int) -> dict[str, Any]:
