@@ -38,7 +38,9 @@ RULES: dict[str, Rule] = {
         "position, as LLaDA's authors do; its probability at temperature 1 decides on the commit",
     ),
     "seed": Rule(
-        "deviates", "random numbers depend on seed, position and step only, not on the batch"
+        "deviates",
+        "random numbers depend on seed, position and step only, not on the batch; -1 is no seed, "
+        "as in vLLM",
     ),
     "top_k": Rule("kept"),
     "top_p": Rule("kept"),
