@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import numpy as np
-
 from vllm_elastic.decoding.plan import PassPlan
 
 KINDS = ["all_reduce", "all_gather", "all_gatherv", "gather", "reduce_scatter", "reduce_scatterv"]
@@ -55,7 +53,7 @@ def take_collectives(worker: Any) -> list[Traffic]:
 
 
 def expected_traffic(
-    plans: list[PassPlan], config: Any, num_ranks: int, row_budget: int
+    plans: list[PassPlan], config: Any, num_ranks: int, row_budget: int, hidden_stride: int
 ) -> Traffic:
     """What a pass over these plans has to send; config: the oracle's ``LLaDAConfig``."""
     traffic: Traffic = Counter()
@@ -81,25 +79,24 @@ def expected_traffic(
             add("all_reduce", 2 * finished * d, calls=2 * -(-finished // row_budget))
     tested = sum(plan.tested.size for plan in plans)
     if tested:
-        add("all_gather", (num_layers - 1) * tested * own_d)
+        add("all_gather", (num_layers - 1) // hidden_stride * tested * own_d)
     add("all_gather", window * config.embedding_size // num_ranks)
-    statistics = sum(numbers_reduced(plan, num_layers) for plan in plans)
+    statistics = sum(numbers_reduced(plan, num_layers, hidden_stride) for plan in plans)
     if statistics:
         add("all_reduce", statistics)
     return traffic
 
 
-def numbers_reduced(plan: PassPlan, num_layers: int) -> int:
+def numbers_reduced(plan: PassPlan, num_layers: int, hidden_stride: int) -> int:
     """Numbers that a plan's statistics add up over ranks."""
     length = len(plan.tokens)
     numbers = 0
     if plan.trackable is not None:
         numbers += (num_layers - plan.start_layer) * length
     if plan.granularity:
-        numbers += length + 1 + 2 * (num_layers - 1) * plan.probes.size
+        numbers += length + 1 + 2 * ((num_layers - 1) // hidden_stride) * plan.probes.size
     if plan.tested.size:
-        layers = num_layers - plan.start_layer
-        if plan.tested_layers is not None:
-            layers = min(layers, plan.tested_layers)
+        layers = num_layers if plan.tested_layers is None else plan.tested_layers
+        layers = len(range(0, layers, hidden_stride))
         numbers += layers * (3 * plan.tested.size * length if plan.statistic == "released" else 1)
-    return int(np.int64(numbers))
+    return numbers

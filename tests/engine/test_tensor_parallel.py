@@ -23,6 +23,7 @@ from .test_oracle import CONFIGS, ask_oracle
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 RANKS = 2
+ROW_BUDGET = 24  # less than a canvas of the problems below
 MODELS = {
     "gqa-tied": RANDOM_MODELS["gqa-tied"],
     # One KV head, which both ranks keep; an odd number of layers of hidden states.
@@ -101,14 +102,19 @@ def requests_of(configs: dict[str, dict[str, Any]], count: int = 2) -> list[dict
     ]
 
 
-def assert_equals_oracle(served: Served, configs: dict[str, dict[str, Any]]) -> None:
+def assert_equals_oracle(
+    served: Served, configs: dict[str, dict[str, Any]], hidden_stride: int = 1
+) -> None:
     """All at once, in the engine's batches of 8; every request's passes and tokens."""
     results = served.engine.run(requests_of(configs))  # type: ignore[attr-defined]
     asked = problems()
     equal = []
     for result in results:
         index, name = result["id"]
-        expected = ask_oracle(served, *asked[index], configs[name])
+        config = dict(configs[name])
+        if config["policy"].startswith("elastic"):
+            config["hidden_stride"] = hidden_stride
+        expected = ask_oracle(served, *asked[index], config)
         equal.append(agrees(result, expected, result["id"]))
     assert equal.count(False) <= 1, "near ties are rare"
     if len(configs) == len(CONFIGS):
@@ -128,7 +134,9 @@ def poison_worker(worker: Any) -> None:
         cache.fill_(float("nan"))
 
 
-def test_traffic_follows_the_formula(served: Served) -> None:
+def assert_traffic_follows_the_formula(
+    served: Served, names: list[str], row_budget: int, hidden_stride: int = 1
+) -> None:
     """Calls and bytes of each pass, on both ranks: docs/deploy.md."""
     scheduler = served.engine.scheduler  # type: ignore[attr-defined]
     plans = []
@@ -143,17 +151,21 @@ def test_traffic_follows_the_formula(served: Served) -> None:
     workers(served, count_collectives)
     scheduler.schedule = kept
     try:
-        names = ("released-high", "paper-high", "always", "block-fine", "next-low", "dual-cache")
         requests = requests_of({name: CONFIGS[name] for name in names}, count=1)
         served.engine.run(requests)  # type: ignore[attr-defined]
     finally:
         del scheduler.schedule
     first, second = workers(served, take_collectives)
-    config = served.oracle.config
-    expected = [expected_traffic(step, config, RANKS, row_budget=8192) for step in plans]
+    shape = served.oracle.config, RANKS, row_budget, hidden_stride
+    expected = [expected_traffic(step, *shape) for step in plans]
     assert first == expected
     assert second == expected
     assert any(traffic["all_gather"] > 2 for traffic in expected), "tests, and rows joined late"
+
+
+def test_traffic_follows_the_formula(served: Served) -> None:
+    names = ["released-high", "paper-high", "always", "block-fine", "next-low", "dual-cache"]
+    assert_traffic_follows_the_formula(served, names, row_budget=8192)
 
 
 def test_each_rank_keeps_its_share(served: Served) -> None:
@@ -208,16 +220,21 @@ def test_sampled_answers_equal_one_rank(served: Served) -> None:
                 assert found[token].logprob == pytest.approx(wanted.logprob, abs=1e-4)
 
 
-def test_row_chunks_and_shared_kv_heads(
+def test_row_chunks_shared_kv_heads_and_every_other_hidden_state(
     directory_of: Callable[[str], tuple[LLaDA, Path]],
 ) -> None:
-    """A canvas beyond the row budget; fewer KV heads than ranks."""
+    """A canvas beyond the row budget; fewer KV heads than ranks; inputs of some layers kept."""
+    stride = {"hidden_stride": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(*directory_of("mqa"), "mqa", "mp", row_budget=32)
+        served = start(
+            *directory_of("mqa"), "mqa", "mp", row_budget=ROW_BUDGET, elastic_config=stride
+        )
     try:
-        names = ("none", "released-high", "paper-low", "block", "next-high")
-        assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
+        names = ["none", "released-high", "paper-low", "block", "next-high"]
+        assert_equals_oracle(served, {name: CONFIGS[name] for name in names}, **stride)
+        names = ["always", "paper-high", "next-low", "block-fine"]
+        assert_traffic_follows_the_formula(served, names, ROW_BUDGET, **stride)
     finally:
         stop(served)
 
