@@ -51,8 +51,11 @@ def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
 
 def start(oracle: LLaDA, directory: Path, name: str, backend: str, **options: Any) -> Served:
     """The scheduler in this process, where its records are; the ranks in theirs."""
+    from vllm import envs
+
     from vllm_elastic.bench.engine import BenchEngine
 
+    envs.disable_envs_cache()  # an engine before this one has fixed what the environment says
     engine = BenchEngine(
         directory,
         batch_size=8,
