@@ -34,7 +34,7 @@ def engine(serve: Callable[[str], Served]) -> Iterator[Any]:
         setattr(scheduler, name, value)
 
 
-@pytest.mark.parametrize("policy", ["elastic", "elastic-block"])
+@pytest.mark.parametrize("policy", ["elastic, paper", "elastic-block"])
 @pytest.mark.parametrize(
     ("seats", "row_budget", "blocks"),
     [(1, 4096, 100), (16, 4096, 100), (16, 90, 100), (16, 4096, 6)],
