@@ -35,6 +35,9 @@ def check_requests_at_admission() -> None:
 
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        if is_served_by_us(self.vllm_config):
+            # (request_id, prompt, params, ...): before the tokenizer meets them.
+            check_bad_words(kwargs.get("params", args[2] if len(args) > 2 else None))
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
         if is_served_by_us(self.vllm_config) and params is not None:
@@ -53,6 +56,21 @@ def check_requests_at_admission() -> None:
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
     """Whether this engine runs our scheduler."""
     return "vllm_elastic" in str(vllm_config.scheduler_config.scheduler_cls)
+
+
+def check_bad_words(params: object) -> None:
+    """Refuse words that no tokenizer takes; vLLM's server calls it a 500.
+
+    Raises:
+        VLLMValidationError: half a surrogate pair.
+    """
+    for word in getattr(params, "bad_words", None) or ():
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise VLLMValidationError(
+                f"bad_words: {word!r} is no text: {error.reason}.", parameter="bad_words"
+            ) from None
 
 
 def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:

@@ -36,6 +36,7 @@ BAD: dict[str, dict[str, Any]] = {
     "penalty": {"presence_penalty": 0.5},
     "no token left": {"allowed_token_ids": [0], "min_tokens": 2},  # the end token alone
     "bias": {"logit_bias": {5: 1e9}},
+    "half a surrogate pair": {"bad_words": ["fine", "\ud800"]},
     "prompt_logprobs": {"prompt_logprobs": 1},
 }
 
@@ -80,3 +81,5 @@ def test_patch_is_still_needed(processor: Any) -> None:
                 f"patch admission: a part can go, stock vLLM refuses {name} by itself ({error}). "
                 "Take that check out of vllm_elastic/admission.py, its record and this test."
             )
+        except TypeError:
+            assert name == "half a surrogate pair"  # which the tokenizer does not take

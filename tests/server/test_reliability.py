@@ -56,6 +56,7 @@ def test_constraints_that_leave_no_token(alive: Client, constraints: dict[str, A
         {"top_k": 2**70},
         {"stream_interval": 2**70},
         {"stop": ["\ud800"]},
+        {"bad_words": ["\ud800"]},
         {"request_id": "\ud800"},
         {"vllm_xargs": {"other": "\ud800"}},
     ],
