@@ -69,7 +69,8 @@ def check_bad_words(params: object) -> None:
             word.encode()
         except UnicodeEncodeError as error:
             raise VLLMValidationError(
-                f"bad_words: {word!r} is no text: {error.reason}.", parameter="bad_words"
+                f"bad_words: {word!r} cannot be sent to the engine: {error.reason}.",
+                parameter="bad_words",
             ) from None
 
 
