@@ -44,7 +44,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
                 message names the flag and the remedy.
         """
         elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
-        _refuse_unsupported(vllm_config)
+        _refuse_unsupported(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         scheduler.scheduler_cls = "vllm_elastic.scheduling.scheduler.ElasticScheduler"
@@ -102,12 +102,12 @@ def _undivided(config: LLaDAConfig, tp_size: int) -> str:
     return " and ".join(what for what, rest in problems.items() if rest)
 
 
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
     tp_size = parallel.tensor_parallel_size
     undivided = _undivided(vllm_config.model_config.hf_config, tp_size)
-    stride = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic")).hidden_stride
+    stride = elastic.hidden_stride
     layers = vllm_config.model_config.hf_config.n_layers
     problems = {
         "--logits-processors": (

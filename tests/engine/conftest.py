@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,22 @@ def poison(engine: object) -> None:
         cache.fill_(float("nan"))
 
 
+def make_engine(directory: Path, **options: Any) -> Any:
+    """An engine of sixteen seats over poisoned blocks, with similarities in its records."""
+    from vllm_elastic.bench.engine import BenchEngine
+
+    engine = BenchEngine(
+        directory,
+        batch_size=16,
+        max_model_len=256,
+        kv_cache_memory_bytes=64 << 20,
+        similarities=True,
+        **options,
+    )
+    poison(engine)
+    return engine
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _engines_are_kept() -> None:
     keep_engines()
@@ -65,8 +82,6 @@ def _engines_are_kept() -> None:
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Served]]:
     """A random model by name, loaded once."""
-    from vllm_elastic.bench.engine import BenchEngine
-
     loaded: dict[str, Served] = {}
 
     def load(name: str) -> Served:
@@ -78,15 +93,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
             if name in EAGER_TO_END:
                 oracle.weights[HEAD][EOS] *= 2.5
             oracle.save_pretrained(directory)
-            engine = BenchEngine(
-                directory,
-                batch_size=16,
-                max_model_len=256,
-                kv_cache_memory_bytes=64 << 20,
-                similarities=True,
-            )
-            poison(engine)
-            loaded[name] = Served(name, directory, oracle, engine)
+            loaded[name] = Served(name, directory, oracle, make_engine(directory))
         return loaded[name]
 
     yield load

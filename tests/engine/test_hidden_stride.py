@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.bench.engine import BenchEngine
-from vllm_elastic.reference import (
-    ElasticBlockOptions,
-    ElasticOptions,
-    LLaDA,
-    elastic_block,
-    elastic_cache,
-)
+from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees
-from .conftest import RANDOM_MODELS, poison, random_config
-from .test_oracle import problems
+from .conftest import RANDOM_MODELS, Served, make_engine, random_config
+from .test_oracle import ask_oracle, problems
 
 pytestmark = pytest.mark.engine
 
@@ -37,15 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
     oracle.save_pretrained(tmp_path)
-    engine = BenchEngine(
-        tmp_path,
-        batch_size=16,
-        max_model_len=256,
-        kv_cache_memory_bytes=64 << 20,
-        similarities=True,
-        elastic_config={"hidden_stride": stride},
-    )
-    poison(engine)
+    engine = make_engine(tmp_path, elastic_config={"hidden_stride": stride})
+    served = Served("gqa-tied", tmp_path, oracle, engine)
     cases = [(*problem, name) for problem in problems(16) for name in CONFIGS]
     results = engine.run(
         [
@@ -56,13 +42,8 @@ def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     )
     equal, starts = [], set()
     for (prompt, max_tokens, name), result in zip(cases, results, strict=True):
-        options = {k: v for k, v in CONFIGS[name].items() if k != "policy"}
-        if name.startswith("block"):
-            block = ElasticBlockOptions(hidden_stride=stride, **options)
-            expected = elastic_block(oracle, prompt, max_tokens, block)
-        else:
-            elastic = ElasticOptions(hidden_stride=stride, **options)
-            expected = elastic_cache(oracle, prompt, max_tokens, elastic)
+        config = {**CONFIGS[name], "hidden_stride": stride}
+        expected = ask_oracle(served, prompt, max_tokens, config)
         equal.append(agrees(result, expected, (name, len(prompt), max_tokens)))
         starts |= {entry["start_layer"] for entry in result["steps"]}
     assert equal.count(False) <= len(equal) / 50

@@ -114,23 +114,25 @@ def measure(
         for age in args.ages:
             if age > step:
                 continue
-            old = history[step - age]
-            change = (history[step] - old).norm(dim=-1) / old.norm(dim=-1)
-            for region, where in regions.items():
-                if where.any():
-                    for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
-                        yield ("drift", region, age, layer), value
+            for region, layer, value in changes(history[step - age], history[step], regions):
+                yield ("drift", region, age, layer), value
         if step:
-            old = history[step - 1]
-            change = (history[step] - old).norm(dim=-1) / old.norm(dim=-1)
-            for distance, where in distances_of(committed_at, window, step).items():
-                if where.any():
-                    for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
-                        yield ("near", str(distance), 1, layer), value
+            near = distances_of(committed_at, window, step)
+            for distance, layer, value in changes(history[step - 1], history[step], near):
+                yield ("near", str(distance), 1, layer), value
         token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
         chosen = choose(confidence, args.threshold, None)
         canvas.commit(window[chosen], token_ids[chosen])
         committed_at[window[chosen]] = step
+
+
+def changes(old: Any, new: Any, parts: dict[Any, Any]) -> Iterator[tuple[Any, int, float]]:
+    """(part, layer, mean relative change) of hidden states [L, T, d]; parts bool [T], by name."""
+    change = (new - old).norm(dim=-1) / old.norm(dim=-1)
+    for name, where in parts.items():
+        if where.any():
+            for layer, value in enumerate(change[:, where].mean(dim=1).tolist()):
+                yield name, layer, value
 
 
 def distances_of(committed_at: Any, window: Any, step: int) -> dict[int, Any]:

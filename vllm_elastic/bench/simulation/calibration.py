@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -296,7 +296,7 @@ def report(
 def replay(shape: ModelShape, device: Device, setting: Timed, capacity: Capacity) -> Replica:
     """Serve a setting's requests on a simulated engine with its batch size."""
     recording = Recording(setting.policy, setting.results, shape.layers)
-    limits = Capacity(setting.batch_size, capacity.blocks, capacity.block_size, capacity.row_budget)
+    limits = replace(capacity, seats=setting.batch_size)
     replica = Replica(recording, CostModel(shape, device), limits, keep_steps=True)
     run_closed(replica, recording.requests)
     return replica
