@@ -115,6 +115,9 @@ class ElasticConfig:
             which blocks are refreshed: attention paid to stale blocks times their relative drift.
         slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
             drifted at most this share of the most drifted layer's.
+        attention_stride: of ``elastic-block``, the window's attention to the blocks is read in
+            every so manyth layer, counted down from the last. Reading it is most of what the
+            policy costs beside its rows (docs/policies.md).
         granularity: positions a block of ``elastic-block`` has. null: the KV block.
         statistic: ``released`` cosine across heads for each key (the authors' code), ``paper``
             cosine across keys for each head.
@@ -151,6 +154,7 @@ class ElasticConfig:
     reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
     block_drift: float = _knob(0.03, _number(0.0, 10.0))
     slack: float = _knob(0.1, _number(0.0, 1.0))
+    attention_stride: int = _knob(4, _integer(1, 1 << 10))
     granularity: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     statistic: str = _knob("released", _choice("released", "paper"))
     tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))

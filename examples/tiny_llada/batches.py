@@ -61,12 +61,14 @@ class MicroBatch:
 class Mix:
     """Shares of the training sequences (see `tasks.conversation` and `mask`).
 
-    `small`: single warm-up problems; `packed`: packed conversations; `canvas`: EOS tail up to the
-    whole canvas; `ordered`: left-to-right masks; `numbers`: masks that hide nothing but numbers.
+    `small`: single warm-up problems; `packed`: packed conversations; `long`: as long as the long
+    prompts, among the packed; `canvas`: EOS tail up to the whole canvas; `ordered`: left-to-right
+    masks; `numbers`: masks that hide nothing but numbers.
     """
 
     small: float
     packed: float
+    long: float
     canvas: float
     ordered: float
     numbers: float
@@ -74,7 +76,7 @@ class Mix:
 
 def sequence(rng: random.Random, mix: Mix) -> Sequence:
     """One conversation with its EOS tail: short mostly, up to the whole canvas at times."""
-    task, turns = conversation(rng, mix.small, mix.packed)
+    task, turns = conversation(rng, mix.small, mix.packed, mix.long)
     ids, answers = [VOCABULARY[tokenizers.START]], []
     for question, answer in turns:
         ids += header("user") + [VOCABULARY[w] for w in question.split()] + [TURN_END]

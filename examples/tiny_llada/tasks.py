@@ -233,12 +233,13 @@ def problems(
 
 
 def conversation(
-    rng: random.Random, small: float, packed: float
+    rng: random.Random, small: float, packed: float, long: float
 ) -> tuple[str, list[tuple[str, str]]]:
     """A training conversation: task and turns, every turn with its answer.
 
     `small` and `packed` are the probabilities of a single warm-up problem and of a packed
-    conversation of several problems (or, for `table`, of a table as long).
+    conversation of several problems (or, for `table`, of a table as long); `long` is the
+    probability that a packed one is as long as the long prompts.
     """
     task = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     labels = Labels(rng)
@@ -246,7 +247,7 @@ def conversation(
     if kind < small:
         return task, [draw(task, rng, labels, False, SMALL)]
     if kind > 1 - packed:
-        length = rng.randint(800, 960) if rng.random() < 0.25 else rng.randint(150, 450)
+        length = rng.randint(800, 960) if rng.random() < long else rng.randint(150, 450)
         entries = None
         if task == "table" and length > LONG_TABLE[0] * 4:
             entries = rng.randint(*LONG_TABLE)

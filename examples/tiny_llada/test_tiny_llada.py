@@ -55,7 +55,7 @@ def test_problems_are_reproducible_held_out_and_within_the_vocabulary(task, prom
 def test_training_never_sees_a_held_out_question():
     rng = random.Random(0)
     for _ in range(200):
-        _, turns = tasks.conversation(rng, 0.3, 0.3)
+        _, turns = tasks.conversation(rng, 0.3, 0.3, 0.25)
         assert not any(tasks.is_held_out(question) for question, _ in turns)
 
 
@@ -93,7 +93,7 @@ def test_masks_weigh_every_answer_token_alike_in_expectation():
     item = batches.Sequence(0, list(range(40)), [(10, 20), (25, 40)])
     noise = np.random.default_rng(0)
     total = np.zeros(44)
-    mix = batches.Mix(0, 0, 0, ordered=0.0, numbers=0.0)
+    mix = batches.Mix(0, 0, 0, 0, ordered=0.0, numbers=0.0)
     for _ in range(4000):
         masked, weights, frontier = batches.mask(noise, item, 44, noise.random(), mix)
         assert frontier == -1 and not masked[:10].any() and not masked[20:25].any()
@@ -105,7 +105,7 @@ def test_masks_weigh_every_answer_token_alike_in_expectation():
 
 def test_pool_depends_on_seed_and_step_only():
     one, two = (
-        batches.pool(1, 4, 1500, batches.Mix(0.3, 0.3, 0.1, 0.3, 0.2), 1000) for _ in range(2)
+        batches.pool(1, 4, 1500, batches.Mix(0.3, 0.3, 0.25, 0.1, 0.3, 0.2), 1000) for _ in range(2)
     )
     assert one[1] == two[1]
     for a, b in zip(one[0], two[0], strict=True):

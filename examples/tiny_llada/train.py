@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--small", type=float, default=0.25, help="share of warm-up problems")
     parser.add_argument("--packed", type=float, default=0.3, help="share of packed conversations")
+    parser.add_argument("--long", type=float, default=0.25, help="share of long ones among them")
     parser.add_argument("--canvas", type=float, default=0.12, help="share of full EOS tails")
     parser.add_argument("--ordered", type=float, default=0.3, help="share of left-to-right masks")
     parser.add_argument("--numbers", type=float, default=0.3, help="share of number-only masks")
@@ -178,7 +179,7 @@ def worker(
     if not args.no_compile:
         Block.before = torch.compile(Block.before, dynamic=True)  # type: ignore[method-assign]
         Block.after = torch.compile(Block.after, dynamic=True)  # type: ignore[method-assign]
-    mix = Mix(args.small, args.packed, args.canvas, args.ordered, args.numbers)
+    mix = Mix(args.small, args.packed, args.long, args.canvas, args.ordered, args.numbers)
     own = shared.views(shared.gradients[rank])
     saved = logged = began = time.monotonic()
     start_seconds, answer_tokens = state["seconds"], 0.0

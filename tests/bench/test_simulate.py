@@ -67,7 +67,7 @@ def records(count: int, policy: str = "elastic") -> list[dict[str, Any]]:
 
 def one_pass(**changes: Any) -> dict[str, Any]:
     entry = {"kind": "window", "rows": 5, "segments": [[0, 3], [1, 2]], "window": 2}
-    entry |= {"queries": 0, "tested": 0, **changes}
+    entry |= {"queries": 0, "attention_stride": 1, "tested": 0, **changes}
     return {"policy": "none", "layers": 2, "canvas": 5, "token_ids": [1], "steps": [entry]}
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.engines_kept import keep_engines
 from vllm_elastic.bench.__main__ import make_parser
-from vllm_elastic.bench.step import PARTS, Shape, make_plan
+from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.bench.step import PARTS, make_plan, operations
 
 
 @pytest.mark.engine
@@ -43,4 +44,5 @@ def test_operations() -> None:
     last = 2 * finish  # the window's rows only
     head = 2 * (2 * 3 * 7)
     expected = 2 * 4 * projections + 4 * finish + last + head
-    assert Shape(width=3, layers=2, mlp=5, vocabulary=7).operations(plan) == expected
+    shape = ModelShape(width=3, key_width=3, layers=2, heads=1, mlp=5, vocabulary=7)
+    assert operations(shape, plan) == expected

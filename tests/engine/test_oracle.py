@@ -45,8 +45,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "next-low": {"policy": "elastic", "gamma": 0.75, "refresh": "next"},
     "next-high": {"policy": "elastic", "gamma": 0.9, "refresh": "next", "statistic": "paper"},
     "interval": {"policy": "interval", "interval": 3},
-    "block": {"policy": "elastic-block", "granularity": 8, "block_drift": 0.1, "reach": 0},
-    "block-fine": {"policy": "elastic-block", "granularity": 3, "block_drift": 0.023, "probes": 2},
+    "block": {
+        "policy": "elastic-block",
+        "granularity": 8,
+        "block_drift": 0.1,
+        "reach": 0,
+        "attention_stride": 1,
+    },
+    "block-fine": {
+        "policy": "elastic-block",
+        "granularity": 3,
+        "block_drift": 0.023,
+        "probes": 2,
+        "attention_stride": 3,
+    },
     "block-kv": {
         "policy": "elastic-block",
         "block_drift": 0.2,

@@ -12,13 +12,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.decoding.plan import PassPlan, Segment
 
 TRACKED = 4  # tracked and just committed rows beside the window
@@ -49,33 +49,30 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(function=main)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that decide what a pass costs."""
+def operations(shape: ModelShape, plan: PassPlan) -> int:
+    """Floating-point operations of a plan's matrix products and attention.
 
-    width: int
-    layers: int
-    mlp: int
-    vocabulary: int
-
-    def operations(self, plan: PassPlan) -> float:
-        """Floating-point operations of a plan's matrix products and attention.
-
-        The last layer finishes the window's rows only, but makes keys and values of all.
-        """
-        row_layers, window = plan.row_layers(self.layers), len(plan.window)
-        keys_values = 2 * self.width * 3 * self.width
-        rest = 2 * self.width * (self.width + 3 * self.mlp) + 4 * len(plan.tokens) * self.width
-        finished = row_layers - plan.num_rows + window
-        head = 2 * window * self.width * self.vocabulary
-        return row_layers * keys_values + finished * rest + head
+    The last layer finishes the window's rows only, but makes keys and values of all.
+    """
+    row_layers, window = plan.row_layers(shape.layers), len(plan.window)
+    finished = row_layers - plan.num_rows + window
+    products = shape.product_operations(row_layers, finished)
+    attention = shape.attention_operations(finished * len(plan.tokens))
+    return products + attention + shape.head_operations(window)
 
 
 def main(args: argparse.Namespace) -> None:
     """Print a table of times and, for each kind of pass, where its time goes."""
     import torch
 
-    shape = Shape(args.width, args.layers, args.mlp, args.vocabulary)
+    shape = ModelShape(
+        width=args.width,
+        key_width=args.width,
+        layers=args.layers,
+        heads=args.heads,
+        mlp=args.mlp,
+        vocabulary=args.vocabulary,
+    )
     join = args.layers // 2 if args.refresh_from is None else args.refresh_from
     with tempfile.TemporaryDirectory() as folder:
         engine = build(Path(folder), args)
@@ -103,8 +100,8 @@ def main(args: argparse.Namespace) -> None:
                 runner.run(plans)
                 whole = time.perf_counter() - started
             median = statistics.median(seconds[kind])
-            operations = sum(shape.operations(plan) for plan in plans)
-            floor = operations / rates[kind]
+            work = sum(operations(shape, plan) for plan in plans)
+            floor = work / rates[kind]
             shares = {name: parts[name] / whole for name in PARTS}
             shares["other"] = 1 - sum(shares.values())
             rows.append(
@@ -113,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
                     "pass": kind,
                     "rows": sum(p.num_rows for p in plans),
                     "milliseconds": 1e3 * median,
-                    "gflop": operations / 1e9,
+                    "gflop": work / 1e9,
                     "gflops_of_a_product": rates[kind] / 1e9,
                     "floor_milliseconds": 1e3 * floor,
                     "times_floor": median / floor,
@@ -122,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
             )
             where = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
             print(
-                f"| {batch} | {kind} | {1e3 * median:.1f} | {operations / 1e9:.2f} | "
+                f"| {batch} | {kind} | {1e3 * median:.1f} | {work / 1e9:.2f} | "
                 f"{1e3 * floor:.1f} | {median / floor:.2f} | {where} |",
                 flush=True,
             )

@@ -15,11 +15,31 @@ from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
 
-# From the cheapest setting to the dearest: what each policy's own knob may be.
-LADDERS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "elastic": ("gamma", (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)),
-    "elastic-block": ("block_drift", (1.0, 0.3, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005)),
-    "interval": ("interval", (64, 32, 16, 8, 6, 4, 3, 2)),
+GAMMAS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
+DRIFTS = (1.0, 0.3, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A policy's settings from the cheapest to the dearest: one knob's values beside fixed ones."""
+
+    fixed: dict[str, Any]
+    knob: str
+    values: tuple[float, ...]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for value in self.values:
+            yield {**self.fixed, self.knob: value}
+
+
+LADDERS: dict[str, tuple[Ladder, ...]] = {
+    "elastic-block": (Ladder({}, "block_drift", DRIFTS),),
+    "elastic": (
+        Ladder({"statistic": "paper", "reach": 4}, "gamma", GAMMAS),
+        Ladder({"statistic": "paper", "reach": 0}, "gamma", GAMMAS),
+        Ladder({"statistic": "released", "reach": 0}, "gamma", GAMMAS),
+    ),
+    "interval": (Ladder({}, "interval", (64, 32, 16, 8, 6, 4, 3, 2)),),
 }
 
 
@@ -29,7 +49,8 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="find the cheapest knobs whose answers agree with those without a cache",
         description="Runs the prompts without a cache and then with every policy asked for, from "
-        "its cheapest setting to its dearest, until the answers are as good as they have to be; "
+        "its cheapest setting to its dearest, until the answers are as good as they have to be "
+        "or a cheaper setting is known whose answers are; "
         "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
         "in every line of the file, good means accurate; else it means the same tokens.",
     )
@@ -89,39 +110,34 @@ def main(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         elastic_config=args.elastic_config,
     )
-    none = engine.run([{**prompt, "elastic_policy": "none"} for prompt in prompts])
+    none = run(engine, prompts, {"policy": "none"})
     bar = Bar(score(prompts, none, none), args.accuracy_loss, args.agreement)
     print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
     print(_line("none", bar.baseline, True), flush=True)
-    good: list[tuple[float, dict[str, Any]]] = [(1.0, {"policy": "none"})]
+    work, best = 1.0, {"policy": "none"}
     for policy in args.policies:
-        for knobs, scored in climb(engine, prompts, none, policy):
-            passed = bar.passed(scored)
-            name = ", ".join(map(str, knobs.values()))
-            print(_line(name, scored, passed), flush=True)
-            if passed:
-                assert scored.work is not None, "scored without a baseline"
-                good.append((scored.work, knobs))
-                break
-    work, best = min(good, key=lambda pair: pair[0])
+        for ladder in LADDERS[policy]:
+            for knobs in ({"policy": policy, **setting} for setting in ladder):
+                scored = score(prompts, run(engine, prompts, knobs), none)
+                assert scored.work is not None, "scored with a baseline"
+                passed = bar.passed(scored)
+                print(_line(", ".join(map(str, knobs.values())), scored, passed), flush=True)
+                if passed and scored.work < work:
+                    work, best = scored.work, knobs
+                if passed or scored.work >= work:  # the rungs above are dearer still
+                    break
     config = {**args.elastic_config, **best}
     print(f"\n{work:.3f} of the work without a cache: --elastic-config '{json.dumps(config)}'")
     if args.out is not None:
         args.out.write_text(json.dumps(config) + "\n")
 
 
-def climb(
-    engine: BenchEngine,
-    prompts: list[dict[str, Any]],
-    none: list[dict[str, Any]],
-    policy: str,
-) -> Iterator[tuple[dict[str, Any], Score]]:
-    """A policy's settings and scores, the cheapest first."""
-    knob, ladder = LADDERS[policy]
-    for value in ladder:
-        knobs = {"policy": policy, knob: value}
-        requests = [{**p, **{f"elastic_{k}": v for k, v in knobs.items()}} for p in prompts]
-        yield knobs, score(prompts, engine.run(requests), none)
+def run(
+    engine: BenchEngine, prompts: list[dict[str, Any]], knobs: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """All prompts with the same knobs."""
+    own = {f"elastic_{name}": value for name, value in knobs.items()}
+    return engine.run([{**prompt, **own} for prompt in prompts])
 
 
 def _line(name: str, scored: Score, passed: bool) -> str:

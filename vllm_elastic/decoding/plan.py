@@ -58,6 +58,7 @@ class PassPlan:
         sampling: what the request wants of its candidates; None: the most probable token.
         probes: rows of the first segment whose stored hidden states are compared with the new.
         granularity: positions a block has whose attention is wanted; 0: not wanted.
+        attention_stride: it is wanted of the last layer and of every so manyth before it.
         watched: bool [T], positions whose attention counts for their block, or None.
         fresh: the first pass over these KV blocks; what they hold is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
@@ -77,6 +78,7 @@ class PassPlan:
     sampling: Sampling | None = None
     probes: Positions = field(default_factory=lambda: NO_POSITIONS)
     granularity: int = 0
+    attention_stride: int = 1
     watched: npt.NDArray[np.bool_] | None = None
     fresh: bool = False
     block_ids: list[int] = field(default_factory=list)

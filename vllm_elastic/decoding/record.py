@@ -18,8 +18,9 @@ class DecodingRecord:
     """Counters of one request; one entry a pass where asked for (``keep_steps``).
 
     With ``keep_rows`` an entry also has ``segments`` ([join layer, rows] pairs, ascending),
-    ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured)
-    and ``tested`` (rows of the drift test): what the pass costs on any machine.
+    ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured),
+    ``attention_stride`` (in every so manyth layer) and ``tested`` (rows of the drift test): what
+    the pass costs on any machine.
 
     Attributes:
         denoising_steps: steps finished; a step that is replayed counts once.
@@ -69,5 +70,6 @@ class DecodingRecord:
                 entry["segments"] = [[s.join_layer, len(s.positions)] for s in plan.segments]
                 entry["window"] = len(plan.window)
                 entry["queries"] = plan.num_queries
+                entry["attention_stride"] = plan.attention_stride
                 entry["tested"] = len(plan.tested)
             self.steps.append(entry)

@@ -186,6 +186,7 @@ class DenoisingRequest:
             sampling=self.sampling,
             probes=self.policy.probes(self) if compared and join.any() else NO_POSITIONS,
             granularity=self.validity.block_size if judged else 0,
+            attention_stride=self.config.attention_stride if judged else 1,
             watched=watched,
             fresh=self._fresh,
         )

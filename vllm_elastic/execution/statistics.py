@@ -149,20 +149,22 @@ class StatisticsInputs:
         """What plan ``index``'s statistics add up from, of this rank's heads and columns.
 
         Returns:
-            float32, every one to be summed over all ranks: ``mass`` [L, T]; ``share`` [T] and
-            ``total`` [1] of the mass; ``drift.*`` as ``drift_sums``; ``probe.change`` and
-            ``probe.before`` [stored, probes], squared norms. L from the plan's start layer on.
+            float32, every one to be summed over all ranks: ``mass`` [L, T], L from the plan's
+            start layer on; ``share`` [T] and ``total`` [1] of the mass; ``drift.*`` as
+            ``drift_sums``; ``probe.change`` and ``probe.before`` [stored, probes], squared norms.
         """
         rows = self._requests.get(index)
         if rows is None:
             return {}
         plan, shape = rows.plan, self._shape
-        start, length = plan.start_layer, len(plan.tokens)
+        stride, length = plan.attention_stride, len(plan.tokens)
+        # From the start layer on, counted down from the last.
+        start = plan.start_layer + (shape.num_layers - 1 - plan.start_layer) % stride
         device = self._queries.device
         blocks = torch.tensor(plan.block_ids, device=device)
-        keys = shape.key_layout.read_blocks(shape.key_cache[start:], blocks)[..., :length]
+        keys = shape.key_layout.read_blocks(shape.key_cache[start::stride], blocks)[..., :length]
         order = np.concatenate([rows.window_queries, rows.tested_queries])
-        queries = self._queries[start:, torch.from_numpy(order).to(device)]
+        queries = self._queries[start::stride, torch.from_numpy(order).to(device)]
         attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
         num_window = len(rows.window_queries)
         mass = ops.attention_mass(attention[:, :, :num_window])
@@ -175,7 +177,8 @@ class StatisticsInputs:
         if index in self._probe_spans:
             sums |= self._probe_sums(self._probe_spans[index])
         if plan.tested.size:
-            # A pass that tests starts at layer 0; tested are the layers whose input is stored.
+            # A pass that tests starts at layer 0 and reads the attention of every layer; tested
+            # are the layers whose input is stored.
             stride = shape.hidden_stride
             old = ops.attention_scores(
                 self._old_queries[:, rows.old_queries], keys[::stride], shape.scale

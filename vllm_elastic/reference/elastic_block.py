@@ -13,7 +13,8 @@ in this order:
   divided by ``age ** 0.6``, age being the steps since the probe's position was last computed.
 * A block's attention is what the window's rows pay those of its positions that this step did not
   put in at layer 0 for its own sake (in a step that computes everything: that are not in the
-  window), summed over heads and layers, as a share of all.
+  window), as a share of all, summed over heads and over the last layer and every
+  ``attention_stride``-th before it.
 * A block's expected drift in the next step is ``rate * age ** 0.6``, age being the steps since
   the block was refreshed. Its cost is its attention times that drift, largest layer. If all
   costs together exceed ``block_drift``, the costliest blocks are stale, as many as are needed
@@ -56,6 +57,7 @@ class ElasticBlockOptions(DecodingOptions):
     reach: int = 4
     block_drift: float = 0.03
     slack: float = 0.1
+    attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
     hidden_stride: int = 1
 
@@ -119,8 +121,9 @@ class ElasticBlock:
             hidden = torch.cat([hidden, stored[joining]])[order]
             q, k, v = model.project(layer, hidden, active)
             cache.write(layer, active, hidden, k, v)
-            in_window = torch.isin(active, window)
-            mass += model.attention_rows(q[:, in_window], cache.keys[layer]).sum(dim=(0, 1))
+            if (self.layers - 1 - layer) % self.options.attention_stride == 0:
+                in_window = torch.isin(active, window)
+                mass += model.attention_rows(q[:, in_window], cache.keys[layer]).sum(dim=(0, 1))
             attended = model.attend(q, cache.keys[layer], cache.values[layer])
             hidden = model.finish(layer, hidden, attended)
         change = (cache.hidden[:, self.probes] - old).norm(dim=-1) / old.norm(dim=-1)

@@ -48,7 +48,6 @@ class CostModel:
         attended = work[..., columns.attended].copy()
         attended[..., -1] = work[..., columns.window_attended]
         weights = (shape.projection_parameters + shape.rest_parameters) * size * (rows > 0)
-        projected = 2 * shape.projection_parameters * work[..., columns.projected]
         seconds = np.zeros((*work.shape[:-1], len(PARTS), len(BOUNDS)))
 
         def put(part: str, compute: Floats, transfer: Floats) -> None:
@@ -59,12 +58,12 @@ class CostModel:
 
         put(
             "products",
-            (projected + 2 * shape.rest_parameters * finished) / self._rate,
+            shape.product_operations(work[..., columns.projected], finished) / self._rate,
             weights / self._bandwidth,
         )
         put(
             "attention",
-            4 * width * attended / self._rate,
+            shape.attention_operations(attended) / self._rate,
             2 * shape.key_width * size * keys / self._bandwidth,
         )
         written = (2 * shape.key_width + width) * size * rows
@@ -74,7 +73,7 @@ class CostModel:
         logits = window * shape.vocabulary * (3 * size + 48)
         put(
             "candidates",
-            (2 * shape.head_parameters * window / self._rate)[..., None],
+            (shape.head_operations(window) / self._rate)[..., None],
             ((shape.head_parameters * size * (window > 0) + logits) / self._bandwidth)[..., None],
         )
         # Keys are gathered, then copied to float32, then read; scores are written, go through a

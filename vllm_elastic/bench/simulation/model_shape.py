@@ -6,6 +6,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,23 @@ class ModelShape:
     @property
     def head_parameters(self) -> int:
         return self.width * self.vocabulary
+
+    def product_operations(self, projected: Numbers, finished: Numbers) -> Numbers:
+        """Floating-point operations of the layers' matrix products.
+
+        Args:
+            projected: rows whose queries, keys and values are made, summed over layers.
+            finished: rows that go on to the attention's output and the MLP, summed over layers.
+        """
+        return 2 * (self.projection_parameters * projected + self.rest_parameters * finished)
+
+    def attention_operations(self, attended: Numbers) -> Numbers:
+        """Of scores and weighted values; ``attended``: rows times keys, summed over layers."""
+        return 4 * self.width * attended
+
+    def head_operations(self, window_rows: Numbers) -> Numbers:
+        """Of the logits of so many rows."""
+        return 2 * self.head_parameters * window_rows
 
     @property
     def weight_bytes(self) -> int:

@@ -18,7 +18,7 @@ KINDS = ("first", "window", "refresh")
 """Passes as a table shows them; replays and repeated full passes count as refreshes."""
 
 NEEDED = {"policy", "layers", "canvas", "token_ids", "steps"}
-NEEDED_OF_A_PASS = {"kind", "rows", "segments", "window", "queries", "tested"}
+NEEDED_OF_A_PASS = {"kind", "rows", "segments", "window", "queries", "attention_stride", "tested"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Recording:
         work[columns.window] = entry["window"]
         work[columns.window_attended] = entry["window"] * canvas
         if entry["queries"]:
-            measured_layers = int(active.sum())
+            measured_layers = int(active[:: -entry["attention_stride"]].sum())
             queries = entry["queries"] + entry["tested"]
             work[columns.queries] = queries * canvas * measured_layers
             work[columns.query_keys] = canvas * measured_layers

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``compare``, ``tune`` and ``gamma`` from command line to file, on the trained model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines_kept import keep_engines
+from vllm_elastic.bench import tune
+from vllm_elastic.bench.__main__ import make_parser
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.policies import POLICIES
+
+pytestmark = pytest.mark.engine
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_llada"
+MODEL = str(TINY / "checkpoint")
+CANVAS = 40
+
+ROW = {
+    "policy": str,
+    "gen_length": int,
+    "prompt_tokens": int,
+    "batch_size": int,
+    "problems": int,
+    "accuracy": float,
+    "agreement": float,
+    "passes": float,
+    "row_layers_per_token": float,
+    "tokens_per_second": float,
+}
+
+
+@pytest.fixture(autouse=True)
+def modules_as_before() -> Iterator[None]:
+    """The problem generator's modules have names that others may want."""
+    keep_engines()
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name in ("heldout", "tasks", "tokenizer", "words"):
+            del sys.modules[name]
+
+
+def run(*words: str) -> None:
+    args = make_parser().parse_args(list(words))
+    args.function(args)
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """Two questions whose canvas is too short for the answer: all there is to compare is tokens."""
+    sys.path.insert(0, str(TINY))
+    try:
+        import heldout
+
+        records = list(heldout.records(11, 2, None))
+    finally:
+        sys.path.remove(str(TINY))
+    path = tmp_path / "problems.jsonl"
+    lines = [json.dumps({**record, "max_tokens": CANVAS}) for record in records]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_compare_writes_a_row_for_each_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    chosen = ["none", "elastic-block"]
+    knobs = {"as published": {"policy": "elastic", "reach": 0}, "elastic-block": {"reach": 2}}
+    words = ["--policies", *chosen, "--problems", "3", "--gen-length", str(CANVAS), "--shots", "0"]
+    words += ["--batch-size", "1", "2", "--repeats", "2", "--oracle-problems", "1"]
+    run("compare", "--model", MODEL, *words, "--knobs", json.dumps(knobs), "--json", str(out))
+    rows: list[dict[str, Any]] = json.loads(out.read_text())
+    settings = [*chosen, "as published"]
+    names = [(row["policy"], row["batch_size"]) for row in rows]
+    oracles = [("oracle-none", 1), ("oracle-elastic", 1)]
+    assert names == [(n, 1) for n in settings] + oracles + [(n, 2) for n in settings]
+    for row in rows:
+        assert {key: type(value) for key, value in row.items()} == ROW
+        assert row["gen_length"] == CANVAS and row["tokens_per_second"] > 0
+        assert row["problems"] == (1 if row["policy"] in dict(oracles) else 3)
+    by_name = {(row["policy"], row["batch_size"]): row for row in rows}
+    none = by_name["none", 1]
+    assert none["agreement"] == 1.0 and by_name["oracle-none", 1]["agreement"] == 1.0
+    # Work and answers do not depend on the batch.
+    for key in ("row_layers_per_token", "passes", "agreement"):
+        assert by_name["elastic-block", 1][key] == by_name["elastic-block", 2][key]
+    block = by_name["elastic-block", 1]
+    assert block["row_layers_per_token"] < none["row_layers_per_token"] / 2
+    assert capsys.readouterr().out.count("\n|") >= len(rows)
+
+
+def test_compare_knows_every_policy() -> None:
+    args = make_parser().parse_args(["compare", "--model", MODEL])
+    assert args.policies == list(POLICIES)
+
+
+@pytest.mark.parametrize("agreement", ["1.0", "0.0"])
+def test_tune_finds_the_cheapest_that_agrees(
+    agreement: str, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"  # no references: judged by agreement
+    lines = [json.loads(line) for line in problems.read_text().splitlines()]
+    kept = [{key: line[key] for key in ("id", "prompt", "max_tokens")} for line in lines]
+    prompts.write_text("\n".join(json.dumps(line) for line in kept))
+    out = tmp_path / "found.json"
+    words = ["--policies", "elastic-block", "interval", "--agreement", agreement]
+    words += ["--elastic-config", '{"window": 12}', "--out", str(out)]
+    run("tune", "--model", MODEL, "--prompts", str(prompts), *words)
+    found = json.loads(out.read_text())
+    assert ElasticConfig.from_dict(found).window == 12, "the user's own knobs are kept"
+    printed = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if " | " in line]
+    tried = {row[0]: (float(row[3]), row[4]) for row in rows[1:]}
+    good = {name: work for name, (work, verdict) in tried.items() if verdict == "yes"}
+    knob = {"elastic-block": "block_drift", "interval": "interval"}.get(found["policy"])
+    name = found["policy"] if knob is None else f"{found['policy']}, {found[knob]}"
+    assert good[name] == min(good.values())
+    if agreement == "0.0":  # the first rung is good enough, and the cheapest
+        assert found["policy"] in ("elastic-block", "interval")
+        firsts = [ladder.values[0] for ladders in tune.LADDERS.values() for ladder in ladders]
+        assert knob is not None and found[knob] in firsts
+
+
+def test_gamma_prints_policies_and_tasks(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gamma.json"
+    words = ["--statistics", "paper", "--gammas", "0,0.9", "--policies", "dual-cache"]
+    words += ["--configs", '{"policy": "elastic-block"}', "--json", str(out)]
+    run("gamma", "--model", MODEL, "--problems", str(problems), *words)
+    rows = json.loads(out.read_text())
+    assert len(rows) == 5, "none, two gammas, a policy and a config"
+    printed = capsys.readouterr().out
+    assert printed.count("elastic-block") >= 1 and "dual-cache" in printed
+    works = [row["work"] for row in rows]
+    assert works[0] == 1.0 and max(works[1:]) < 0.6
