@@ -113,13 +113,9 @@ class KeyLayout:
         words = cache.view(_WORDS[self.pack * cache.element_size()]).flatten(-2)
         tiles = (self.block_size // self.tile, self.head_dim // self.pack, self.tile)
         words = words[..., : self.head_dim * self.block_size // self.pack].unflatten(-1, tiles)
-        words = words.transpose(-3, -2)  # [..., blocks, Hkv, D/pack, tiles, tile]
-        shape = (*words.shape[:-5], *words.shape[-4:-2], len(blocks), *words.shape[-2:])
-        read = torch.empty(shape, dtype=words.dtype, device=words.device)
-        # Block by block: gathering them first would be a copy of all the keys more.
-        for place, block in enumerate(blocks.tolist()):
-            read[..., place, :, :] = words[..., block, :, :, :, :]
-        return read.flatten(-3)
+        # [..., blocks, Hkv, tiles, D/pack, tile] -> [..., Hkv, D/pack, blocks, tiles, tile]
+        words = words[..., blocks, :, :, :, :].movedim((-5, -3), (-3, -2))
+        return words.contiguous().flatten(-3)
 
     def _unpacked(self, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Words [..., D/pack, T] of numbers of a type: float32 [..., D, T]."""
