@@ -37,6 +37,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5]),
     "block_drift": (0.03, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
+    "attention_stride": (4, [(1, 1), (8.0, 8)], [0, -1, 1.5, 1025]),
     "granularity": (None, [(None, None), (1, 1), (64.0, 64)], [0, -1, 1.5]),
     "statistic": (
         "released",
@@ -73,6 +74,7 @@ NUMBERS = [
     "reach",
     "block_drift",
     "slack",
+    "attention_stride",
     "granularity",
     "tokens_per_step",
     "block_length",
