@@ -12,12 +12,11 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.requested_canvas import keep_requested_canvas
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from vllm_elastic.models.llada_config import LLaDAConfig
 
 logger = init_logger("vllm.vllm_elastic.engine_config")
 
@@ -88,25 +87,11 @@ def _find_end_of_turn(vllm_config: VllmConfig) -> None:
     model.hf_config.eot_token_id = token_id
 
 
-def _undivided(config: LLaDAConfig, tp_size: int) -> str:
-    """What of the model ``tp_size`` ranks cannot share evenly, for a message; empty: nothing.
-
-    Fewer KV heads than ranks are fine: each is kept by the same number of ranks.
-    """
-    kv_heads = config.n_kv_heads
-    problems = {
-        f"{config.n_heads} heads": config.n_heads % tp_size,
-        f"{kv_heads} KV heads": max(kv_heads, tp_size) % min(kv_heads, tp_size),
-        f"an MLP of width {config.mlp_hidden_size}": config.mlp_hidden_size % tp_size,
-    }
-    return " and ".join(what for what, rest in problems.items() if rest)
-
-
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
     tp_size = parallel.tensor_parallel_size
-    undivided = _undivided(vllm_config.model_config.hf_config, tp_size)
+    undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
     stride = elastic.hidden_stride
     layers = vllm_config.model_config.hf_config.n_layers
     problems = {

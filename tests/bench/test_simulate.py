@@ -451,8 +451,8 @@ def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> No
         (row,) = json.loads(out.read_text())
         rates.append(row["tokens_per_second"])
         assert row["shares"]["host"] == 0
-        # 0.9 * 40 GiB less the weights and the MLP's tensors of 8192 rows, in blocks of 16
-        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (2 * 4096 + 3 * 12288) * 2
+        # 0.9 * 40 GiB less the weights and a layer's tensors of 8192 rows, in blocks of 16
+        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (9 * 4096 + 3 * 12288) * 2
         sizes = [-(-record["canvas"] // 16) for record in records(10)]
         assert row["canvases_that_fit"] == free // (16 * 778_240) * 10 // sum(sizes)
     assert rates[1] == pytest.approx(2 * rates[0])

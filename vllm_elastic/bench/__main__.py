@@ -6,14 +6,26 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import compare, drift, fuzz, gamma, run, simulate, soak, step, tune
+from vllm_elastic.bench import (
+    compare,
+    drift,
+    fuzz,
+    gamma,
+    plan,
+    plot,
+    run,
+    simulate,
+    soak,
+    step,
+    tune,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, drift, tune, step, soak, fuzz, simulate):
+    for command in (run, gamma, compare, drift, tune, step, soak, fuzz, simulate, plan, plot):
         command.add_parser(commands)
     return parser
 

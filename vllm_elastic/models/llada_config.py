@@ -76,3 +76,24 @@ class LLaDAConfig(PretrainedConfig):
         self.weight_tying = weight_tying
         kwargs["tie_word_embeddings"] = weight_tying
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+
+def padded_rows(vocabulary: int) -> int:
+    """Rows of the embedding, and of the head, over all ranks: vLLM pads both to multiples of 64."""
+    return -(-vocabulary // 64) * 64
+
+
+def undivided_by(config: LLaDAConfig, ranks: int) -> str:
+    """What ``ranks`` tensor-parallel ranks cannot share evenly, in words; "" if they can.
+
+    KV heads may be fewer than ranks: several then keep the same one, as vLLM does.
+    """
+    kv_heads = config.n_kv_heads
+    rows = padded_rows(config.embedding_size)
+    problems = {
+        f"{config.n_heads} heads": config.n_heads % ranks,
+        f"{kv_heads} KV heads": max(kv_heads, ranks) % min(kv_heads, ranks),
+        f"an MLP of width {config.mlp_hidden_size}": config.mlp_hidden_size % ranks,
+        f"{rows} (padded) rows of the vocabulary": rows % ranks,
+    }
+    return " and ".join(what for what, rest in problems.items() if rest)

@@ -100,12 +100,15 @@ class ModelShape:
         keys_values = self.layers * 2 * self.key_width
         return self.bytes_per_number * (keys_values + (self.layers - 1) * self.width)
 
-    def activation_bytes(self, rows: int, window_rows: int) -> int:
-        """What a step of so many rows needs beside weights and cache, at its peak.
+    def activation_bytes(self, rows: int, window_rows: int, ranks: int = 1) -> int:
+        """What a step of so many rows needs on each rank beside weights and cache, at its peak.
 
-        The larger of the MLP's tensors and of the candidates' logits, whose softmax is in
+        The larger of a layer's tensors (``LLaDAModelLM.run_without_cache``: five of the model's
+        width; the rank's share of the queries twice and of the MLP's three; ``key_width`` twice),
+        and of the candidates' logits, which every rank has in full and whose softmax is in
         float64: a logit, its double and the exponential are alive at once.
         """
-        layer = rows * (2 * self.width + 3 * self.mlp) * self.bytes_per_number
+        shared = (2 * self.width + 3 * self.mlp) // ranks + 2 * self.key_width
+        layer = rows * (5 * self.width + shared) * self.bytes_per_number
         logits = window_rows * self.vocabulary * (self.bytes_per_number + 16)
         return max(layer, logits)

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench plan` against the tensors that the oracle and vLLM's layers make, and against the docs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vllm_elastic.bench.__main__ import make_parser
+from vllm_elastic.bench.rank_memory import GIB
+from vllm_elastic.execution.candidates import most_probable
+from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
+from vllm_elastic.reference.llada import weight_shapes
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny_llada" / "checkpoint"
+
+# Shared KV heads, fewer of them than four ranks; a vocabulary to be padded; tied and untied ends.
+GROUPED: dict[str, Any] = dict(
+    json.loads((TINY / "config.json").read_text()),
+    d_model=256, n_heads=8, n_kv_heads=2, n_layers=5, mlp_hidden_size=384,
+    vocab_size=300, embedding_size=300,
+)  # fmt: skip
+LLADA_8B: dict[str, Any] = dict(
+    GROUPED,
+    d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288,
+    vocab_size=126464, embedding_size=126464, max_sequence_length=4096,
+)  # fmt: skip
+MODELS = {"grouped": GROUPED, "tied": dict(GROUPED, weight_tying=True), "llada-8b": LLADA_8B}
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., SimpleNamespace]:
+    """Runs the command: its exit status, what it printed, and the file of ``--json``."""
+
+    def run(*words: object) -> SimpleNamespace:
+        path = tmp_path / "plan.json"
+        path.unlink(missing_ok=True)
+        status: Any = 0
+        try:
+            args = make_parser().parse_args(["plan", *map(str, words), "--json", str(path)])
+            args.function(args)
+        except SystemExit as error:
+            status = error.code
+        printed = capsys.readouterr()
+        written = json.loads(path.read_text()) if path.exists() else None
+        return SimpleNamespace(
+            status=status, out=printed.out, err=" ".join(printed.err.split()), json=written
+        )
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes a config.json."""
+
+    def write(config: object) -> Path:
+        directory = tmp_path / "model"
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def one_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Builds the model that a rank would build; on the meta device that is shapes and no memory."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_elastic.models.llada import LLaDAModelLM
+    from vllm_elastic.plugin import register
+
+    register()
+    dtype = torch.get_default_dtype()
+
+    def build(
+        directory: Path, ranks: int, rank: int, hidden_stride: int, device: str = "meta"
+    ) -> tuple[Any, Any]:
+        config = EngineArgs(
+            model=str(directory),
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
+            additional_config={"elastic": {"hidden_stride": hidden_stride}},
+        ).create_engine_config()
+        group = SimpleNamespace(world_size=ranks, rank_in_group=rank)
+        monkeypatch.setattr(parallel_state, "_TP", group)
+        torch.set_default_dtype(torch.bfloat16)
+        with set_current_vllm_config(config), torch.device(device):
+            return LLaDAModelLM(vllm_config=config), config
+
+    yield build
+    torch.set_default_dtype(dtype)
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_rank_holds_the_oracles_tensors(plan: Any, dtype: str) -> None:
+    """The tiny model's sizes need no padding, so nothing is added to them."""
+    shapes = weight_shapes(OracleConfig.from_pretrained(TINY)).values()
+    numbers = sum(math.prod(shape) for shape in shapes)
+    (rank,) = plan("--model", TINY, "--memory", 1, "--dtype", dtype).json["ranks"]
+    assert rank["weights"] == numbers * {"bfloat16": 2, "float32": 4}[dtype]
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shares_add_up_to_the_oracles_tensors(plan: Any, model: Any, name: str, ranks: int) -> None:
+    """All ranks together: every tensor once, norms on each, padding, and copies of KV heads."""
+    directory = model(MODELS[name])
+    config = OracleConfig.from_pretrained(directory)
+    numbers = 0
+    for tensor, shape in weight_shapes(config).items():
+        size = math.prod(shape)
+        if len(shape) == 1:
+            size *= ranks
+        elif tensor.endswith(("wte.weight", "transformer.ff_out.weight")):
+            size += (320 - 300) * config.d_model
+        elif tensor.endswith(("k_proj.weight", "v_proj.weight")):
+            size *= max(1, ranks // config.n_kv_heads)
+        numbers += size
+    (rank,) = plan("--model", directory, "--memory", 1, "--tp", ranks).json["ranks"]
+    assert rank["weights"] * ranks == numbers * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "stride"),
+    [("grouped", 1, 1), ("grouped", 2, 2), ("grouped", 4, 3), ("tied", 2, 1), ("llada-8b", 1, 1),
+     ("llada-8b", 2, 4), ("llada-8b", 8, 1), ("llada-8b", 32, 16)],
+)  # fmt: skip
+def test_a_rank_is_what_vllm_builds(
+    plan: Any, model: Any, one_of_several_ranks: Any, name: str, ranks: int, stride: int
+) -> None:
+    """The last rank's parameters, and the pages that its layers ask vLLM for."""
+    directory = model(MODELS[name])
+    words = ["--model", directory, "--memory", 80, "--tp", ranks, "--hidden-stride", stride]
+    (rank,) = plan(*words).json["ranks"]
+    built, config = one_of_several_ranks(directory, ranks, ranks - 1, stride)
+    assert rank["weights"] == bytes_of(built.parameters())
+    layers = [block.self_attn.attn for block in built.blocks]
+    pages = {
+        "keys_values_of_position": [layer.get_kv_cache_spec(config) for layer in layers],
+        "hidden_states_of_position": [
+            store.get_kv_cache_spec(config) for store in built.hidden_states
+        ],
+    }
+    for part, specs in pages.items():
+        block_size = plan(*words).json["block_size"]
+        assert {spec.block_size for spec in specs} == {block_size}
+        assert rank[part] * block_size == sum(spec.page_size_bytes for spec in specs)
+
+
+def documented(page: str, first: str) -> list[list[int]]:
+    """The rows of the table that begins with these words, as numbers."""
+    _, _, rest = (ROOT / "docs" / page).read_text().partition(f"| {first} |")
+    rows = re.findall(r"^\|(.*)\|$", rest.split("\n\n")[0], re.M)
+    cells = [re.findall(r"[\d,]+", row) for row in rows]
+    return [[int(number.replace(",", "")) for number in row] for row in cells if row]
+
+
+def test_documented_bytes_of_a_position(plan: Any) -> None:
+    """docs/deploy.md, Memory of a rank."""
+    rows = documented("deploy.md", "ranks | keys and values | hidden states")
+    assert [row[0] for row in rows] == [1, 2, 4, 8]
+    found = plan("--model", "llada-8b", "--memory", 80, "--tp", 1, 2, 4, 8).json["ranks"]
+    parts = ("ranks", "keys_values_of_position", "hidden_states_of_position", "position")
+    assert [[rank[part] for part in parts] for rank in found] == [row[:4] for row in rows]
+
+
+def test_documented_bytes_with_a_stride(plan: Any) -> None:
+    """docs/policies.md, Memory: hidden_stride."""
+    rows = documented("policies.md", "`hidden_stride` | hidden states")
+    assert [row[0] for row in rows] == [1, 2, 4, 8, 16]
+    for stride, hidden, layers, both in rows:
+        words = ("--model", "llada-8b", "--memory", 80, "--hidden-stride", stride)
+        (rank,) = plan(*words).json["ranks"]
+        assert (rank["hidden_states_of_position"], rank["position"]) == (hidden, both)
+        assert hidden == layers * 4096 * 2
+
+
+def test_plain_name_is_the_released_config(plan: Any, model: Any) -> None:
+    words = ("--memory", 80, "--tp", 1, 4)
+    named = plan("--model", "llada-8b", *words).json
+    directory = model(LLADA_8B)
+    for path in (directory, directory / "config.json"):
+        read = plan("--model", path, *words).json
+        assert {**read, "model": "llada-8b"} == named
+
+
+def test_left_is_filled_with_whole_canvases(plan: Any) -> None:
+    """LLaDA-8B on two ranks, worked out by hand; one block of 32 positions is vLLM's own."""
+    words = ("--model", "llada-8b", "--memory", 80, "--tp", 2, "--canvas", 1000)
+    (rank,) = plan(*words, "--row-budget", 1024, "--max-num-seqs", 64).json["ranks"]
+    logits = 1024 * 126464 * (2 + 16)
+    assert rank["step"] == logits
+    assert rank["left"] == int(80 * GIB * 0.9) - rank["weights"] - logits
+    blocks = rank["left"] // (32 * 389_120) - 1
+    assert rank["positions"] == 32 * blocks
+    assert rank["canvases"] == blocks // 32  # 1,000 positions: 31.25 blocks
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that were made inside and are still alive; ``peak`` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage_of(leaf) for leaf in tree_leaves((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            key = _storage_of(leaf)
+            if key is not None and key not in given and key not in self.sizes:
+                self.sizes[key] = leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.sizes.pop, key, None)
+                self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+def _storage_of(leaf: object) -> int | None:
+    return leaf.untyped_storage()._cdata if isinstance(leaf, torch.Tensor) else None
+
+
+@pytest.mark.parametrize(
+    ("seats", "least", "most"),
+    # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
+    [(32, 0.99, 1.01), (1, 1.0, 1.15)],
+    ids=["logits", "layer"],
+)
+def test_step_is_what_the_trial_run_holds(
+    plan: Any, model: Any, one_of_several_ranks: Any, seats: int, least: float, most: float
+) -> None:
+    """LLaDA-8B's proportions; the windows of 32 requests, or of one, among 1,024 rows."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    sizes = dict(d_model=256, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=768)
+    directory = model(GROUPED | sizes | dict(vocab_size=7904, embedding_size=7904))
+    words = ("--row-budget", 1024, "--max-num-seqs", seats, "--memory", 1)
+    (rank,) = plan("--model", directory, *words).json["ranks"]
+    built, config = one_of_several_ranks(directory, 1, 0, 1, device="cpu")
+    with torch.inference_mode():
+        for parameter in built.parameters():
+            parameter.zero_()
+        process_weights_after_loading(built, config.model_config, torch.device("cpu"))
+        with LiveBytes() as live:
+            most_probable(built.run_without_cache(1024, 16 * seats))
+    assert least <= live.peak / rank["step"] <= most
+
+
+def test_table_and_file_say_the_same(plan: Any) -> None:
+    ran = plan("--model", "llada-8b", "--memory", 24, "--tp", 1, 2, 8)
+    assert ran.status == 0
+    rows = [row.strip("|").split("|") for row in ran.out.splitlines() if row.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["1", "2", "8"]
+    for row, rank in zip(rows, ran.json["ranks"], strict=True):
+        weights, step, left = (float(cell) for cell in row[1:4])
+        assert weights == pytest.approx(rank["weights"] / GIB, rel=0.01)
+        assert step == pytest.approx(rank["step"] / GIB, rel=0.01)
+        assert left == pytest.approx(rank["left"] / GIB, rel=0.01)
+        exact = [int(cell.replace(",", "")) for cell in row[4:7]]
+        assert exact == [rank["position"], rank["positions"], rank["canvases"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        (["--memory", "24"], {"--tp", "--max-num-seqs", "--memory"}),
+        (
+            ["--memory", "41", "--dtype", "float32", "--max-num-seqs", "16"],
+            {"--tp", "--hidden-stride", "--dtype", "--canvas", "--memory"},
+        ),
+        (["--memory", "16", "--tp", "32"], set()),
+    ],
+)
+def test_each_remedy_is_enough(plan: Any, words: list[str], kinds: set[str]) -> None:
+    ran = plan("--model", "llada-8b", *words)
+    (rank,) = ran.json["ranks"]
+    assert (ran.status, rank["canvases"] == 0) == ((1, True) if kinds else (0, False))
+    found = dict(remedy.split() for remedy in rank["remedies"] or [])
+    assert set(found) == kinds
+    for flag, value in found.items():
+        assert f"{flag} {value}" in ran.out
+        changed = plan("--model", "llada-8b", *words, flag, value)
+        assert changed.status == 0, (flag, value)
+        assert changed.json["ranks"][0]["canvases"] > 0
+
+
+def test_least_remedies(plan: Any) -> None:
+    """One less of what is proposed is not enough."""
+    words = ["--model", "llada-8b", "--memory", "41", "--dtype", "float32", "--max-num-seqs", "16"]
+    found = dict(remedy.split() for remedy in plan(*words).json["ranks"][0]["remedies"])
+    for flag in ("--hidden-stride", "--memory"):
+        assert plan(*words, flag, int(found[flag]) - 1).status == 1
+    assert plan(*words, "--canvas", int(found["--canvas"]) + 1).status == 1
+
+
+def test_says_what_is_missing(plan: Any) -> None:
+    ran = plan("--model", "llada-8b", "--memory", 16)
+    assert "1 rank: no canvas of 4,096 fits; weights and step take" in ran.out
+    ran = plan("--model", "llada-8b", "--memory", 20, "--max-num-seqs", 16)
+    assert "1 rank: no canvas of 4,096 fits; it takes 2.97 GiB and" in ran.out
+
+
+BAD: list[tuple[list[object], str]] = [
+    (["--tp", 0], "argument --tp/--tensor-parallel-size: must be a whole number from 1, got '0'"),
+    (["--tp", 2, 5], "argument --tp: 5 ranks cannot share 32 heads and 32 KV heads and an MLP"),
+    (["--tp", 64], "evenly; use 1, 2, 4, 8, 16, 32"),
+    (["--tp", 2.5], "must be a whole number from 1, got '2.5'"),
+    (["--memory", "nan"], "argument --memory: must be a number of GiB above 0, got 'nan'"),
+    (["--memory", "-1"], "argument --memory"),
+    (["--memory", "80GB"], "argument --memory: must be a number of GiB above 0, got '80GB'"),
+    (["--gpu-memory-utilization", 1.1], "must be above 0 and at most 1, got '1.1'"),
+    (["--gpu-memory-utilization", 0], "must be above 0 and at most 1, got '0'"),
+    (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    (["--hidden-stride", 32], "argument --hidden-stride: 32 stores no hidden state of a model of 32"
+        " layers; lower it to at most 31"),
+    (["--hidden-stride", 2048], "hidden_stride"),
+    (["--canvas", 4097], "argument --canvas: 4097 positions, but the model was made for 4096"),
+    (["--row-budget", 128], "argument --row-budget: 128 rows are fewer than the 256 requests"),
+    (["--model", "no/such/model"], "argument --model: there is no file no/such/model"),
+    (["--model", "README.md"], "argument --model: README.md cannot be planned for"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=lambda value: None)
+def test_bad_value_is_named(
+    plan: Any, monkeypatch: pytest.MonkeyPatch, words: list[object], message: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    ran = plan("--model", "llada-8b", "--memory", 80, *words)
+    assert (ran.status, ran.out, ran.json) == (2, "", None)
+    assert message in ran.err
+    assert "usage: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": "256"}, "d_model must be a whole number"),
+        ({"n_layers": 0}, "n_layers must be a whole number from 1, got 0"),
+        ({"n_heads": 0}, "config.json cannot be planned for"),
+        ({"n_heads": 3}, "d_model 256 is no multiple of n_heads 3"),
+        ({"mlp_hidden_size": None}, "mlp_hidden_size must be given"),
+        ({"block_type": "sequential"}, "block_type='sequential' is not supported"),
+    ],
+)
+def test_bad_config_is_named(plan: Any, model: Any, change: dict[str, Any], message: str) -> None:
+    ran = plan("--model", model(GROUPED | change), "--memory", 80)
+    assert ran.status == 2
+    assert message in ran.err
+
+
+def test_config_of_another_model(plan: Any, model: Any) -> None:
+    ran = plan("--model", model({"hidden_size": 64, "model_type": "llama"}), "--memory", 80)
+    assert ran.status == 2
+    assert "not a LLaDA's config, lacks d_model" in ran.err
+
+
+def test_rows_of_the_vocabulary_are_shared_too(plan: Any, model: Any) -> None:
+    """vLLM's start would end in an assertion: 320 padded rows on three ranks."""
+    config = dict(GROUPED, d_model=192, n_heads=3, n_kv_heads=3)
+    ran = plan("--model", model(config), "--memory", 80, "--tp", 3)
+    assert ran.status == 2
+    assert "3 ranks cannot share 320 (padded) rows of the vocabulary evenly; use 1" in ran.err
+
+
+def test_documented_table_of_what_fits(plan: Any) -> None:
+    """docs/deploy.md, What fits where: the rows that the commands above the table print."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    _, _, section = text.partition("## What fits where")
+    commands = re.findall(r"^python -m vllm_elastic.bench plan (.*)$", section, re.M)
+    printed = []
+    for command in commands:
+        words = command.split()
+        memory = words[words.index("--memory") + 1]
+        rows = re.findall(r"^\| \d.*$", plan(*words).out, re.M)
+        printed += [f"| {memory} {row}" for row in rows]
+    table = section[section.index("| GiB of a rank |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(commands) == 2
+    assert table == printed

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench plan``: what fits into the memory of each rank, before there is a rank."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllm_elastic.bench.arguments import add_json
+from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
+from vllm_elastic.bench.rank_memory import (
+    GIB,
+    RankMemory,
+    Setting,
+    rank_memory,
+    remedies,
+)
+from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.config import ConfigError, ElasticConfig
+
+if TYPE_CHECKING:
+    from vllm_elastic.models.llada_config import LLaDAConfig
+
+LLADA_8B = "llada-8b"
+BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
+SIZES = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "embedding_size")
+
+DESCRIPTION = """\
+How much of a rank's memory the weights of a LLaDA take, how much a step, and how many canvases fit
+in the rest. It is arithmetic; nothing of it was measured on a GPU.
+
+  left = memory * gpu-memory-utilization - weights - step
+  step = max(rows * (5 * d_model + (2 * d_model + 3 * mlp) / ranks + 2 * kv) * b,   a layer
+             window rows * vocabulary * (b + 16))    logits; their softmax is in float64
+
+with kv the width of the rank's KV heads, b bytes a number, rows the row budget, and window rows
+max-num-seqs * window, at most rows. vLLM sets about as much aside by a trial run at start. Not
+counted is what CUDA, NCCL, attention kernels and the attention statistics take; it comes out of
+what is left, so leave some.
+Exit status: 0 if a canvas fits for one of the --tp values, 1 if for none, 2 for a bad value.
+"""
+
+Fail = Callable[[str], NoReturn]
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``plan`` to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="what fits: weights, a step and canvases in the memory of each rank",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_CONFIG",
+        help=f"a checkpoint's directory, a config.json, or {LLADA_8B}",
+    )
+    # The second names are those of `vllm serve`.
+    parser.add_argument(
+        "--tp",
+        "--tensor-parallel-size",
+        nargs="+",
+        type=_count,
+        default=[1],
+        metavar="N",
+        help="ranks that share the model; a row of the table for each number (default: 1)",
+    )
+    parser.add_argument(
+        "--memory", required=True, type=_memory, metavar="GIB", help="of one rank's device"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=_share,
+        default=0.9,
+        metavar="X",
+        help="share of it that vLLM may use (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=list(BYTES_PER_NUMBER), default="bfloat16")
+    parser.add_argument(
+        "--hidden-stride",
+        type=_count,
+        default=ElasticConfig().hidden_stride,
+        metavar="S",
+        help="the knob hidden_stride (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_count,
+        default=ElasticConfig().window,
+        metavar="N",
+        help="the knob window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--canvas",
+        "--max-model-len",
+        type=_count,
+        default=None,
+        metavar="T",
+        help="positions of a canvas, prompt and answer (default: what the model was made for)",
+    )
+    parser.add_argument(
+        "--row-budget",
+        "--max-num-batched-tokens",
+        type=_count,
+        default=DEFAULT_ROW_BUDGET,
+        metavar="N",
+        help="rows of a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="requests at a time (default: %(default)s; vLLM's own default depends on the device)",
+    )
+    add_json(parser)
+    parser.set_defaults(function=partial(main, fail=parser.error))
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _memory(text: str) -> int:
+    """Bytes of so many GiB."""
+    number = _number(text)
+    if not 0 < number <= 1 << 20:  # false for NaN too
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")
+    return int(number * GIB)
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def main(args: argparse.Namespace, fail: Fail) -> None:
+    """Print a row for each number of ranks, and what to change where no canvas fits.
+
+    Args:
+        fail: ends the command with a usage message, as argparse does.
+
+    Raises:
+        SystemExit: 1, a full canvas fits for none of the numbers of ranks; 2, a bad value.
+    """
+    settings, shareable = _settings(args, fail)
+    found = [rank_memory(setting) for setting in settings]
+    advice = [
+        None if each.canvases else remedies(setting, shareable)
+        for setting, each in zip(settings, found, strict=True)
+    ]
+    setting = settings[0]
+    print(
+        f"{args.dtype}, hidden_stride {setting.hidden_stride}, {_available(setting)}; "
+        "an estimate, nothing was run.\n"
+    )
+    print(
+        "| ranks | weights, GiB | step, GiB | left, GiB | bytes a position | positions | "
+        f"canvases of {setting.canvas:,} |"
+    )
+    print("|---" * 7 + "|")
+    for each in found:
+        print(
+            f"| {each.ranks} | {each.weights / GIB:.3g} | {each.step / GIB:.3g} | "
+            f"{each.left / GIB:.3g} | {each.position:,} | {each.positions:,} | {each.canvases:,} |"
+        )
+    for each, changes in zip(found, advice, strict=True):
+        if changes:
+            print(f"\n{_shortage(each, setting)} One of these is enough: {', '.join(changes)}.")
+    if args.json is not None:
+        rows = [
+            asdict(each) | {"position": each.position, "remedies": changes}
+            for each, changes in zip(found, advice, strict=True)
+        ]
+        asked = {k: v for k, v in asdict(setting).items() if k not in ("shape", "ranks")}
+        document = {"model": args.model, "dtype": args.dtype, **asked, "ranks": rows}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+    if all(advice):
+        raise SystemExit(1)
+
+
+def _available(setting: Setting) -> str:
+    return f"{setting.utilization:g} of {setting.memory / GIB:g} GiB"
+
+
+def _shortage(each: RankMemory, setting: Setting) -> str:
+    what = f"{each.ranks} rank{'s' * (each.ranks > 1)}: no canvas of {setting.canvas:,} fits;"
+    if each.left < 0:
+        excess = f"{-each.left / GIB:.3g} GiB more than {_available(setting)}"
+        return f"{what} weights and step take {excess}."
+    needed = setting.canvas * each.position / GIB
+    return f"{what} it takes {needed:.3g} GiB and {each.left / GIB:.3g} GiB are left."
+
+
+def _read_model(name: str, fail: Fail) -> tuple[LLaDAConfig, ModelShape]:
+    """The configuration and its sizes; LLaDA-8B's are the defaults of both."""
+    from vllm_elastic.models.llada_config import LLaDAConfig
+
+    path = Path(name)
+    if name == LLADA_8B and not path.exists():
+        return LLaDAConfig(), ModelShape()
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        fail(
+            f"argument --model: there is no file {path}; give the directory of a checkpoint, a "
+            f"config.json, or {LLADA_8B}"
+        )
+    try:
+        config = LLaDAConfig(**json.loads(path.read_text()))
+        for key in SIZES:
+            if not isinstance(size := getattr(config, key), int) or size < 1:
+                raise ValueError(f"{key} must be a whole number from 1, got {size!r}")
+        shape = ModelShape.from_config(path)
+        if config.d_model % config.n_heads:
+            raise ValueError(f"d_model {config.d_model} is no multiple of n_heads {config.n_heads}")
+    except (SystemExit, ValueError, TypeError, ArithmeticError) as error:
+        fail(f"argument --model: {path} cannot be planned for: {error}")
+    return config, shape
+
+
+def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Callable[[int], bool]]:
+    """One setting for each number of ranks, and which numbers of ranks can share the model.
+
+    What start-up would refuse is refused here.
+    """
+    config, shape = _read_model(args.model, fail)
+    # Imports vLLM, which takes seconds: not before the model is understood.
+    from vllm_elastic.engine_config import BLOCK_SIZE
+    from vllm_elastic.models.llada_config import undivided_by
+
+    def shareable(ranks: int) -> bool:
+        return not undivided_by(config, ranks)
+
+    even = [ranks for ranks in range(1, config.n_heads + 1) if shareable(ranks)]
+    for ranks in args.tp:
+        if what := undivided_by(config, ranks):
+            fail(
+                f"argument --tp: {ranks} ranks cannot share {what} evenly; "
+                f"use {', '.join(map(str, even))}"
+            )
+    try:
+        ElasticConfig.from_dict({"hidden_stride": args.hidden_stride})
+        ElasticConfig.from_dict({"window": args.window})
+    except ConfigError as error:
+        fail(str(error))
+    if 1 < args.hidden_stride >= config.n_layers:
+        fail(
+            f"argument --hidden-stride: {args.hidden_stride} stores no hidden state of a model of "
+            f"{config.n_layers} layers; lower it to at most {config.n_layers - 1}"
+        )
+    canvas = args.canvas or config.max_sequence_length
+    if canvas > config.max_sequence_length:
+        fail(
+            f"argument --canvas: {canvas} positions, but the model was made for "
+            f"{config.max_sequence_length}; lower it"
+        )
+    if args.row_budget < args.max_num_seqs:
+        fail(
+            f"argument --row-budget: {args.row_budget} rows are fewer than the {args.max_num_seqs} "
+            "requests of --max-num-seqs, which vLLM refuses; raise it or lower the other"
+        )
+    base = Setting(
+        shape=replace(shape, bytes_per_number=BYTES_PER_NUMBER[args.dtype]),
+        kv_heads=config.n_kv_heads,
+        ranks=1,
+        memory=args.memory,
+        utilization=args.gpu_memory_utilization,
+        hidden_stride=args.hidden_stride,
+        canvas=canvas,
+        row_budget=args.row_budget,
+        seats=args.max_num_seqs,
+        window=args.window,
+        block_size=BLOCK_SIZE,
+    )
+    return [replace(base, ranks=ranks) for ranks in args.tp], shareable

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the memory of one rank goes: weights, a step, canvases.
+
+Arithmetic on sizes: nothing is loaded and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_elastic.bench.simulation.model_shape import ModelShape
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked of one rank.
+
+    Attributes:
+        shape: the whole model's sizes, and its bytes a number.
+        kv_heads: of the whole model.
+        ranks: that share the model; they divide it evenly.
+        memory: bytes of a rank's device. utilization: share of it that vLLM may use.
+        hidden_stride: the input of every so manyth layer is kept.
+        canvas: positions of a full canvas.
+        row_budget: rows of a step. seats: requests at a time. window: positions of each.
+        block_size: positions of a KV block.
+    """
+
+    shape: ModelShape
+    kv_heads: int
+    ranks: int
+    memory: int
+    utilization: float
+    hidden_stride: int
+    canvas: int
+    row_budget: int
+    seats: int
+    window: int
+    block_size: int
+
+    @property
+    def blocks_of_canvas(self) -> int:
+        """KV blocks that a full canvas takes."""
+        return -(-self.canvas // self.block_size)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank, unless the name says otherwise.
+
+    Attributes:
+        step: what a step needs beside weights and cache, at its peak.
+        left: for canvases; negative if weights and step alone are too much.
+        keys_values_of_position, hidden_states_of_position: of one canvas position.
+        positions: that fit, in whole KV blocks. canvases: full ones that fit.
+    """
+
+    ranks: int
+    weights: int
+    step: int
+    left: int
+    keys_values_of_position: int
+    hidden_states_of_position: int
+    positions: int
+    canvases: int
+
+    @property
+    def position(self) -> int:
+        """Bytes of one canvas position."""
+        return self.keys_values_of_position + self.hidden_states_of_position
+
+
+def rank_memory(setting: Setting) -> RankMemory:
+    """What one rank holds; all ranks hold the same."""
+    shape, ranks = setting.shape, setting.ranks
+    weights, step = weight_bytes(shape, setting.kv_heads, ranks), step_bytes(setting)
+    left = int(setting.memory * setting.utilization) - weights - step
+    parts = position_bytes(shape, setting.kv_heads, ranks, setting.hidden_stride)
+    # vLLM keeps one KV block for itself.
+    blocks = max(0, left // (setting.block_size * sum(parts)) - 1)
+    return RankMemory(
+        ranks=ranks,
+        weights=weights,
+        step=step,
+        left=left,
+        keys_values_of_position=parts[0],
+        hidden_states_of_position=parts[1],
+        positions=blocks * setting.block_size,
+        canvases=blocks // setting.blocks_of_canvas,
+    )
+
+
+def weight_bytes(shape: ModelShape, kv_heads: int, ranks: int) -> int:
+    """Bytes of one rank's weights, split as vLLM's parallel layers split them.
+
+    Queries, attention output and MLP are shared; a KV head is kept whole, by several ranks where
+    there are fewer heads than ranks; rows of embedding and head are padded and shared; norms are
+    on every rank.
+    """
+    from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
+
+    projections = shape.width * (shape.width // ranks + 2 * _key_width(shape, kv_heads, ranks))
+    layer = projections + shape.rest_parameters // ranks + 2 * shape.width
+    rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
+    return shape.bytes_per_number * (shape.layers * layer + (rows + 1) * shape.width)
+
+
+def position_bytes(
+    shape: ModelShape, kv_heads: int, ranks: int, hidden_stride: int
+) -> tuple[int, int]:
+    """Bytes of keys and values, and of hidden states, that a rank keeps of a canvas position."""
+    # A rank's heads and columns are a shape of their own. `ModelShape` adds up both parts, so the
+    # other one is made empty; with n layers it counts the input of n - 1.
+    keys_values = replace(shape, width=0, key_width=_key_width(shape, kv_heads, ranks))
+    stored = len(range(hidden_stride, shape.layers, hidden_stride))
+    hidden = replace(shape, width=shape.width // ranks, key_width=0, layers=stored + 1)
+    return keys_values.position_bytes, hidden.position_bytes
+
+
+def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
+    return max(1, kv_heads // ranks) * (shape.width // shape.heads)
+
+
+def step_bytes(setting: Setting) -> int:
+    """Bytes of a step on one rank, estimated: what vLLM's trial run at start holds at its peak."""
+    rows = setting.row_budget
+    key_width = _key_width(setting.shape, setting.kv_heads, setting.ranks)
+    shape = replace(setting.shape, key_width=key_width)
+    window_rows = min(rows, setting.seats * setting.window)
+    return shape.activation_bytes(rows, window_rows, setting.ranks)
+
+
+def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
+    """Changes, each of which alone makes a full canvas fit; the last, more memory, always does.
+
+    Args:
+        setting: one in which no full canvas fits.
+        shareable: whether so many ranks share the model evenly.
+    """
+
+    def fits(**changes: Any) -> bool:
+        return rank_memory(replace(setting, **changes)).canvases > 0
+
+    shape, found = setting.shape, []
+    more = range(setting.ranks + 1, shape.heads + 1)
+    if ranks := next((n for n in more if shareable(n) and fits(ranks=n)), None):
+        found.append(f"--tp {ranks}")
+    strides = range(setting.hidden_stride + 1, shape.layers)
+    if stride := next((s for s in strides if fits(hidden_stride=s)), None):
+        found.append(f"--hidden-stride {stride}")
+    if shape.bytes_per_number > 2 and fits(shape=replace(shape, bytes_per_number=2)):
+        found.append("--dtype bfloat16")
+    halves = [setting.seats >> n for n in range(1, setting.seats.bit_length())]
+    if seats := next((n for n in halves if fits(seats=n)), None):
+        found.append(f"--max-num-seqs {seats}")
+    parts = rank_memory(setting)
+    if parts.positions:
+        found.append(f"--canvas {parts.positions}")
+    # Whole gibibytes: an estimate deserves no more digits.
+    blocks = setting.blocks_of_canvas + 1
+    needed = parts.weights + parts.step + blocks * setting.block_size * parts.position
+    return [*found, f"--memory {int(needed / setting.utilization / GIB) + 1}"]
