@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long soak fuzz demo lint format constraints clean
+.PHONY: help setup test test-long cluster-test soak fuzz demo lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,9 @@ test: lint ## lint, then all tests but the long ones
 
 test-long: setup ## the long tests only
 	$(RUN) pytest -m long $(PYTEST_ARGS)
+
+cluster-test: setup ## two Ray nodes, two engines, two replicas, and what happens when one dies
+	$(RUN) pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 soak: setup ## a server at full load for MINUTES: answers, memory, KV blocks (docs/reliability.md)
 	$(RUN) vllm_elastic.bench soak --minutes $(MINUTES)

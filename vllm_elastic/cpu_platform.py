@@ -10,3 +10,8 @@ class RayCpuPlatform(CpuPlatform):
     """A rank takes one of Ray's logical GPUs; nothing looks for a real one."""
 
     ray_device_key = "GPU"
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """Shared memory only where there is some: ranks may be on several machines."""
+        return "vllm_elastic.cpu_communicator.NodeAwareCpuCommunicator"

@@ -13,14 +13,13 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel
 from ray import serve
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOOK_SECONDS = 0.5  # how often a replica looks whether its engine is alive
-LAST_WORDS_SECONDS = 2.0  # for the error messages of a dead engine to reach their clients
+LOOK_SECONDS = 0.1  # how often a replica looks whether its engine is alive
+LAST_WORDS_SECONDS = 0.5  # for the error messages of a dead engine to reach their clients
 
 
 class Arguments(BaseModel):
@@ -41,10 +40,12 @@ class Arguments(BaseModel):
 
 def app(arguments: Arguments) -> serve.Application:
     """The application that ``serve run`` deploys."""
-    deployment = Replica.options(  # type: ignore[attr-defined]
+    deployment = Replica.options(
         num_replicas=arguments.replicas, ray_actor_options={"num_cpus": arguments.cpus}
     )
-    return deployment.bind([arguments.model, "--plugin", "elastic", *shlex.split(arguments.options)])
+    return deployment.bind(
+        [arguments.model, "--plugin", "elastic", *shlex.split(arguments.options)]
+    )
 
 
 @serve.deployment(max_ongoing_requests=256)  # vLLM queues by itself
@@ -61,7 +62,7 @@ class Replica:
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(self._arguments))
         self._watch = asyncio.create_task(self._end_with_the_engine())
 
-    async def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
@@ -71,8 +72,7 @@ class Replica:
         # vLLM tells its own HTTP server here that the engine died; Serve's is not its to end.
         application.state.server = SimpleNamespace(should_exit=False)
         replica = serve.get_replica_context().replica_id.unique_id
-        application.add_middleware(ReplicaHeader, replica=f"{replica}:{os.getpid()}")
-        return application
+        return ReplicaHeader(application, f"{replica}:{os.getpid()}")
 
     async def check_health(self) -> None:
         """Asked by Serve every few seconds."""
@@ -90,8 +90,9 @@ class Replica:
         os._exit(1)
 
     def __del__(self) -> None:
-        self._watch.cancel()
-        self._engine.shutdown()
+        if hasattr(self, "_watch"):  # it had started
+            self._watch.cancel()
+            self._engine.shutdown()
 
 
 class ReplicaHeader:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray's logical devices for ranks on CPUs: patches/ray-on-cpu."""
+"""Ray's logical devices for ranks on CPUs, and who shares memory: patches/ray-on-cpu."""
 
 from __future__ import annotations
 
@@ -62,7 +62,38 @@ def test_patch_is_still_needed() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     assert not CpuPlatform.ray_device_key, (
-        "patch ray-on-cpu can go: vLLM's CPU platform has a device for Ray. Remove "
-        "patches/ray-on-cpu, its row in patches/README.md, vllm_elastic/ray_platform.py, "
-        "vllm_elastic/cpu_platform.py, their entry point in pyproject.toml and this test."
+        "patch ray-on-cpu, part devices, can go: vLLM's CPU platform has a device for Ray. Remove "
+        "ray_device_key from vllm_elastic/cpu_platform.py, its part of the patch's README and this "
+        "test; and the whole platform if its communicator is needed no more."
     )
+
+
+@pytest.mark.parametrize("same_name", [True, False])
+@pytest.mark.parametrize("same_memory", [[True, True], [True, False]])
+def test_shared_memory_needs_both(
+    monkeypatch: pytest.MonkeyPatch, same_name: bool, same_memory: list[bool]
+) -> None:
+    """The same name for it, as in stock vLLM, and memory that is really shared."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    from vllm_elastic import cpu_communicator
+
+    asked = "_all_group_ranks_share_shm_group_name"
+    assert asked in vars(CpuCommunicator), "renamed: the override would do nothing"
+    monkeypatch.setattr(CpuCommunicator, asked, lambda self: same_name)
+    monkeypatch.setattr(cpu_communicator, "in_the_same_node_as", lambda group: same_memory)
+    communicator = object.__new__(cpu_communicator.NodeAwareCpuCommunicator)
+    communicator.cpu_group = None
+    assert getattr(communicator, asked)() is (same_name and all(same_memory))
+
+
+@on_cpu
+@with_ray
+def test_platform_names_a_communicator_that_exists() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_elastic.cpu_communicator import NodeAwareCpuCommunicator
+    from vllm_elastic.cpu_platform import RayCpuPlatform
+
+    name = RayCpuPlatform.get_device_communicator_cls()
+    assert resolve_obj_by_qualname(name) is NodeAwareCpuCommunicator
