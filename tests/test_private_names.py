@@ -28,6 +28,7 @@ FILES_THAT_IMPORT_VLLM = {
     "admission.py",
     "bench/engine.py",
     "cli.py",
+    "cpu_communicator.py",
     "cpu_platform.py",
     "engine_config.py",
     "execution/hidden_states.py",
@@ -50,6 +51,7 @@ CONFIG_HOOK = "vllm.model_executor.models.config:VerifyAndUpdateConfig"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
 ATTN_UTILS = "vllm.v1.worker.gpu.attn_utils"
+CPU_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 LINEAR = "vllm.model_executor.layers.linear"
 VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
@@ -65,6 +67,11 @@ OVERRIDDEN = [
     ("execution.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("execution.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
     ("engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("cpu_platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
+    (
+        "cpu_communicator:NodeAwareCpuCommunicator._all_group_ranks_share_shm_group_name",
+        "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator",
+    ),
 ]
 
 # What we call -> names of the arguments given by position, names of those given by keyword.
@@ -205,6 +212,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     ("vllm.distributed:tensor_model_parallel_all_gather", ["input_"], ["dim"]),
     ("vllm.distributed:tensor_model_parallel_all_reduce", ["input_"], []),
+    ("vllm.distributed.parallel_state:in_the_same_node_as", ["pg"], []),
     ("vllm.platforms:cpu_platform_plugin", [], []),
     (
         "vllm.model_executor.model_loader.weight_utils:default_weight_loader",
