@@ -37,7 +37,7 @@ RECOMMENDED = HERE / "tiny_llada" / "elastic.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "dual-cache": {"policy": "dual-cache"},
-    "elastic, reach 0": {"policy": "elastic", "reach": 0},
+    "elastic, published": {"policy": "elastic", "reach": 0, "track_num": 1},
     "elastic": {"policy": "elastic"},
     "elastic-block": {"policy": "elastic-block"},
 }
@@ -202,8 +202,8 @@ def main() -> None:
     print_table(rows, len(chosen))
     print(
         "\nA row-layer is one position computed in one layer. `none` recomputes all positions in\n"
-        "all layers at every denoising step; window and threshold are the same for all. With\n"
-        "`reach 0` Elastic-Cache is as published; else a commit's neighbours are computed with it."
+        "all layers at every denoising step; window and threshold are the same for all. `elastic`\n"
+        "is Elastic-Cache that computes a commit's neighbours with it; as published it does not."
     )
 
 
