@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -67,12 +68,11 @@ def picture_of(rows: Any) -> Callable[[Any, Rows], None] | None:
 
 
 def accuracy_and_work(axes: Any, rows: Rows) -> None:
-    """A point a setting of ``gamma``; the same policy and statistic are joined by a line."""
+    """A point a setting of ``gamma``; settings that differ in the drift bound only are joined."""
     lines: dict[str, Rows] = {}
     for row in rows:
-        lines.setdefault(row["policy"].split(", gamma")[0].split(", block_drift")[0], []).append(
-            row
-        )
+        line = re.sub(r", (gamma|block_drift) [\d.]+", "", row["policy"])
+        lines.setdefault(line, []).append(row)
     for (name, points), marker in zip(lines.items(), cycle("osD^vP*X"), strict=False):
         points = sorted(points, key=lambda row: row["work"])
         work, accuracy = ([row[key] for row in points] for key in ("work", "accuracy"))
@@ -95,8 +95,8 @@ def speed(axes: Any, rows: Rows) -> None:
         }
         at = [policies.index(policy) + (place + 0.5) * width - 0.4 for policy in found]
         batch, _, canvas = setting
-        prompts = [row["prompt_tokens"] for row in rows if _setting(row) == setting]
-        label = f"batch {batch}, canvas {canvas}, prompts of {round(sum(prompts) / len(prompts))}"
+        prompt = next(row["prompt_tokens"] for row in rows if _setting(row) == setting)
+        label = f"batch {batch}, canvas {canvas}, prompts of {prompt}"
         bars = axes.bar(at, list(found.values()), width, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_yscale("log")
