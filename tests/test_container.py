@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from tests.serve_arguments import parse_as_vllm_serve
+
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "container").glob("Dockerfile*"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -83,18 +85,10 @@ def test_extras_exist_and_leave_the_images_vllm_alone(recipe: Path) -> None:
 @each_recipe
 def test_documented_flags_exist(recipe: Path) -> None:
     """The `docker run` line of the comment: what follows the image is for `vllm serve`."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_elastic.plugin import register
-
-    register()
     comment = re.sub(r"^# ?", "", recipe.read_text(), flags=re.M).replace("\\\n", " ")
     (command,) = re.findall(r"^ *docker run .*$", comment, re.M)
     (tag,) = re.findall(r"-t (\S+)", comment)
     words = shlex.split(command)
-    args = make_arg_parser(FlexibleArgumentParser(allow_abbrev=False)).parse_args(
-        words[words.index(tag) + 1 :]
-    )
+    args = parse_as_vllm_serve(words[words.index(tag) + 1 :])
     assert args.plugin == "elastic"
     assert tag.startswith(f"{PROJECT['name']}:{PROJECT['version']}")

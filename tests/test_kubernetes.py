@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.serve_arguments import parse_as_vllm_serve
 from vllm_elastic.config import ElasticConfig
 
 ROOT = Path(__file__).parents[1]
@@ -63,14 +64,7 @@ def server(file: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def served(file: str) -> Any:
     """The arguments of `vllm serve` as vLLM's own parser reads them; unknown ones are an error."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_elastic.plugin import register
-
-    register()
-    parser = make_arg_parser(FlexibleArgumentParser(allow_abbrev=False))
-    return parser.parse_args(server(file)[1]["args"])
+    return parse_as_vllm_serve(server(file)[1]["args"])
 
 
 def script_of(container: dict[str, Any]) -> str | None:
