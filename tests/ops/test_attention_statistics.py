@@ -73,17 +73,20 @@ def test_attention_scores_of_a_view(shape: tuple[int, ...]) -> None:
 def test_attention_mass(shape: tuple[int, ...]) -> None:
     """Mass would be a mean, or a sum over the wrong axes."""
     attention = random_attention(shape)
-    mass = fast.attention_mass(attention)
-    assert_close("mass", mass, naive.attention_mass(attention), 1e-6)
-    layers, rows, heads = shape[:3]
-    assert_close("total mass", mass.sum(-1), torch.full((layers,), float(rows * heads)), 1e-5)
+    weights = (torch.arange(attention.shape[2]) % 3 != 1).float()
+    mass = fast.attention_mass(attention, weights)
+    assert_close("mass", mass, naive.attention_mass(attention, weights), 1e-6)
+    layers, _, heads = shape[:3]
+    total = torch.full((layers,), heads * float(weights.sum()))
+    assert_close("total mass", mass.sum(-1), total, 1e-5)
 
 
 @shapes
 @pytest.mark.parametrize("track_num", [1, 2, 5, 64])
 def test_most_attended(shape: tuple[int, ...], track_num: int) -> None:
     """A position that may not be tracked, or the wrong one, would be tracked."""
-    mass = naive.attention_mass(random_attention(shape))
+    attention = random_attention(shape)
+    mass = naive.attention_mass(attention, torch.ones(attention.shape[2]))
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         trackable = torch.rand(mass.shape[1], generator=generator) < 0.5

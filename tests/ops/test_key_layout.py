@@ -80,11 +80,13 @@ def check_reads(impl: Any, caches: torch.Tensor, isa: str = "", seed: int = 0) -
             write_keys(layer, own[slots], slots)
     before = caches.clone()
 
-    blocks = torch.randperm(NUM_BLOCKS, generator=generator)[:4]
+    scattered = torch.randperm(NUM_BLOCKS, generator=generator)[:4]
+    blocks = torch.cat([scattered, torch.tensor([2, 3, 4, 1])])  # with a run among them
     by_block = keys.view(NUM_LAYERS, NUM_BLOCKS, block_size, NUM_HEADS, head_size)[:, blocks]
     expected = by_block.permute(0, 3, 4, 1, 2).reshape(NUM_LAYERS, NUM_HEADS, head_size, -1)
-    assert torch.equal(layout.read_blocks(caches, blocks), expected.float())
-    one = layout.read_blocks(caches[1:], blocks[:1])  # a replay reads from its first layer on
+    assert torch.equal(layout.read_blocks(caches, blocks.tolist()), expected.float())
+    # A replay reads from its first layer on.
+    one = layout.read_blocks(caches[1:], blocks[:1].tolist())
     assert torch.equal(one, expected[1:, ..., :block_size].float())
     assert one.dtype == torch.float32
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_elastic.decoding.plan import PassPlan
@@ -23,16 +24,24 @@ from vllm_elastic.ops.key_layout import KeyLayout
 
 Sums = dict[str, torch.Tensor]
 
+_NUMBERS_AT_ONCE = (1 << 26, 1 << 20)
+"""Keys of a plan that are read at a time, in numbers: on a GPU, on a CPU."""
+
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class _RequestRows:
-    """One request's places in the saved queries and keys."""
+    """One request's places in the saved queries and keys.
+
+    Invariant: the window's and the tested rows join with the plan's first segment, so in the batch
+    they are neighbours, and so are their saved queries.
+    """
 
     plan: PassPlan
-    window_queries: IntArray  # into the saved queries
-    tested_queries: IntArray
+    queries: slice  # into the saved queries, ascending position
+    in_window: npt.NDArray[np.bool_]  # of these queries
+    tested: IntArray  # into these queries
     old_queries: slice  # into the saved old queries
     old_keys: slice  # into the saved old keys
     written: IntArray  # canvas positions of these keys
@@ -61,18 +70,19 @@ class StatisticsInputs:
         tested, key_rows = [_NONE], [_NONE]
         self._requests: dict[int, _RequestRows] = {}
         num_tested = num_keys = 0
-        for index in wanted:
+        for index, positions in zip(wanted, rows, strict=True):
             plan = plans[index]
             written = _NONE
             if plan.tested.size:
                 written = plan.segments[0].positions.astype(np.int64)
                 tested.append(plan.tested.astype(np.int64))
                 key_rows.append(layout.row_of[index][written])
-            row_of = layout.row_of[index]
+            first = int(np.searchsorted(self.query_rows, layout.row_of[index][positions[0]]))
             self._requests[index] = _RequestRows(
                 plan=plan,
-                window_queries=np.searchsorted(self.query_rows, row_of[plan.window]),
-                tested_queries=np.searchsorted(self.query_rows, row_of[plan.tested]),
+                queries=slice(first, first + len(positions)),
+                in_window=np.isin(positions, plan.window),
+                tested=np.searchsorted(positions, plan.tested),
                 old_queries=slice(num_tested, num_tested + plan.tested.size),
                 old_keys=slice(num_keys, num_keys + written.size),
                 written=written,
@@ -122,14 +132,10 @@ class StatisticsInputs:
             tested_slots = put(self._layout.slots[self._tested_rows_np])
             self.old_inputs = ranks.gather_columns(model.hidden_rows[:, tested_slots])
             key_slots = put(self._layout.slots[self._key_rows_np])
-            self._old_keys = model.key_layout.read_slots(
-                model.key_cache[:: model.hidden_stride], key_slots
-            )
-            self._old_queries = self._queries.new_empty(
-                1 + len(self.old_inputs),
-                len(self.tested_positions),
-                model.num_heads,
-                model.head_dim,
+            self._old_keys = model.key_layout.read_slots(model.key_cache, key_slots)
+            # Zero in layers whose input is not stored.
+            self._old_queries = self._queries.new_zeros(
+                model.num_layers, len(self.tested_positions), model.num_heads, model.head_dim
             )
 
     def save_layer(self, layer: int, q: torch.Tensor, num_rows: int, num_queries: int) -> None:
@@ -143,7 +149,7 @@ class StatisticsInputs:
         if num_queries:
             self._queries[layer, :num_queries] = q[self._query_rows[:num_queries]]
         if self.old_inputs is not None and q.shape[0] > num_rows:
-            self._old_queries[layer // self._shape.hidden_stride] = q[num_rows:]
+            self._old_queries[layer] = q[num_rows:]
 
     def partial_sums(self, index: int) -> Sums:
         """What plan ``index``'s statistics add up from, of this rank's heads and columns.
@@ -161,13 +167,16 @@ class StatisticsInputs:
         # From the start layer on, counted down from the last.
         start = plan.start_layer + (shape.num_layers - 1 - plan.start_layer) % stride
         device = self._queries.device
-        blocks = torch.tensor(plan.block_ids, device=device)
-        keys = shape.key_layout.read_blocks(shape.key_cache[start::stride], blocks)[..., :length]
-        order = np.concatenate([rows.window_queries, rows.tested_queries])
-        queries = self._queries[start::stride, torch.from_numpy(order).to(device)]
-        attention = ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
-        num_window = len(rows.window_queries)
-        mass = ops.attention_mass(attention[:, :, :num_window])
+        layers = range(start, shape.num_layers, stride)
+        # Keys of some layers at a time: as many as a CPU's cache, or a GPU's spare memory, has.
+        room = _NUMBERS_AT_ONCE[device.type == "cpu"]
+        group = max(1, room // (length * shape.num_kv_heads * shape.head_dim))
+        attention = torch.cat(
+            [self._attention(rows, layers[i : i + group]) for i in range(0, len(layers), group)]
+        )
+        in_window = torch.from_numpy(rows.in_window).to(device, torch.float32)
+        num_new = len(rows.in_window)
+        mass = ops.attention_mass(attention[:, :, :num_new], in_window)
         sums: Sums = {}
         if plan.trackable is not None:
             sums["mass"] = mass
@@ -177,23 +186,36 @@ class StatisticsInputs:
         if index in self._probe_spans:
             sums |= self._probe_sums(self._probe_spans[index])
         if plan.tested.size:
-            # A pass that tests starts at layer 0 and reads the attention of every layer; tested
-            # are the layers whose input is stored.
-            stride = shape.hidden_stride
-            old = ops.attention_scores(
-                self._old_queries[:, rows.old_queries], keys[::stride], shape.scale
-            )
-            old_keys = self._old_keys[:, rows.old_keys].permute(0, 2, 3, 1)
-            written = torch.from_numpy(rows.written).to(device)
-            old[..., written] = ops.attention_scores(
-                self._old_queries[:, rows.old_queries], old_keys, shape.scale
-            )
-            drift = ops.drift_sums(
-                old.softmax(dim=-1), attention[::stride, :, num_window:], plan.statistic
-            )
+            # Tested are the layers whose input is stored.
+            compared = attention[:: shape.hidden_stride]
+            tested = torch.from_numpy(rows.tested).to(device)
+            drift = ops.drift_sums(compared[:, :, num_new:], compared[:, :, tested], plan.statistic)
             for number, part in enumerate(drift):
                 sums[f"drift.{number}"] = part[: shape.num_tested(plan.tested_layers)]
         return sums
+
+    def _attention(self, rows: _RequestRows, layers: range) -> torch.Tensor:
+        """float32 [layers, H, rows, T]: attention rows of a plan's saved queries, after the pass.
+
+        Behind them the tested ones', as they were before it: by their old queries, and with the
+        keys that the pass overwrote. Means nothing in a layer whose input is not stored.
+        """
+        plan, shape = rows.plan, self._shape
+        span = slice(layers.start, layers.stop, layers.step)
+        keys = shape.key_layout.read_blocks(shape.key_cache[span], plan.block_ids)
+        keys = keys[..., : len(plan.tokens)]
+        queries = self._queries[span, rows.queries]
+        if not plan.tested.size:
+            return ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
+        # A pass that tests starts at layer 0 and reads the attention of every layer.
+        old_queries = self._old_queries[span, rows.old_queries]
+        scores = ops.attention_scores(torch.cat([queries, old_queries], dim=1), keys, shape.scale)
+        written = torch.from_numpy(rows.written).to(scores.device)
+        old_keys = self._old_keys[span, rows.old_keys].permute(0, 2, 3, 1)
+        scores[:, :, queries.shape[1] :, written] = ops.attention_scores(
+            old_queries, old_keys, shape.scale
+        )
+        return scores.softmax(dim=-1)
 
     def measure(self, index: int, sums: Sums) -> dict[str, np.ndarray | None]:
         """Statistics of plan ``index`` by their names in ``PassResult``, from all ranks' sums."""

@@ -9,6 +9,7 @@ backend and instruction set, the layout is measured once on the null block, whic
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,25 +81,31 @@ class KeyLayout:
         offsets[found[where]] = where
         return cls(offsets.view(block_size, dim).t().contiguous(), cache.shape[3])
 
-    def read_blocks(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def read_blocks(self, cache: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
         """Keys of whole blocks, transposed for a score product.
 
         Args:
             cache: [..., blocks, Hkv, block_size, C].
-            blocks: int64 [B].
+            blocks: B numbers of blocks, as the host knows them.
 
         Returns:
             float32 [..., Hkv, D, B * block_size], in slot order.
         """
+        if self.tile and self.pack == 1:
+            return _copy_of_blocks(self._tiles(cache), blocks, torch.float32).flatten(-3)
+        if self.tile:
+            # ``pack`` numbers move as one word.
+            words = self._tiles(cache.view(_WORDS[self.pack * cache.element_size()]))
+            moved = _copy_of_blocks(words, blocks, words.dtype).flatten(-3)
+            return self._unpacked(moved, cache.dtype)
         # By indexing: index_select takes a hundred times as long on a view with strides.
+        index = torch.tensor(blocks, device=cache.device)
         if self.plain:
-            view = cache[..., blocks, :, :, : self.head_dim]
+            view = cache[..., index, :, :, : self.head_dim]
             return _float_copy(view.movedim((-4, -2), (-2, -1))).flatten(-2)
-        if not self.tile:
-            chosen = cache[..., blocks, :, :, :].flatten(-2)[..., self.offsets.reshape(-1)]
-            chosen = chosen.unflatten(-1, (self.head_dim, self.block_size))
-            return _float_copy(chosen.movedim(-4, -2)).flatten(-2)
-        return self._unpacked(self._words(cache, blocks), cache.dtype)
+        chosen = cache[..., index, :, :, :].flatten(-2)[..., self.offsets.reshape(-1)]
+        chosen = chosen.unflatten(-1, (self.head_dim, self.block_size))
+        return _float_copy(chosen.movedim(-4, -2)).flatten(-2)
 
     def read_slots(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Keys [..., R, Hkv, D] of slots int64 [R] of a cache [..., blocks, Hkv, block_size, C]."""
@@ -106,21 +113,28 @@ class KeyLayout:
         heads = torch.arange(cache.shape[-3], device=cache.device)
         inside = self.offsets.t()[offset][:, None]  # [R, 1, D]
         row, column = inside // self.row_width, inside % self.row_width
-        return cache[..., block[:, None, None], heads[None, :, None], row, column]
+        # One offset an element instead of four indices: four times as fast.
+        index = (block[:, None, None], heads[None, :, None], row, column)
+        offsets = sum(i * step for i, step in zip(index, cache.stride()[-4:], strict=True))
+        extent = 1 + sum(
+            (n - 1) * step for n, step in zip(cache.shape[-4:], cache.stride()[-4:], strict=True)
+        )
+        flat = cache.as_strided((*cache.shape[:-4], extent), (*cache.stride()[:-4], 1))
+        return flat[..., offsets]
 
-    def _words(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Tiled keys of whole blocks, ``pack`` numbers a word: integers [..., Hkv, D/pack, T]."""
-        words = cache.view(_WORDS[self.pack * cache.element_size()]).flatten(-2)
+    def _tiles(self, words: torch.Tensor) -> torch.Tensor:
+        """Tiled keys, a view: [..., Hkv, D/pack, blocks, block/tile, tile] words.
+
+        Args:
+            words: the cache [..., blocks, Hkv, block_size, C/pack] as words of ``pack`` numbers.
+        """
         tiles = (self.block_size // self.tile, self.head_dim // self.pack, self.tile)
-        words = words[..., : self.head_dim * self.block_size // self.pack].unflatten(-1, tiles)
-        # [..., blocks, Hkv, tiles, D/pack, tile] -> [..., Hkv, D/pack, blocks, tiles, tile]
-        words = words[..., blocks, :, :, :, :].movedim((-5, -3), (-3, -2))
-        return words.contiguous().flatten(-3)
+        keys = words.flatten(-2)[..., : self.head_dim * self.block_size // self.pack]
+        # [..., blocks, Hkv, block/tile, D/pack, tile]
+        return keys.unflatten(-1, tiles).movedim((-5, -3), (-3, -2))
 
     def _unpacked(self, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Words [..., D/pack, T] of numbers of a type: float32 [..., D, T]."""
-        if self.pack == 1:
-            return words.view(dtype).float()
         shape = (*words.shape[:-1], self.pack, words.shape[-1])
         numbers = torch.empty(shape, dtype=torch.float32, device=words.device)
         if dtype == torch.bfloat16 and self.pack == 2 and sys.byteorder == "little":
@@ -141,6 +155,29 @@ class KeyLayout:
                 if torch.equal(tiled + (dim // pack) * (tile * pack) + dim % pack, self.offsets):
                     return tile, pack
         return 0, 0
+
+
+def _copy_of_blocks(tiles: torch.Tensor, blocks: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Chosen blocks of a view [..., blocks, X, Y], contiguous, converted on the way.
+
+    Run by run of consecutive blocks: gathering them by an index takes five times as long, and
+    then they are still to be converted. vLLM mostly hands out runs.
+    """
+    shape = (*tiles.shape[:-3], len(blocks), *tiles.shape[-2:])
+    copy = torch.empty(shape, dtype=dtype, device=tiles.device)
+    for start, stop in _runs(blocks):
+        first = blocks[start]
+        copy[..., start:stop, :, :].copy_(tiles[..., first : first + stop - start, :, :])
+    return copy
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each stretch in which every number is the one before it plus 1."""
+    start = 0
+    for stop in range(1, len(numbers) + 1):
+        if stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1:
+            yield start, stop
+            start = stop
 
 
 def _float_copy(view: torch.Tensor) -> torch.Tensor:

@@ -21,13 +21,13 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
     return out
 
 
-def attention_mass(attention: torch.Tensor) -> torch.Tensor:
-    """Attention summed over heads and rows."""
+def attention_mass(attention: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Attention summed over heads and over the rows that count."""
     num_layers, num_heads, num_rows, num_keys = attention.shape
     mass = torch.zeros(num_layers, num_keys)
     for head in range(num_heads):
         for row in range(num_rows):
-            mass += attention[:, head, row]
+            mass += weights[row] * attention[:, head, row]
     return mass
 
 
