@@ -7,12 +7,13 @@ import copy
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from tests.decoding.fake_model import (
     END_TOKENS,
     CheckedCache,
     FakeModel,
+    Pass,
     Scenario,
     Trace,
     drive,
@@ -24,7 +25,7 @@ from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
 drives = settings(max_examples=200, deadline=None)
-KINDS = {"first", "window", "replay", "full", "refresh"}
+KINDS = {"first", "window", "widened", "replay", "full", "refresh"}
 
 
 @drives
@@ -35,13 +36,14 @@ def test_it_ends_within_max_tokens_steps(scenario: Scenario) -> None:
     steps = [p for p in trace.passes if not p.replayed]
     assert trace.request.canvas.done
     assert len(steps) <= scenario.max_tokens
-    # What is not a step is a verified pass; its replay may be lost to a restart.
-    assert len(trace.passes) <= 2 * len(steps) + trace.num_restarts
-    if trace.request.refresh == "next" or scenario.config.policy in (
-        "none",
-        "dual-cache",
-        "interval",
-    ):
+    # What is not a step is a pass that was replayed or widened, or lost to a restart.
+    lazy = scenario.config.policy == "elastic-block" and scenario.config.lazy_window
+    replays = trace.request.refresh == "replay" and scenario.config.policy in (
+        "elastic",
+        "elastic-block",
+    )
+    assert len(trace.passes) <= (1 + lazy + replays) * len(steps) + 2 * trace.num_restarts
+    if not lazy and not replays:
         assert len(trace.passes) == len(steps)
 
 
@@ -101,19 +103,60 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
         assert p.committed
 
 
+def whole_window(scenario: Scenario, p: Pass) -> list[int]:
+    """All that a step may predict."""
+    config = scenario.config
+    masked = [q for q in range(p.end) if p.masked[q]]
+    if config.policy == "dual-cache":
+        number = (masked[0] - scenario.prompt_length) // config.block_length
+        stop = scenario.prompt_length + (number + 1) * config.block_length
+        return [q for q in masked if q < stop]
+    return masked[: config.window]
+
+
 @drives
 @given(scenarios())
 def test_the_window_is_the_first_masked_positions(scenario: Scenario) -> None:
     """Committed, dropped or far-off positions would be predicted."""
-    config = scenario.config
     for p in drive(scenario).passes:
-        masked = [q for q in range(p.end) if p.masked[q]]
-        expected = masked[: config.window]
-        if config.policy == "dual-cache":
-            number = (masked[0] - scenario.prompt_length) // config.block_length
-            stop = scenario.prompt_length + (number + 1) * config.block_length
-            expected = [q for q in masked if q < stop]
-        assert p.plan.window.tolist() == expected
+        if scenario.config.policy == "elastic-block" and scenario.config.lazy_window:
+            assert p.plan.window.size > 0
+            assert set(p.plan.window.tolist()) <= set(whole_window(scenario, p))
+        else:
+            assert p.plan.window.tolist() == whole_window(scenario, p)
+
+
+@drives
+@given(scenarios(policies=("elastic-block",), restart_rates=(0.0,)))
+def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
+    """A step would commit a guess unseen by the rest, or leave a sure prediction behind."""
+    config = scenario.config
+    assume(config.lazy_window)
+    trace = drive(scenario)
+    last: dict[int, float] = {}
+    just_committed: list[int] = []
+    for index, p in enumerate(trace.passes):
+        plan, whole = p.plan, whole_window(scenario, p)
+        before = trace.follows(index)
+        if plan.kind == "widened":
+            assert before is not None and before.replayed
+            assert plan.window.tolist() == whole
+            assert not plan.granularity and not plan.probes.size
+        else:
+            reach = near(trace, just_committed)
+            sure = sorted(q for q in whole if last.get(q, -1.0) >= config.threshold)
+            sure.sort(key=lambda q: -last[q])
+            known = [q for q in whole if q in last and q not in reach]
+            left_out = set(known) - set(sure[: config.tokens_per_step or 1])
+            part = [q for q in whole if q not in left_out]
+            assert plan.window.tolist() == (part or whole)
+        if p.replayed:
+            continue
+        needed = min(config.tokens_per_step or 1, len(whole))
+        enough = np.count_nonzero(p.result.probabilities >= config.threshold) >= needed
+        assert enough or plan.window.tolist() == whole
+        last.update(zip(plan.window.tolist(), p.result.probabilities.tolist(), strict=True))
+        just_committed = p.committed
 
 
 @drives
@@ -124,7 +167,8 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
     for index, p in enumerate(trace.passes):
         before = trace.follows(index)
         assert p.plan.kind in KINDS
-        assert (p.plan.kind == "replay") == (before is not None and before.replayed)
+        again = p.plan.kind in ("replay", "widened")
+        assert again == (before is not None and before.replayed)
         if index == 0:
             assert p.plan.kind == "first"
         if p.restarted and index > 0:
@@ -132,7 +176,8 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
         if p.plan.kind == "replay":
             assert before is not None
             assert before.plan.kind == "window" or scenario.config.policy == "elastic-block"
-            assert not p.replayed
+            if p.replayed:
+                assert trace.passes[index + 1].plan.kind in ("widened", "full")
             assert p.plan.tested.size == 0
             assert p.plan.denoising_step == before.plan.denoising_step
             assert p.plan.window.tolist() == before.plan.window.tolist()
@@ -255,8 +300,13 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
             assert plan.probes.size <= scenario.config.probes
-        assert plan.watched is not None and not plan.watched[plan.window].any()
-        just_committed = p.committed
+        if plan.kind == "widened":
+            assert plan.watched is None
+            assert set(plan.window.tolist()) <= set(plan.segments[0].positions.tolist())
+        else:
+            assert plan.watched is not None and not plan.watched[plan.window].any()
+        if not p.replayed:
+            just_committed = p.committed
 
 
 @drives
@@ -288,7 +338,9 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         twin = copy.deepcopy(request)
         twin.restart()
         again = twin.plan()
-        assert again.window.tolist() == plan.window.tolist()
+        # Nothing that was predicted before holds: a lazy window is whole again.
+        assert again.window.tolist() == request.schedule.window(request.canvas).tolist()
+        assert set(plan.window.tolist()) <= set(again.window.tolist())
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
         assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers

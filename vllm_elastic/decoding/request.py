@@ -34,7 +34,9 @@ class DenoisingRequest:
     ``plan`` names the next pass; ``digest`` takes its result and commits tokens. Where the policy
     finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
     next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
-    in the next step's pass. Calling ``plan`` again before ``digest`` returns the same plan, so a
+    in the next pass. Where the policy predicts a part of the window first and too few of these
+    predictions reach the threshold, they are discarded too, and a *widened* pass predicts the
+    whole window. Calling ``plan`` again before ``digest`` returns the same plan, so a
     plan that did not fit a batch is simply asked for again.
 
     Attributes:
@@ -42,6 +44,8 @@ class DenoisingRequest:
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
+        last_probability: float64 [T], of each position's last prediction that a step chose from;
+            NaN: none yet.
     """
 
     def __init__(
@@ -75,10 +79,12 @@ class DenoisingRequest:
         self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
+        self.last_probability = np.full(self.canvas.length, np.nan)
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._verified: PassResult | None = None  # the window pass that the replay repeats
+        self._widened = False  # the step's first pass was not sure: the whole window is next
         self._fresh = True  # no pass has written the KV blocks yet
 
     def restart(self) -> None:
@@ -86,8 +92,10 @@ class DenoisingRequest:
         self.validity.invalidate(0)
         self.tracked = NO_POSITIONS
         self.just_committed = NO_POSITIONS
+        self.last_probability[:] = np.nan
         self._plan = None
         self._verified = None
+        self._widened = False
         self._fresh = True
 
     def plan(self) -> PassPlan:
@@ -116,8 +124,15 @@ class DenoisingRequest:
                     self._verified = result
                     self._add_to_record(plan, result, None)
                     return []
+        if not self._widened and not self._is_sure(plan, result):
+            self._verified = None
+            self._widened = True
+            self._add_to_record(plan, result, None)
+            return []
         self._update_tracked(plan, result)
         self._verified = None
+        self._widened = False
+        self.last_probability[plan.window] = result.probabilities
         chosen = self.schedule.choose(
             self.canvas, plan.window, result.probabilities, plan.denoising_step
         )
@@ -149,28 +164,33 @@ class DenoisingRequest:
         ]
 
     def _make_plan(self) -> PassPlan:
-        replay = self._verified is not None
-        if not replay:
+        replay, widened = self._verified is not None, self._widened
+        if not replay and not widened:
             self.policy.begin_step(self)
         window = self.schedule.window(self.canvas)
+        if not widened:
+            window = self.policy.predicted(self, window)
         join = self.validity.join_layers()
         everything, current = bool((join == 0).all()), self.validity.all_valid
         # In a replay the window pass's rows go again too, from where the first block is stale.
-        rows = self.policy.rows(self, window)
+        rows = window if widened else self.policy.rows(self, window)
         join[rows] = np.minimum(join[rows], int(join.min()) if replay else 0)
         if replay:
             kind = "replay"
+        elif widened:
+            kind = "widened"
         elif everything:
             kind = "first" if self.record.passes == 0 else "full"
         else:
             kind = "window" if current else "refresh"
         measures = self.policy.measures
         watched = None
-        judged = self.policy.probes_blocks and not replay  # a replay's statistics decide nothing
+        again = replay or widened  # the step's first pass has measured
+        judged = self.policy.probes_blocks and not again
         if judged:
             watched = np.ones(self.canvas.length, dtype=np.bool_)
             watched[window if (join == 0).all() else rows] = False
-        compared = not everything and not replay
+        compared = not everything and not again
         return PassPlan(
             request_id=self.request_id,
             kind=kind,
@@ -190,6 +210,15 @@ class DenoisingRequest:
             watched=watched,
             fresh=self._fresh,
         )
+
+    def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
+        """Whether the step may choose from these predictions: a whole window's, or enough of
+        them that reach the threshold. A best guess is the best of the whole window."""
+        window = self.schedule.window(self.canvas)
+        if len(plan.window) == len(window):
+            return True
+        needed = min(self.config.tokens_per_step or 1, len(window))
+        return int(np.count_nonzero(result.probabilities >= self.config.threshold)) >= needed
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None
