@@ -109,7 +109,7 @@ class ElasticConfig:
         interval: denoising steps from one refresh of ``interval`` to the next.
         lazy_window: of ``elastic-block``, a step first predicts those positions of the window
             that are new in it, within ``reach`` of the last commits, or were sure before; only
-            where too few of these reach the threshold another pass predicts the whole window.
+            where too few of these reach the threshold another pass predicts the rest of it.
             Not with ``steps``.
         probes: blocks probed at a step by ``elastic-block``, one position each.
         reach: positions on either side of a just committed one that ``elastic`` and

@@ -15,6 +15,7 @@ from vllm_elastic.decoding.plan import (
     Logprobs,
     PassPlan,
     PassResult,
+    join_candidates,
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
@@ -35,8 +36,8 @@ class DenoisingRequest:
     finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
     next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
     in the next pass. Where the policy predicts a part of the window first and too few of these
-    predictions reach the threshold, they are discarded too, and a *widened* pass predicts the
-    whole window. Calling ``plan`` again before ``digest`` returns the same plan, so a
+    predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
+    all. Calling ``plan`` again before ``digest`` returns the same plan, so a
     plan that did not fit a batch is simply asked for again.
 
     Attributes:
@@ -84,7 +85,7 @@ class DenoisingRequest:
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._verified: PassResult | None = None  # the window pass that the replay repeats
-        self._widened = False  # the step's first pass was not sure: the whole window is next
+        self._first_part: tuple[Positions, PassResult] | None = None  # its rest is next
         self._fresh = True  # no pass has written the KV blocks yet
 
     def restart(self) -> None:
@@ -95,7 +96,7 @@ class DenoisingRequest:
         self.last_probability[:] = np.nan
         self._plan = None
         self._verified = None
-        self._widened = False
+        self._first_part = None
         self._fresh = True
 
     def plan(self) -> PassPlan:
@@ -124,23 +125,24 @@ class DenoisingRequest:
                     self._verified = result
                     self._add_to_record(plan, result, None)
                     return []
-        if not self._widened and not self._is_sure(plan, result):
+        if self._first_part is None and not self._is_sure(plan, result):
             self._verified = None
-            self._widened = True
+            self._first_part = plan.window, result
             self._add_to_record(plan, result, None)
             return []
         self._update_tracked(plan, result)
         self._verified = None
-        self._widened = False
-        self.last_probability[plan.window] = result.probabilities
-        chosen = self.schedule.choose(
-            self.canvas, plan.window, result.probabilities, plan.denoising_step
-        )
-        self.just_committed = plan.window[chosen]
-        self.canvas.commit(self.just_committed, result.token_ids[chosen])
-        if result.logprobs is not None:
+        window, found = plan.window, result
+        if self._first_part is not None:
+            window, found = join_candidates(*self._first_part, window, found)
+            self._first_part = None
+        self.last_probability[window] = found.probabilities
+        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
+        self.just_committed = window[chosen]
+        self.canvas.commit(self.just_committed, found.token_ids[chosen])
+        if found.logprobs is not None:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
-                self._logprobs[position] = result.logprobs.take(np.array([index]))
+                self._logprobs[position] = found.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
 
@@ -164,11 +166,13 @@ class DenoisingRequest:
         ]
 
     def _make_plan(self) -> PassPlan:
-        replay, widened = self._verified is not None, self._widened
+        replay, widened = self._verified is not None, self._first_part is not None
         if not replay and not widened:
             self.policy.begin_step(self)
         window = self.schedule.window(self.canvas)
-        if not widened:
+        if self._first_part is not None:
+            window = np.setdiff1d(window, self._first_part[0])
+        else:
             window = self.policy.predicted(self, window)
         join = self.validity.join_layers()
         everything, current = bool((join == 0).all()), self.validity.all_valid

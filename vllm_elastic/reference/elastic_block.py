@@ -32,9 +32,8 @@ in this order:
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
 If only a part of the window was predicted, and fewer than ``tokens_per_step`` (or one) of these
-predictions reach the threshold, they are discarded and the whole window is computed from layer 0
-and predicted, in a pass of kind "widened". It measures nothing. The step commits from the last
-pass's predictions.
+predictions reach the threshold, the rest of the window is computed from layer 0 and predicted in a
+pass of kind "widened", which measures nothing. The step commits from both passes' predictions.
 
 With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
 only, and blocks join at one of them or at layer 0.
@@ -272,20 +271,23 @@ class ElasticBlock:
             probes, self.probes = self.probes, []
             measured = self.run(join, window)
             self.probes, self.stale = probes, {}
-        confidence = self.confidence_of(measured.hidden)
+        hidden = measured.hidden
+        confidence = self.confidence_of(hidden)
         if len(window) < len(whole) and not self.is_sure(confidence, len(whole)):
-            window = whole
-            join = self.joins(whole.tolist(), 0)
+            looked_at = torch.isin(whole, window)
+            join = self.joins(whole[~looked_at].tolist(), 0)
             passes.append(("widened", join))
             probes, self.probes = self.probes, []
-            measured = self.run(join, whole)
+            rest = self.run(join, whole[~looked_at]).hidden
             self.probes, self.stale = probes, {}
             self.note_computed(join)
-            confidence = self.confidence_of(measured.hidden)
+            window, part, hidden = whole, hidden, hidden.new_empty(len(whole), hidden.shape[1])
+            hidden[looked_at], hidden[~looked_at] = part, rest
+            confidence = self.confidence_of(hidden)
         self.confidence.update(zip(window.tolist(), confidence.tolist(), strict=True))
 
         committed = commit_predictions(
-            self.model, self.canvas, window, measured.hidden, options, self.result
+            self.model, self.canvas, window, hidden, options, self.result
         )
         self.committed = committed.tolist()
         self.result.record(

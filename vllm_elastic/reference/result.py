@@ -15,7 +15,7 @@ class Pass(TypedDict):
 
     ``kind``: "first" (a request's first step), "full" (whole canvas again), "window" (some rows,
     from layer 0), "refresh" (with stale blocks), "replay" (from ``start_layer``) or "widened" (the
-    whole window after a part of it). ``committed`` are canvas positions, ascending; none in a
+    rest of a window). ``committed`` are canvas positions, ascending; none in a
     pass that is not its step's last.
     """
 

@@ -43,7 +43,7 @@ class RefreshPolicy:
     def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
         """Those positions of the window that a step predicts at first, ascending, at least one.
 
-        Where too few of them reach the threshold, another pass predicts the whole window. Asked
+        Where too few of them reach the threshold, another pass predicts the rest. Asked
         again for a replay: depends on nothing that changes within a step.
         """
         return window
@@ -51,7 +51,7 @@ class RefreshPolicy:
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
         """Positions recomputed from layer 0 whether their block is stale or not.
 
-        ``window``: the positions predicted. Not asked for a widened pass, which recomputes them.
+        ``window``: the positions predicted. Not asked for a widened pass, whose rows are these.
         """
         return window
 
