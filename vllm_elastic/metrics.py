@@ -26,7 +26,7 @@ class _Counters:
         )
         self.passes = Counter(
             "vllm:elastic_passes",
-            "Forward passes of ended requests, by kind: first, window, replay, full.",
+            "Forward passes of ended requests: first, full, window, refresh, widened, replay.",
             (*_LABELS, "kind"),
         )
         self.row_layers = Counter(

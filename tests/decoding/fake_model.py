@@ -86,6 +86,7 @@ def scenarios(
             "block_length": st.integers(1, 12) | st.just(100),
             "refresh": st.sampled_from(refreshes),
             "interval": st.integers(1, 6),
+            "lazy_window": st.booleans(),
             "probes": st.integers(1, 4),
             "reach": st.none() | st.integers(0, 3) | st.just(100),
             "block_drift": st.sampled_from([0.0, 0.1, 1.0]),

@@ -7,12 +7,13 @@ import copy
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from tests.decoding.fake_model import (
     END_TOKENS,
     CheckedCache,
     FakeModel,
+    Pass,
     Scenario,
     Trace,
     drive,
@@ -24,7 +25,7 @@ from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
 drives = settings(max_examples=200, deadline=None)
-KINDS = {"first", "window", "replay", "full", "refresh"}
+KINDS = {"first", "window", "widened", "replay", "full", "refresh"}
 
 
 @drives
@@ -35,13 +36,14 @@ def test_it_ends_within_max_tokens_steps(scenario: Scenario) -> None:
     steps = [p for p in trace.passes if not p.replayed]
     assert trace.request.canvas.done
     assert len(steps) <= scenario.max_tokens
-    # What is not a step is a verified pass; its replay may be lost to a restart.
-    assert len(trace.passes) <= 2 * len(steps) + trace.num_restarts
-    if trace.request.refresh == "next" or scenario.config.policy in (
-        "none",
-        "dual-cache",
-        "interval",
-    ):
+    # What is not a step is a pass that was replayed or widened, or lost to a restart.
+    lazy = scenario.config.policy == "elastic-block" and scenario.config.lazy_window
+    replays = trace.request.refresh == "replay" and scenario.config.policy in (
+        "elastic",
+        "elastic-block",
+    )
+    assert len(trace.passes) <= (1 + lazy + replays) * len(steps) + 2 * trace.num_restarts
+    if not lazy and not replays:
         assert len(trace.passes) == len(steps)
 
 
@@ -83,11 +85,18 @@ def test_the_answer_is_emitted_in_order_and_without_delay(scenario: Scenario) ->
 def test_commits_follow_the_rule(scenario: Scenario) -> None:
     """Replayed passes would commit, or a step would commit the wrong positions."""
     config = scenario.config
-    for p in drive(scenario).passes:
+    trace = drive(scenario)
+    for index, p in enumerate(trace.passes):
         if p.replayed:
             assert p.emitted == []
             continue
         window, probabilities = p.plan.window.tolist(), p.result.probabilities.tolist()
+        if p.plan.kind == "widened":
+            first = trace.passes[index - 1]
+            window += first.plan.window.tolist()
+            probabilities += first.result.probabilities.tolist()
+            probabilities = [q for _, q in sorted(zip(window, probabilities, strict=True))]
+            window.sort()
         if config.tokens_per_step is not None:
             assert len(p.committed) == min(config.tokens_per_step, len(window))
             others = [q for w, q in zip(window, probabilities, strict=True) if w not in p.committed]
@@ -101,19 +110,66 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
         assert p.committed
 
 
+def whole_window(scenario: Scenario, p: Pass) -> list[int]:
+    """All that a step may predict."""
+    config = scenario.config
+    masked = [q for q in range(p.end) if p.masked[q]]
+    if config.policy == "dual-cache":
+        number = (masked[0] - scenario.prompt_length) // config.block_length
+        stop = scenario.prompt_length + (number + 1) * config.block_length
+        return [q for q in masked if q < stop]
+    return masked[: config.window]
+
+
 @drives
 @given(scenarios())
 def test_the_window_is_the_first_masked_positions(scenario: Scenario) -> None:
     """Committed, dropped or far-off positions would be predicted."""
-    config = scenario.config
     for p in drive(scenario).passes:
-        masked = [q for q in range(p.end) if p.masked[q]]
-        expected = masked[: config.window]
-        if config.policy == "dual-cache":
-            number = (masked[0] - scenario.prompt_length) // config.block_length
-            stop = scenario.prompt_length + (number + 1) * config.block_length
-            expected = [q for q in masked if q < stop]
-        assert p.plan.window.tolist() == expected
+        if scenario.config.policy == "elastic-block" and scenario.config.lazy_window:
+            assert p.plan.window.size > 0
+            assert set(p.plan.window.tolist()) <= set(whole_window(scenario, p))
+        else:
+            assert p.plan.window.tolist() == whole_window(scenario, p)
+
+
+@drives
+@given(scenarios(policies=("elastic-block",), restart_rates=(0.0,)))
+def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
+    """A step would commit a guess unseen by the rest, or leave a sure prediction behind."""
+    config = scenario.config
+    assume(config.lazy_window)
+    trace = drive(scenario)
+    last: dict[int, float] = {}
+    just_committed: list[int] = []
+    for index, p in enumerate(trace.passes):
+        plan, whole = p.plan, whole_window(scenario, p)
+        before = trace.follows(index)
+        if plan.kind == "widened":
+            assert before is not None and before.replayed
+            assert sorted([*plan.window, *before.plan.window]) == whole
+            assert not plan.granularity and not plan.probes.size
+        else:
+            reach = near(trace, just_committed)
+            sure = sorted(q for q in whole if last.get(q, -1.0) >= config.threshold)
+            sure.sort(key=lambda q: -last[q])
+            known = [q for q in whole if q in last and q not in reach]
+            left_out = set(known) - set(sure[: config.tokens_per_step or 1])
+            part = [q for q in whole if q not in left_out]
+            assert plan.window.tolist() == (part or whole)
+        probability = dict(zip(plan.window.tolist(), p.result.probabilities, strict=True))
+        if plan.kind == "widened":
+            assert before is not None
+            probability |= zip(
+                before.plan.window.tolist(), before.result.probabilities, strict=True
+            )
+        if p.replayed:
+            continue
+        needed = min(config.tokens_per_step or 1, len(whole))
+        enough = sum(q >= config.threshold for q in probability.values()) >= needed
+        assert enough or sorted(probability) == whole
+        last |= probability
+        just_committed = p.committed
 
 
 @drives
@@ -124,7 +180,8 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
     for index, p in enumerate(trace.passes):
         before = trace.follows(index)
         assert p.plan.kind in KINDS
-        assert (p.plan.kind == "replay") == (before is not None and before.replayed)
+        again = p.plan.kind in ("replay", "widened")
+        assert again == (before is not None and before.replayed)
         if index == 0:
             assert p.plan.kind == "first"
         if p.restarted and index > 0:
@@ -132,7 +189,8 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
         if p.plan.kind == "replay":
             assert before is not None
             assert before.plan.kind == "window" or scenario.config.policy == "elastic-block"
-            assert not p.replayed
+            if p.replayed:
+                assert trace.passes[index + 1].plan.kind in ("widened", "full")
             assert p.plan.tested.size == 0
             assert p.plan.denoising_step == before.plan.denoising_step
             assert p.plan.window.tolist() == before.plan.window.tolist()
@@ -255,8 +313,13 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
             assert plan.probes.size <= scenario.config.probes
-        assert plan.watched is not None and not plan.watched[plan.window].any()
-        just_committed = p.committed
+        if plan.kind == "widened":
+            assert plan.watched is None
+            assert set(plan.window.tolist()) <= set(plan.segments[0].positions.tolist())
+        else:
+            assert plan.watched is not None and not plan.watched[plan.window].any()
+        if not p.replayed:
+            just_committed = p.committed
 
 
 @drives
@@ -288,7 +351,9 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         twin = copy.deepcopy(request)
         twin.restart()
         again = twin.plan()
-        assert again.window.tolist() == plan.window.tolist()
+        # Nothing that was predicted before holds: a lazy window is whole again.
+        assert again.window.tolist() == request.schedule.window(request.canvas).tolist()
+        assert set(plan.window.tolist()) <= set(again.window.tolist())
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
         assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers

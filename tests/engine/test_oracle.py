@@ -48,6 +48,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "block": {
         "policy": "elastic-block",
         "granularity": 8,
+        "lazy_window": False,
+        "probes": 4,
         "block_drift": 0.1,
         "reach": 0,
         "attention_stride": 1,
@@ -56,17 +58,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "policy": "elastic-block",
         "granularity": 3,
         "block_drift": 0.023,
+        "reach": 4,
+        "lazy_window": False,
         "probes": 2,
         "attention_stride": 3,
     },
     "block-kv": {
         "policy": "elastic-block",
+        "granularity": None,
         "block_drift": 0.2,
         "slack": 0.5,
         "probes": 1,
         "reach": 3,
     },
-    "block-replay": {"policy": "elastic-block", "granularity": 8, "refresh": "replay"},
+    "block-replay": {
+        "policy": "elastic-block",
+        "refresh": "replay",
+        "probes": 4,
+        "block_drift": 0.03,
+        "threshold": 0.1,
+    },
+    "block-lazy": {"policy": "elastic-block", "block_drift": 0.02, "threshold": 0.2},
+    "block-lazy-topk": {
+        "policy": "elastic-block",
+        "block_drift": 0.05,
+        "threshold": 0.08,
+        "tokens_per_step": 2,
+        "reach": 1,
+    },
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
 }
 ENDS: dict[str, dict[str, Any]] = {
@@ -109,6 +128,8 @@ def ask_oracle(served: Served, prompt: list[int], max_tokens: int, config: dict[
     if policy == "interval":
         return interval(served.oracle, prompt, max_tokens, IntervalOptions(**options))
     if policy == "elastic-block":
+        if "granularity" in options and options["granularity"] is None:
+            options["granularity"] = 32  # the KV block
         return elastic_block(served.oracle, prompt, max_tokens, ElasticBlockOptions(**options))
     return elastic_cache(served.oracle, prompt, max_tokens, ElasticOptions(**options))
 
@@ -146,7 +167,7 @@ def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -
     results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
     compare(served, cases, results)
     kinds = {p["kind"] for result in results for p in result["steps"]}
-    assert kinds == {"first", "window", "replay", "full", "refresh"}
+    assert kinds == {"first", "window", "widened", "replay", "full", "refresh"}
 
 
 @pytest.mark.parametrize("model", RANDOM_MODELS)

@@ -42,6 +42,14 @@ class Logprobs:
         """The same of a selection of the tokens."""
         return Logprobs(self.token_ids[indices], self.logprobs[indices], self.ranks[indices])
 
+    def followed_by(self, other: Logprobs) -> Logprobs:
+        """The tokens of both, these first."""
+        return Logprobs(
+            np.concatenate([self.token_ids, other.token_ids]),
+            np.concatenate([self.logprobs, other.logprobs]),
+            np.concatenate([self.ranks, other.ranks]),
+        )
+
 
 @dataclass(slots=True)
 class PassPlan:
@@ -134,6 +142,20 @@ class PassResult:
     probe_drift: npt.NDArray[np.float32] | None = None
     block_mass: npt.NDArray[np.float32] | None = None
     block_probes: npt.NDArray[np.int32] | None = None
+
+
+def join_candidates(
+    window: Positions, result: PassResult, other_window: Positions, other: PassResult
+) -> tuple[Positions, PassResult]:
+    """The windows of two passes and their candidates as one, ascending; no statistics."""
+    order = np.argsort(both := np.concatenate([window, other_window]))
+    joined = PassResult(
+        np.concatenate([result.token_ids, other.token_ids])[order],
+        np.concatenate([result.probabilities, other.probabilities])[order],
+    )
+    if result.logprobs is not None and other.logprobs is not None:
+        joined.logprobs = result.logprobs.followed_by(other.logprobs).take(order)
+    return both[order], joined
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

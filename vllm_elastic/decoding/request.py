@@ -15,6 +15,7 @@ from vllm_elastic.decoding.plan import (
     Logprobs,
     PassPlan,
     PassResult,
+    join_candidates,
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
@@ -34,7 +35,9 @@ class DenoisingRequest:
     ``plan`` names the next pass; ``digest`` takes its result and commits tokens. Where the policy
     finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
     next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
-    in the next step's pass. Calling ``plan`` again before ``digest`` returns the same plan, so a
+    in the next pass. Where the policy predicts a part of the window first and too few of these
+    predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
+    all. Calling ``plan`` again before ``digest`` returns the same plan, so a
     plan that did not fit a batch is simply asked for again.
 
     Attributes:
@@ -42,6 +45,8 @@ class DenoisingRequest:
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
+        last_probability: float64 [T], of each position's last prediction that a step chose from;
+            NaN: none yet.
     """
 
     def __init__(
@@ -75,10 +80,12 @@ class DenoisingRequest:
         self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
         self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
+        self.last_probability = np.full(self.canvas.length, np.nan)
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._verified: PassResult | None = None  # the window pass that the replay repeats
+        self._first_part: tuple[Positions, PassResult] | None = None  # its rest is next
         self._fresh = True  # no pass has written the KV blocks yet
 
     def restart(self) -> None:
@@ -86,8 +93,10 @@ class DenoisingRequest:
         self.validity.invalidate(0)
         self.tracked = NO_POSITIONS
         self.just_committed = NO_POSITIONS
+        self.last_probability[:] = np.nan
         self._plan = None
         self._verified = None
+        self._first_part = None
         self._fresh = True
 
     def plan(self) -> PassPlan:
@@ -116,16 +125,24 @@ class DenoisingRequest:
                     self._verified = result
                     self._add_to_record(plan, result, None)
                     return []
+        if self._first_part is None and not self._is_sure(plan, result):
+            self._verified = None
+            self._first_part = plan.window, result
+            self._add_to_record(plan, result, None)
+            return []
         self._update_tracked(plan, result)
         self._verified = None
-        chosen = self.schedule.choose(
-            self.canvas, plan.window, result.probabilities, plan.denoising_step
-        )
-        self.just_committed = plan.window[chosen]
-        self.canvas.commit(self.just_committed, result.token_ids[chosen])
-        if result.logprobs is not None:
+        window, found = plan.window, result
+        if self._first_part is not None:
+            window, found = join_candidates(*self._first_part, window, found)
+            self._first_part = None
+        self.last_probability[window] = found.probabilities
+        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
+        self.just_committed = window[chosen]
+        self.canvas.commit(self.just_committed, found.token_ids[chosen])
+        if found.logprobs is not None:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
-                self._logprobs[position] = result.logprobs.take(np.array([index]))
+                self._logprobs[position] = found.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
         return self.canvas.take_finished()
 
@@ -149,28 +166,35 @@ class DenoisingRequest:
         ]
 
     def _make_plan(self) -> PassPlan:
-        replay = self._verified is not None
-        if not replay:
+        replay, widened = self._verified is not None, self._first_part is not None
+        if not replay and not widened:
             self.policy.begin_step(self)
         window = self.schedule.window(self.canvas)
+        if self._first_part is not None:
+            window = np.setdiff1d(window, self._first_part[0])
+        else:
+            window = self.policy.predicted(self, window)
         join = self.validity.join_layers()
         everything, current = bool((join == 0).all()), self.validity.all_valid
         # In a replay the window pass's rows go again too, from where the first block is stale.
-        rows = self.policy.rows(self, window)
+        rows = window if widened else self.policy.rows(self, window)
         join[rows] = np.minimum(join[rows], int(join.min()) if replay else 0)
         if replay:
             kind = "replay"
+        elif widened:
+            kind = "widened"
         elif everything:
             kind = "first" if self.record.passes == 0 else "full"
         else:
             kind = "window" if current else "refresh"
         measures = self.policy.measures
         watched = None
-        judged = self.policy.probes_blocks and not replay  # a replay's statistics decide nothing
+        again = replay or widened  # the step's first pass has measured
+        judged = self.policy.probes_blocks and not again
         if judged:
             watched = np.ones(self.canvas.length, dtype=np.bool_)
             watched[window if (join == 0).all() else rows] = False
-        compared = not everything and not replay
+        compared = not everything and not again
         return PassPlan(
             request_id=self.request_id,
             kind=kind,
@@ -190,6 +214,15 @@ class DenoisingRequest:
             watched=watched,
             fresh=self._fresh,
         )
+
+    def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
+        """Whether the step may choose from these predictions: a whole window's, or enough of
+        them that reach the threshold. A best guess is the best of the whole window."""
+        window = self.schedule.window(self.canvas)
+        if len(plan.window) == len(window):
+            return True
+        needed = min(self.config.tokens_per_step or 1, len(window))
+        return int(np.count_nonzero(result.probabilities >= self.config.threshold)) >= needed
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None

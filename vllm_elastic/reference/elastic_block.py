@@ -4,7 +4,12 @@
 The canvas is cut into blocks of ``granularity`` positions. Of each block is kept: the step as of
 which it is stored, the step in which it was last probed, and its *rate*, one number per layer.
 
-A step computes, from layer 0 on, the window, what was just committed with all positions within
+With ``lazy_window`` a step begins with a part of its window only: the positions that no step has
+chosen from yet, those within ``reach`` of what was just committed, and those whose last prediction
+reached the threshold, the ``tokens_per_step`` (or one) surest of them. If there are none it is
+the whole window.
+
+A step computes, from layer 0 on, that part, what was just committed with all positions within
 ``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer. Then,
 in this order:
 
@@ -23,8 +28,13 @@ in this order:
 * The next probes: of the blocks with the largest product of attention and steps since they were
   probed, ``probes`` of them, the most attended position.
 
-"next": stale blocks join the following step. "replay": the step's predictions are discarded and
+"next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
+
+If only a part of the window was predicted, and fewer than ``tokens_per_step`` (or one) of these
+predictions reach the threshold, the rest of the window is computed from layer 0 and predicted in a
+pass of kind "widened", which measures nothing. The step commits from both passes' predictions.
+
 With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
 only, and blocks join at one of them or at layer 0.
 """
@@ -40,6 +50,7 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
+from .commit import candidates
 from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -52,10 +63,11 @@ GROWTH = 0.6
 class ElasticBlockOptions(DecodingOptions):
     """``DecodingOptions`` and the policy's own; see above."""
 
-    granularity: int = 32
-    probes: int = 4
-    reach: int = 4
-    block_drift: float = 0.03
+    granularity: int = 8
+    lazy_window: bool = True
+    probes: int = 1
+    reach: int = 2
+    block_drift: float = 0.2
     slack: float = 0.1
     attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
@@ -101,6 +113,7 @@ class ElasticBlock:
         self.computed_at = [0] * len(canvas)
         self.committed: list[int] = []
         self.probes: list[int] = []
+        self.confidence: dict[int, float] = {}  # of every position's last prediction in a step
         self.stale: dict[int, int] = {}  # block -> the layer at which it joins
         self.result = DecodingResult()
 
@@ -136,6 +149,15 @@ class ElasticBlock:
         """Whether every position is computed from the embedding on."""
         return len(join) == len(self.canvas) and not any(join.values())
 
+    def note_computed(self, join: dict[int, int]) -> None:
+        """Positions, and in a pass over everything blocks too, are as of this step."""
+        step = self.result.denoising_steps
+        for position in join:
+            self.computed_at[position] = step
+        if self.is_everything(join):
+            for block in self.blocks:
+                block.refreshed_at = block.probed_at = step
+
     def judge(
         self, measured: Measured, join: dict[int, int], unwatched: list[int]
     ) -> dict[int, int]:
@@ -145,12 +167,7 @@ class ElasticBlock:
             block = self.blocks[probe // options.granularity]
             age = max(1, step - self.computed_at[probe])
             block.rate, block.probed_at = [d / age**GROWTH for d in drift], step
-        for position in join:
-            self.computed_at[position] = step
-
-        if self.is_everything(join):
-            for block in self.blocks:
-                block.refreshed_at = block.probed_at = step
+        self.note_computed(join)
         watched = [[p for p in b.positions if p not in unwatched] for b in self.blocks]
         attention = [sum(measured.share[p] for p in positions) for positions in watched]
 
@@ -201,12 +218,41 @@ class ElasticBlock:
         near = {p + by for p in self.committed for by in range(-reach, reach + 1)}
         return near & set(range(len(self.canvas)))
 
+    def look_first(self, window: Tensor) -> Tensor:
+        """The part of the (W,) window that a step predicts at first."""
+        if not self.options.lazy_window:
+            return window
+        count, threshold = self.options.tokens_per_step or 1, self.options.threshold
+        known = [p for p in window.tolist() if p in self.confidence]
+        sure = [p for p in known if self.confidence[p] >= threshold]
+        sure.sort(key=lambda p: -self.confidence[p])
+        self.result.close_call(
+            margin.of_threshold(torch.tensor([self.confidence[p] for p in known]), threshold),
+            margin.of_ranking(torch.tensor([self.confidence[p] for p in sure]), count),
+        )
+        old = set(known) - self.near_commits() - set(sure[:count])
+        part = [p for p in window.tolist() if p not in old]
+        return torch.tensor(part) if part else window
+
+    def is_sure(self, confidence: Tensor, window_size: int) -> bool:
+        """Whether a step may choose from predictions of a part of its window."""
+        threshold = self.options.threshold
+        self.result.close_call(margin.of_threshold(confidence, threshold))
+        needed = min(self.options.tokens_per_step or 1, window_size)
+        return bool((confidence >= threshold).sum() >= needed)
+
+    def confidence_of(self, hidden: Tensor) -> Tensor:
+        """(W,) of the predictions from (W, d) output of the last layer."""
+        options, mask = self.options, self.model.config.mask_token_id
+        return candidates(self.model.head(hidden), mask, options.never, options.last)[1]
+
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
         options = self.options
-        window = self.canvas.window(options.window)
-        if len(window) == 0:
+        whole = self.canvas.window(options.window)
+        if len(whole) == 0:
             return False
+        window = self.look_first(whole)
         if self.result.denoising_steps == 0:
             self.stale = dict.fromkeys(range(len(self.blocks)), 0)
         rows = sorted({*window.tolist(), *self.near_commits(), *self.probes})
@@ -225,9 +271,23 @@ class ElasticBlock:
             probes, self.probes = self.probes, []
             measured = self.run(join, window)
             self.probes, self.stale = probes, {}
+        hidden = measured.hidden
+        confidence = self.confidence_of(hidden)
+        if len(window) < len(whole) and not self.is_sure(confidence, len(whole)):
+            looked_at = torch.isin(whole, window)
+            join = self.joins(whole[~looked_at].tolist(), 0)
+            passes.append(("widened", join))
+            probes, self.probes = self.probes, []
+            rest = self.run(join, whole[~looked_at]).hidden
+            self.probes, self.stale = probes, {}
+            self.note_computed(join)
+            window, part, hidden = whole, hidden, hidden.new_empty(len(whole), hidden.shape[1])
+            hidden[looked_at], hidden[~looked_at] = part, rest
+            confidence = self.confidence_of(hidden)
+        self.confidence.update(zip(window.tolist(), confidence.tolist(), strict=True))
 
         committed = commit_predictions(
-            self.model, self.canvas, window, measured.hidden, options, self.result
+            self.model, self.canvas, window, hidden, options, self.result
         )
         self.committed = committed.tolist()
         self.result.record(

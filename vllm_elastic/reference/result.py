@@ -14,8 +14,9 @@ class Pass(TypedDict):
     """One forward pass as the engine counts them.
 
     ``kind``: "first" (a request's first step), "full" (whole canvas again), "window" (some rows,
-    from layer 0) or "replay" (whole canvas from ``start_layer``). ``committed`` are canvas
-    positions, ascending; none in a window pass that is replayed.
+    from layer 0), "refresh" (with stale blocks), "replay" (from ``start_layer``) or "widened" (the
+    rest of a window). ``committed`` are canvas positions, ascending; none in a
+    pass that is not its step's last.
     """
 
     denoising_step: int

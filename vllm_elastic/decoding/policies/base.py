@@ -40,8 +40,19 @@ class RefreshPolicy:
         """Before a denoising step's first pass: may invalidate blocks. A step may be planned
         more than once after a restart, never twice without one."""
 
+    def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
+        """Those positions of the window that a step predicts at first, ascending, at least one.
+
+        Where too few of them reach the threshold, another pass predicts the rest. Asked
+        again for a replay: depends on nothing that changes within a step.
+        """
+        return window
+
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        """Positions recomputed from layer 0 whether their block is stale or not."""
+        """Positions recomputed from layer 0 whether their block is stale or not.
+
+        ``window``: the positions predicted. Not asked for a widened pass, whose rows are these.
+        """
         return window
 
     def probes(self, request: DenoisingRequest) -> Positions:
@@ -52,6 +63,8 @@ class RefreshPolicy:
         self, request: DenoisingRequest, plan: PassPlan, result: PassResult
     ) -> npt.NDArray[np.int16] | int | None:
         """After every pass but a replay: from which layer blocks turned out to be stale.
+
+        A widened pass has measured neither blocks nor drift.
 
         One layer for all blocks, int16 [blocks], or None: the pass stands.
         """

@@ -34,12 +34,15 @@ class ElasticBlock(RefreshPolicy):
 
     Blocks are probed in turn, the more attended ones more often. Between two probes of a block
     its drift is extrapolated from its age.
+
+    With a ``lazy_window`` a step first predicts those positions of the window whose prediction a
+    commit may have changed: hardly any of the others reaches the threshold (docs/policies.md).
     """
 
     name = "elastic-block"
     probes_blocks = True
     refresh = "next"
-    reach = 4
+    reach = 2
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
@@ -48,6 +51,19 @@ class ElasticBlock(RefreshPolicy):
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
+
+    def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
+        """New ones, neighbours of the last commits, and what was sure and is still masked."""
+        config = self.config
+        if not config.lazy_window or config.steps is not None:
+            return window
+        last = request.last_probability[window]
+        chosen = np.isnan(last) | np.isin(window, request.near_commits())
+        # Commits by rank leave sure ones behind: as many are wanted as a step commits.
+        sure = np.flatnonzero(last >= config.threshold)
+        best = sure[np.argsort(-last[sure], kind="stable")][: config.tokens_per_step or 1]
+        chosen[best] = True
+        return window[chosen] if chosen.any() else window
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
         rows = np.union1d(window, request.near_commits())
@@ -62,10 +78,11 @@ class ElasticBlock(RefreshPolicy):
         step = plan.denoising_step
         if plan.computes_everything:
             self._start_over(request, step)
-        assert result.block_mass is not None and result.block_probes is not None
         self._take_probes(request, plan, result, step)
         for segment in plan.segments:
             self._written_at[segment.positions] = step
+        if result.block_mass is None:  # a widened pass: the step's first has measured
+            return None
         drift = self._expected_drift(step + 1)
         stale = self._verdict(request, drift, result.block_mass)
         if stale is not None:
