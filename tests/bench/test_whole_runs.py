@@ -122,12 +122,75 @@ def test_tune_finds_the_cheapest_that_agrees(
     tried = {row[0]: (float(row[3]), row[4]) for row in rows[1:]}
     good = {name: work for name, (work, verdict) in tried.items() if verdict == "yes"}
     knob = {"elastic-block": "block_drift", "interval": "interval"}.get(found["policy"])
-    name = found["policy"] if knob is None else f"{found['policy']}, {found[knob]}"
+    name = found["policy"] if knob is None else f"{found['policy']}, {knob} {found[knob]}"
     assert good[name] == min(good.values())
     if agreement == "0.0":  # the first rung is good enough, and the cheapest
         assert found["policy"] in ("elastic-block", "interval")
         firsts = [ladder.values[0] for ladders in tune.LADDERS.values() for ladder in ladders]
         assert knob is not None and found[knob] in firsts
+
+
+def test_tune_checks_on_prompts_kept_aside(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    words = ["--policies", "interval", "--check-share", "0.5", "--out", str(out)]
+    run("tune", "--model", MODEL, "--prompts", str(problems), *words)
+    chosen, checked = capsys.readouterr().out.split("it was not chosen by")
+    # vLLM's log is in between, unless it is told otherwise as main() does.
+    assert "1 prompts to choose by; good enough: an accuracy of at least" in chosen
+    assert chosen.rstrip().endswith("On the 1 prompts")
+    tables = [
+        [line for line in part.splitlines() if line.startswith("| ")] for part in (chosen, checked)
+    ]
+    assert len(tables[1]) == 3, "heads, none, what was found"
+    name = f"interval, interval {json.loads(out.read_text())['interval']}"
+    assert tables[0][-1].startswith(f"| {name} |") and tables[1][-1].startswith(f"| {name} |")
+
+
+def test_tune_says_when_the_check_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A setting that agrees on what chose it and not on what was kept aside."""
+
+    class Engine:
+        def run(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            numbers = {"denoising_steps": 1, "passes": 1, "row_layers": 1}
+            return [{"token_ids": [request["max_tokens"]], **numbers} for request in requests]
+
+    def trial(answers: list[int]) -> tune.Trial:
+        prompts = [{"prompt": "", "max_tokens": 1} for _ in answers]
+        none = [{"token_ids": [a], "denoising_steps": 1, "passes": 1, "row_layers": 9}
+                for a in answers]  # fmt: skip
+        return tune.Trial(prompts, none, tune.Bar(tune.score(prompts, none, none), 1.0, 0.9))
+
+    engine: Any = Engine()
+    work, best = tune.find(engine, trial([1, 1]), ["interval"])
+    assert work == pytest.approx(1 / 9) and best == {"policy": "interval", "interval": 64}
+    tune.check(engine, trial([1, 1]), best)
+    assert "Not good enough" not in capsys.readouterr().out
+    tune.check(engine, trial([1, 2]), best)
+    assert "Not good enough there (one prompt is 50.0 points)" in capsys.readouterr().out
+    assert tune.find(engine, trial([2, 2]), ["interval"])[1] == {"policy": "none"}
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"), [(80, 0.25, 20), (2, 0.25, 0), (1, 0.9, 0)]
+)
+def test_tune_keeps_some_prompts_aside(count: int, share: float, expected: int) -> None:
+    aside = tune.kept_aside(count, share)
+    assert len(aside) == expected and aside <= set(range(count))
+    assert aside == tune.kept_aside(count, share), "the same in every run"
+
+
+def test_tune_tries_the_recommended_elastic() -> None:
+    recommended = json.loads((TINY / "elastic.json").read_text())
+    tried = [
+        {"policy": policy, **setting}
+        for policy, ladders in tune.LADDERS.items()
+        for ladder in ladders
+        for setting in ladder
+    ]
+    assert recommended in tried
+    assert all(ElasticConfig.from_dict(setting) for setting in tried)
 
 
 def test_gamma_prints_policies_and_tasks(

@@ -11,6 +11,7 @@ from vllm_elastic.bench import (
     drift,
     fuzz,
     gamma,
+    ideal,
     plan,
     plot,
     run,
@@ -25,7 +26,20 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, drift, tune, step, soak, fuzz, simulate, plan, plot):
+    for command in (
+        run,
+        gamma,
+        compare,
+        drift,
+        ideal,
+        tune,
+        step,
+        soak,
+        fuzz,
+        simulate,
+        plan,
+        plot,
+    ):
         command.add_parser(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,10 @@ class Ladder:
 LADDERS: dict[str, tuple[Ladder, ...]] = {
     "elastic-block": (Ladder({}, "block_drift", DRIFTS),),
     "elastic": (
-        Ladder({"statistic": "paper", "reach": 4}, "gamma", GAMMAS),
-        Ladder({"statistic": "paper", "reach": 0}, "gamma", GAMMAS),
-        Ladder({"statistic": "released", "reach": 0}, "gamma", GAMMAS),
+        Ladder({"statistic": "paper", "track_num": 4, "reach": 4}, "gamma", GAMMAS),
+        Ladder({"statistic": "paper", "track_num": 1, "reach": 4}, "gamma", GAMMAS),
+        Ladder({"statistic": "paper", "track_num": 1, "reach": 0}, "gamma", GAMMAS),
+        Ladder({"statistic": "released", "track_num": 1, "reach": 0}, "gamma", GAMMAS),
     ),
     "interval": (Ladder({}, "interval", (64, 32, 16, 8, 6, 4, 3, 2)),),
 }
@@ -52,7 +54,9 @@ def add_parser(commands: Any) -> None:
         "its cheapest setting to its dearest, until the answers are as good as they have to be "
         "or a cheaper setting is known whose answers are; "
         "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
-        "in every line of the file, good means accurate; else it means the same tokens.",
+        "in every line of the file, good means accurate; else it means the same tokens. Part of "
+        "the prompts is kept aside, and tells at the end how the setting does on prompts that "
+        "it was not chosen by.",
     )
     add_model(parser)
     add_prompts(parser)
@@ -73,9 +77,23 @@ def add_parser(commands: Any) -> None:
         help="of prompts whose answer is the same, where there are no references "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--check-share",
+        type=_share,
+        default=0.25,
+        metavar="SHARE",
+        help="of the prompts, drawn at random, to check the setting found (default: %(default)s)",
+    )
     add_engine(parser, batch_size=16)
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the config found")
     parser.set_defaults(function=main)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return share
 
 
 @dataclass(frozen=True)
@@ -100,10 +118,30 @@ class Bar:
         assert scored.agreement is not None, "scored without a baseline"
         return scored.agreement >= self.agreement
 
+    def __str__(self) -> str:
+        if self.baseline.accuracy is not None:
+            least = max(0.0, self.baseline.accuracy - self.accuracy_loss / 100)
+            return f"an accuracy of at least {percent(least)}"
+        return f"the same answer as without a cache for at least {percent(self.agreement)}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Prompts, and their results without a cache, to hold settings against."""
+
+    prompts: list[dict[str, Any]]
+    none: list[dict[str, Any]]
+    bar: Bar
+
+    def score(self, engine: BenchEngine, knobs: dict[str, Any]) -> Score:
+        """Run the prompts with these knobs."""
+        return score(self.prompts, run(engine, self.prompts, knobs), self.none)
+
 
 def main(args: argparse.Namespace) -> None:
-    """Print every setting tried, and write the best."""
+    """Print every setting tried, write the best, and check it on the prompts kept aside."""
     prompts = list(read_jsonl(args.prompts))[: args.count]
+    aside = kept_aside(len(prompts), args.check_share)
     engine = BenchEngine(
         args.model,
         dtype=args.dtype,
@@ -111,25 +149,69 @@ def main(args: argparse.Namespace) -> None:
         elastic_config=args.elastic_config,
     )
     none = run(engine, prompts, {"policy": "none"})
-    bar = Bar(score(prompts, none, none), args.accuracy_loss, args.agreement)
+
+    def trial(chosen: list[int]) -> Trial:
+        own = [prompts[i] for i in chosen]
+        theirs = [none[i] for i in chosen]
+        bar = Bar(score(own, theirs, theirs), args.accuracy_loss, args.agreement)
+        return Trial(own, theirs, bar)
+
+    tuning = trial([i for i in range(len(prompts)) if i not in aside])
+    print(f"{len(tuning.prompts)} prompts to choose by; good enough: {tuning.bar}\n")
     print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
-    print(_line("none", bar.baseline, True), flush=True)
-    work, best = 1.0, {"policy": "none"}
-    for policy in args.policies:
-        for ladder in LADDERS[policy]:
-            for knobs in ({"policy": policy, **setting} for setting in ladder):
-                scored = score(prompts, run(engine, prompts, knobs), none)
-                assert scored.work is not None, "scored with a baseline"
-                passed = bar.passed(scored)
-                print(_line(", ".join(map(str, knobs.values())), scored, passed), flush=True)
-                if passed and scored.work < work:
-                    work, best = scored.work, knobs
-                if passed or scored.work >= work:  # the rungs above are dearer still
-                    break
+    print(_line("none", tuning.bar.baseline, True), flush=True)
+    work, best = find(engine, tuning, args.policies)
     config = {**args.elastic_config, **best}
     print(f"\n{work:.3f} of the work without a cache: --elastic-config '{json.dumps(config)}'")
     if args.out is not None:
         args.out.write_text(json.dumps(config) + "\n")
+    if aside:
+        check(engine, trial(sorted(aside)), best)
+
+
+def kept_aside(count: int, share: float) -> set[int]:
+    """Which of ``count`` prompts to check with: always the same, at random as files have an order.
+
+    At least one is left to choose by.
+    """
+    return set(random.Random(0).sample(range(count), min(round(count * share), count - 1)))
+
+
+def find(engine: BenchEngine, tuning: Trial, policies: list[str]) -> tuple[float, dict[str, Any]]:
+    """The good enough setting with the least work, relative to no cache; ``none`` if there is none.
+
+    Prints every setting tried.
+    """
+    work, best = 1.0, {"policy": "none"}
+    for policy in policies:
+        for ladder in LADDERS[policy]:
+            for knobs in ({"policy": policy, **setting} for setting in ladder):
+                scored = tuning.score(engine, knobs)
+                assert scored.work is not None, "scored with a baseline"
+                passed = tuning.bar.passed(scored)
+                print(_line(_name(knobs), scored, passed), flush=True)
+                if passed and scored.work < work:
+                    work, best = scored.work, knobs
+                if passed or scored.work >= work:  # the rungs above are dearer still
+                    break
+    return work, best
+
+
+def check(engine: BenchEngine, held_out: Trial, best: dict[str, Any]) -> None:
+    """Print how the setting found does on the prompts kept aside."""
+    scored = held_out.score(engine, best)
+    passed = held_out.bar.passed(scored)
+    count = len(held_out.prompts)
+    print(f"\nOn the {count} prompts it was not chosen by; good enough: {held_out.bar}\n")
+    print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
+    print(_line("none", held_out.bar.baseline, True))
+    print(_line(_name(best), scored, passed), flush=True)
+    if not passed:
+        print(
+            f"\nNot good enough there (one prompt is {100 / count:.1f} points). It may fit the "
+            "prompts that chose it better than others: take more prompts, or ask for more with "
+            "a smaller --accuracy-loss or a larger --agreement."
+        )
 
 
 def run(
@@ -138,6 +220,11 @@ def run(
     """All prompts with the same knobs."""
     own = {f"elastic_{name}": value for name, value in knobs.items()}
     return engine.run([{**prompt, **own} for prompt in prompts])
+
+
+def _name(knobs: dict[str, Any]) -> str:
+    policy, *others = knobs.items()
+    return ", ".join([policy[1], *(f"{name} {value}" for name, value in others)])
 
 
 def _line(name: str, scored: Score, passed: bool) -> str:
