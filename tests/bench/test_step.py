@@ -24,7 +24,9 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args.function(args)
     rows = json.loads(out.read_text())
     assert [(row["batch_size"], row["pass"]) for row in rows] == [
-        (batch, kind) for batch in (1, 3) for kind in ("full", "window", "from layer 2")
+        (batch, kind)
+        for batch in (1, 3)
+        for kind in ("full", "window", "window, elastic-block", "from layer 2")
     ]
     for row in rows:
         assert row["milliseconds"] > row["floor_milliseconds"] > 0

@@ -19,9 +19,11 @@ import numpy as np
 
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, Segment
 
 TRACKED = 4  # tracked and just committed rows beside the window
+BLOCK_WINDOW = "window, elastic-block"  # as many rows, its statistics
 
 
 def add_parser(commands: Any) -> None:
@@ -31,8 +33,9 @@ def add_parser(commands: Any) -> None:
         help="time of a full pass, a window pass and a refresh, against the floor",
         description="Builds a LLaDA with random weights, runs passes of every kind at several "
         "batch sizes, interleaved, and compares their median time with the floating-point "
-        "operations of the plan over the rate of a matrix product in this process. Then says "
-        "where the time goes. Run it on a machine that does nothing else.",
+        "operations of the plan over the best rate of a matrix product in this process, torch's "
+        "or the engine's own. Then says where the time goes. Run it on a machine that does "
+        "nothing else.",
     )
     parser.add_argument("--width", type=int, default=1024, help="d_model")
     parser.add_argument("--layers", type=int, default=24)
@@ -83,9 +86,13 @@ def main(args: argparse.Namespace) -> None:
     for batch in args.batch_size:
         passes = {
             kind: [make_plan(kind, i, join, runner.block_size, args) for i in range(batch)]
-            for kind in ("full", "window", f"from layer {join}")
+            for kind in ("full", "window", BLOCK_WINDOW, f"from layer {join}")
         }
-        rates = {kind: rate(sum(p.num_rows for p in plans), args) for kind, plans in passes.items()}
+        product = runner.model.blocks[0].gate_up_proj
+        rates = {
+            kind: rate(sum(p.num_rows for p in plans), product, args)
+            for kind, plans in passes.items()
+        }
         for plans in passes.values():  # keys and hidden states for the others, and a warm-up
             runner.run(plans)
         seconds: dict[str, list[float]] = defaultdict(list)
@@ -167,6 +174,7 @@ def make_plan(
     segments = {
         "full": [Segment(0, everyone)],
         "window": [Segment(0, np.union1d(window, tracked).astype(np.int32))],
+        BLOCK_WINDOW: [Segment(0, np.union1d(window, tracked).astype(np.int32))],
     }.get(kind, [Segment(join, everyone)])
     blocks = -(-length // block_size)
     generator = np.random.default_rng(index)
@@ -179,27 +187,49 @@ def make_plan(
         segments=segments,
         tokens=tokens,
         window=window,
-        trackable=~masked,
         block_ids=list(range(1 + index * blocks, 1 + (index + 1) * blocks)),
     )
+    if kind == BLOCK_WINDOW:
+        knobs = ElasticConfig(policy="elastic-block")
+        plan.probes = tracked[: knobs.probes]
+        plan.granularity = knobs.granularity or block_size
+        plan.attention_stride = knobs.attention_stride
+        plan.watched = ~np.isin(everyone, plan.segments[0].positions)
+    else:
+        plan.trackable = ~masked
     if kind == "window":
         plan.tested = tracked
     return plan
 
 
-def rate(rows: int, args: argparse.Namespace) -> float:
-    """Operations a second of products of so many rows with the MLP's matrix, in this process."""
+def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
+    """Operations a second of the faster of two products of so many rows, in this process.
+
+    Torch's own, and the engine's: vLLM may have a faster one, and a floor that takes the slower
+    one would lie above what is measured.
+
+    Args:
+        product: the layer of the engine that both multiply with, width to twice the MLP's.
+    """
     import torch
 
     dtype = getattr(torch, args.dtype)
     x = torch.randn(rows, args.width, dtype=dtype)
-    weight = torch.randn(args.mlp, args.width, dtype=dtype)
-    times = []
-    for _ in range(12):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        times.append(time.perf_counter() - started)
-    return 2 * rows * args.width * args.mlp / statistics.median(times[2:])
+    weight = torch.randn(2 * args.mlp, args.width, dtype=dtype)
+    products: tuple[Callable[[], Any], ...] = (
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: product(x),
+    )
+    medians = []
+    with torch.inference_mode():
+        for multiply in products:
+            times = []
+            for _ in range(12):
+                started = time.perf_counter()
+                multiply()
+                times.append(time.perf_counter() - started)
+            medians.append(statistics.median(times[2:]))
+    return 4 * rows * args.width * args.mlp / min(medians)
 
 
 PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch")
