@@ -104,15 +104,16 @@ def test_tune(
     words = ["tune", "--model", "m", "--prompts", str(prompts), "--policies", "elastic"]
     args = make_parser().parse_args([*words, "--out", str(out)])
     args.function(args)
-    found = {"policy": "elastic", "statistic": "paper", "reach": 4, "gamma": 0.8}
+    found = {"policy": "elastic", "statistic": "paper", "track_num": 4, "reach": 4, "gamma": 0.8}
     assert json.loads(out.read_text()) == found
-    shown = capsys.readouterr().out.splitlines()
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    setting = "elastic, statistic paper, track_num 4, reach 4, gamma"
     none, wrong = ("100.0%", "50.0%") if has_answers else ("", "")
     assert shown[2] == f"| none | {none} | 100.0% | 1.000 | yes |"
-    assert shown[3] == f"| elastic, paper, 4, 0.0 | {wrong} | 50.0% | 0.150 | no |"
+    assert shown[3] == f"| {setting} 0.0 | {wrong} | 50.0% | 0.150 | no |"
     good = [line for line in shown if line.endswith("| 0.500 | yes |")]
-    assert good[0] == f"| elastic, paper, 4, 0.8 | {none} | 100.0% | 0.500 | yes |"
-    assert len(good) == 3, "each ladder is climbed to its first good rung, and no further"
+    assert good[0] == f"| {setting} 0.8 | {none} | 100.0% | 0.500 | yes |"
+    assert len(good) == 4, "each ladder is climbed to its first good rung, and no further"
 
 
 @pytest.mark.parametrize("baseline", [True, False])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench ideal``: what a refresh policy could save that knew the true drift of every position.
+"""``bench ideal``: work and accuracy of a refresh policy that knows every position's true drift.
 
 The policy, and what is and is not ideal about it, is in ``vllm_elastic/reference/ideal.py``. At
 each step it recomputes the window, what was just committed, and of the rest only what is needed to
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     """Add ``ideal`` to the command line."""
     parser = commands.add_parser(
         "ideal",
-        help="work and accuracy of a policy that knows the true drift: a bound for all others",
+        help="work and accuracy of a refresh policy that knows the true drift",
         description="Decodes prompts with the plain PyTorch oracle. Before each step an uncounted "
         "pass over the whole canvas tells what has drifted and what is attended to; only what is "
         "needed to keep the error below a tolerance is recomputed. One row for each combination "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ideal refresh policy: it knows the true drift of every position. A bound, not a policy.
+"""A refresh policy that knows the true drift of every position: a yardstick for those that guess.
 
 Before each denoising step but the first, a *shadow pass* recomputes the whole canvas. It is not
 counted as work and nothing of it is stored: it only tells the truth. The policy then picks the
@@ -26,11 +26,13 @@ from the last layer whose stored input is good, as for a refreshed row. Every ot
 position like those outside, refreshed if its cost is in the way, and its prediction stays in
 the running as it was last computed.
 
-What is ideal about it is the knowledge, at no cost, of now. It does not know what later steps will
-need, it looks no further than the window's own attention (a stale position that only other stale
-ones attend to costs nothing until it is attended), and a refreshed row is computed over neighbours
-that may be stale themselves. So it is no proof that less cannot be done. It is what a policy that
-chooses rows by drift and attention would reach if its estimates were right.
+What is ideal about it is the knowledge, at no cost, of now. It is no lower bound on the work: it
+does not know what later steps will need, it looks no further than the window's own attention (a
+stale position that only other stale ones attend to costs nothing until it is attended), and a
+refreshed row is computed over neighbours that may be stale themselves. It shows what a policy that
+chooses rows by attention times drift would reach if its estimates were right; ``elastic-block``,
+which also computes the neighbours of every commit whatever they cost by that measure, does better
+(docs/drift.md).
 """
 
 from __future__ import annotations
