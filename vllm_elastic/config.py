@@ -114,7 +114,7 @@ class ElasticConfig:
         probes: blocks probed at a step by ``elastic-block``, one position each.
         reach: positions on either side of a just committed one that ``elastic`` and
             ``elastic-block`` compute with it: a token's neighbours feel it first. null: the
-            policy's own, 0 for ``elastic`` (the paper) and 2 for ``elastic-block``.
+            policy's own, 0 for ``elastic`` (the paper) and 4 for ``elastic-block``.
         block_drift: of ``elastic-block``, the expected error of the window's attention beyond
             which blocks are refreshed: attention paid to stale blocks times their relative drift.
         slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
@@ -154,13 +154,13 @@ class ElasticConfig:
     track_num: int = _knob(1, _integer(1, 64))
     refresh: str | None = _knob(None, _choice("replay", "next", optional=True))
     interval: int = _knob(8, _integer(1, 1 << 20))
-    lazy_window: bool = _knob(True, _flag)
-    probes: int = _knob(1, _integer(1, 1 << 10))
+    lazy_window: bool = _knob(False, _flag)
+    probes: int = _knob(4, _integer(1, 1 << 10))
     reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
-    block_drift: float = _knob(0.2, _number(0.0, 10.0))
+    block_drift: float = _knob(0.05, _number(0.0, 10.0))
     slack: float = _knob(0.1, _number(0.0, 1.0))
     attention_stride: int = _knob(4, _integer(1, 1 << 10))
-    granularity: int | None = _knob(8, _integer(1, 1 << 20, optional=True))
+    granularity: int | None = _knob(16, _integer(1, 1 << 20, optional=True))
     statistic: str = _knob("released", _choice("released", "paper"))
     tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
     block_length: int = _knob(32, _integer(1, 1 << 20))

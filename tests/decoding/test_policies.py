@@ -175,7 +175,8 @@ def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: 
 
 def lazily(config: dict[str, Any] | None = None) -> DenoisingRequest:
     """Positions 4 to 11 are masked, the window has six of them, nothing drifts."""
-    knobs = {"policy": "elastic-block", "window": 6, "reach": 1, **(config or {})}
+    knobs = {"policy": "elastic-block", "lazy_window": True, "window": 6, "reach": 1}
+    knobs |= config or {}
     return quiet(knobs, prompt_length=4, max_tokens=8).make_request()
 
 
@@ -300,7 +301,7 @@ def test_the_policy_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"np": np, "RefreshPolicy": RefreshPolicy}
     exec(source, names)
     monkeypatch.setitem(POLICIES, "every-other", names["EveryOther"])
-    scenario = quiet({"policy": "every-other"}, prompt_length=8, max_tokens=8)
+    scenario = quiet({"policy": "every-other", "granularity": 8}, prompt_length=8, max_tokens=8)
     trace = drive(one_token_a_step(scenario))
     cache = CheckedCache(trace.scenario)
     for p in trace.passes:

@@ -30,6 +30,7 @@ from .conftest import EOS, MASK, RANDOM_MODELS, Served
 
 pytestmark = pytest.mark.engine
 
+LAZY = {"policy": "elastic-block", "granularity": 8, "lazy_window": True, "probes": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "none-topk": {"policy": "none", "tokens_per_step": 3},
@@ -70,17 +71,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "slack": 0.5,
         "probes": 1,
         "reach": 3,
+        "lazy_window": True,
     },
     "block-replay": {
         "policy": "elastic-block",
         "refresh": "replay",
+        "granularity": 8,
+        "lazy_window": True,
         "probes": 4,
+        "reach": 2,
         "block_drift": 0.03,
         "threshold": 0.1,
     },
-    "block-lazy": {"policy": "elastic-block", "block_drift": 0.02, "threshold": 0.2},
+    "block-lazy": {**LAZY, "block_drift": 0.02, "threshold": 0.2, "reach": 2},
     "block-lazy-topk": {
-        "policy": "elastic-block",
+        **LAZY,
         "block_drift": 0.05,
         "threshold": 0.08,
         "tokens_per_step": 2,

@@ -42,7 +42,7 @@ class ElasticBlock(RefreshPolicy):
     name = "elastic-block"
     probes_blocks = True
     refresh = "next"
-    reach = 2
+    reach = 4
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
