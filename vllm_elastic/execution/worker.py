@@ -22,8 +22,9 @@ class ElasticWorker(_BaseWorker):
 
     def init_device(self) -> None:
         # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
-        # number of rows. Ours differs at nearly every step, so these are rarely of use again.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        # number of rows. Few rows are filled up to 32 numbers (models/llada.py), four or five
+        # products each; other numbers are rarely of use again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
         super().init_device()
         # The GPU worker makes its runner by the method below; the CPU worker makes its own.
         if not isinstance(self.model_runner, ElasticRunner):

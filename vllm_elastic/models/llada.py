@@ -37,6 +37,21 @@ from vllm_elastic.execution.row_batch import Chunk, RowBatch, Stage, WindowRows
 from vllm_elastic.execution.statistics import StatisticsInputs
 from vllm_elastic.models.llada_config import LLaDAConfig
 
+_ROW_MULTIPLE, _MANY_ROWS = 32, 1024
+
+
+def multiply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """A linear layer's output for rows [R, d], without its bias.
+
+    Plans have another number of rows at nearly every step, and oneDNN compiles a product for each
+    number that it has not seen: milliseconds, where a window pass's product takes microseconds.
+    So on a CPU few rows are filled up to a multiple; for many the copy would cost more.
+    """
+    missing = -len(rows) % _ROW_MULTIPLE
+    if not missing or len(rows) >= _MANY_ROWS or not rows.is_cpu:
+        return linear(rows)[0]
+    return linear(nn.functional.pad(rows, (0, 0, 0, missing)))[0][: len(rows)]
+
 
 class KernelRMSNorm(RMSNorm):
     """vLLM's RMSNorm by its compiled kernel.
@@ -97,7 +112,7 @@ class LLaDAAttention(nn.Module):
         self, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated q [R, Hq, D], rotated k [R, Hkv, D] and v [R, Hkv, D] of normed rows [R, d]."""
-        qkv, _ = self.qkv_proj(hidden)
+        qkv = multiply(self.qkv_proj, hidden)
         q_size = self.num_heads * self.head_dim
         kv_size = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
@@ -153,9 +168,7 @@ class LLaDABlock(nn.Module):
         self.act = SiluAndMul()
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up_proj(hidden)
-        out, _ = self.ff_out(self.act(gate_up))
-        return out
+        return multiply(self.ff_out, self.act(multiply(self.gate_up_proj, hidden)))
 
     def forward(
         self,
@@ -210,8 +223,7 @@ class LLaDABlock(nn.Module):
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Add the attention's and the MLP's output to rows [R, d]."""
-        out, _ = self.self_attn.attn_out(attended)
-        x = x + out
+        x = x + multiply(self.self_attn.attn_out, attended)
         return x + self.mlp(self.ff_norm(x))
 
 
