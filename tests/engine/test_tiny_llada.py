@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.engine_config import BLOCK_SIZE
 from vllm_elastic.reference import (
     DecodingOptions,
     ElasticBlockOptions,
@@ -90,8 +89,7 @@ def test_equals_oracle_at_batch_16_and_1(tiny: tuple[Any, LLaDA]) -> None:
         if name == "none":
             expected = decode(oracle, prompt, CANVAS, DecodingOptions(**options))
         elif name == "block":
-            block = ElasticBlockOptions(granularity=BLOCK_SIZE, **options)
-            expected = elastic_block(oracle, prompt, CANVAS, block)
+            expected = elastic_block(oracle, prompt, CANVAS, ElasticBlockOptions(**options))
         else:
             expected = elastic_cache(oracle, prompt, CANVAS, ElasticOptions(**options))
         for result in (batched, single):

@@ -50,6 +50,8 @@ def multiply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     missing = -len(rows) % _ROW_MULTIPLE
     if not missing or len(rows) >= _MANY_ROWS or not rows.is_cpu:
         return linear(rows)[0]
+    if isinstance(linear, RowParallelLinear) and linear.tp_size > 1:
+        return linear(rows)[0]  # ranks would send each other the filling
     return linear(nn.functional.pad(rows, (0, 0, 0, missing)))[0][: len(rows)]
 
 
