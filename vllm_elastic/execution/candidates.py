@@ -33,8 +33,8 @@ def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     count = max(1, _CACHED_NUMBERS // logits.shape[-1]) if logits.is_cpu else max(1, len(logits))
     for start in range(0, len(logits), count):
         rows = slice(start, start + count)
-        wide = logits[rows].double()
-        torch.sum(wide.sub_(best[rows, None]).exp_(), dim=-1, out=total[rows])
+        exponents = logits[rows].double() - best[rows].double()[:, None]
+        total[rows] = torch.exp(exponents).sum(dim=-1)
     return token_ids, 1.0 / total
 
 
