@@ -171,10 +171,11 @@ def make_plan(
     masked = everyone >= length // 2
     window = everyone[masked][: args.window]
     tracked = everyone[: length // 2 : max(1, length // 2 // TRACKED)][:TRACKED]
+    window_rows = [Segment(0, np.union1d(window, tracked).astype(np.int32))]
     segments = {
         "full": [Segment(0, everyone)],
-        "window": [Segment(0, np.union1d(window, tracked).astype(np.int32))],
-        BLOCK_WINDOW: [Segment(0, np.union1d(window, tracked).astype(np.int32))],
+        "window": window_rows,
+        BLOCK_WINDOW: window_rows,
     }.get(kind, [Segment(join, everyone)])
     blocks = -(-length // block_size)
     generator = np.random.default_rng(index)

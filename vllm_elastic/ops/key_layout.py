@@ -115,11 +115,10 @@ class KeyLayout:
         row, column = inside // self.row_width, inside % self.row_width
         # One offset an element instead of four indices: four times as fast.
         index = (block[:, None, None], heads[None, :, None], row, column)
-        offsets = sum(i * step for i, step in zip(index, cache.stride()[-4:], strict=True))
-        extent = 1 + sum(
-            (n - 1) * step for n, step in zip(cache.shape[-4:], cache.stride()[-4:], strict=True)
-        )
-        flat = cache.as_strided((*cache.shape[:-4], extent), (*cache.stride()[:-4], 1))
+        strides = cache.stride()[-4:]
+        offsets = sum(i * stride for i, stride in zip(index, strides, strict=True))
+        last = sum((n - 1) * stride for n, stride in zip(cache.shape[-4:], strides, strict=True))
+        flat = cache.as_strided((*cache.shape[:-4], last + 1), (*cache.stride()[:-4], 1))
         return flat[..., offsets]
 
     def _tiles(self, words: torch.Tensor) -> torch.Tensor:
