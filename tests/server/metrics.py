@@ -15,6 +15,10 @@ from vllm_elastic.bench.server_metrics import (
     read_metrics,
 )
 
+# A reading that the machine held up says nothing of now: it is given up, and one alone is no proof.
+READING_SECONDS = 10.0
+FEWEST_READINGS = 5
+
 
 def wait_for(
     server: ServerProcess, wanted: Callable[[ServerMetrics], bool], seconds: float = 60.0
@@ -22,14 +26,26 @@ def wait_for(
     """Wait until the metrics are as wanted.
 
     Raises:
-        TimeoutError: they are not when the time is up; with what they are.
+        TimeoutError: they are not when the time is up; with what they are, and how long the
+            readings took.
     """
     deadline = time.monotonic() + seconds
-    while not wanted(metrics := read_metrics(server)):
-        if time.monotonic() > deadline:
+    took: list[float] = []
+    state: dict[str, float | None] | str = {}
+    while len(took) < FEWEST_READINGS or time.monotonic() < deadline:
+        began = time.monotonic()
+        try:
+            metrics = read_metrics(server, READING_SECONDS)
+        except TimeoutError as error:
+            state = f"no answer from /metrics: {error}"
+        else:
+            if wanted(metrics):
+                return
             state = {name: metrics.get(name) for name in (RUNNING, WAITING, CACHE_USAGE)}
-            raise TimeoutError(f"after {seconds:.0f} s: {state}\n{server.log_tail()}")
+        took.append(time.monotonic() - began)
         time.sleep(0.05)
+    readings = f"{len(took)} readings, the longest {max(took):.1f} s"
+    raise TimeoutError(f"after {seconds:.0f} s, {readings}: {state}\n{server.log_tail()}")
 
 
 def is_idle(metrics: ServerMetrics) -> bool:

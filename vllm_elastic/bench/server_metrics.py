@@ -61,11 +61,11 @@ class ServerMetrics(Mapping[str, float]):
         return self._samples[name][0].labels[label]
 
 
-def read_metrics(server: ServerProcess) -> ServerMetrics:
+def read_metrics(server: ServerProcess, timeout_seconds: float = 60.0) -> ServerMetrics:
     """The server's metrics now.
 
     Raises:
-        OSError: the server does not answer.
+        OSError: the server does not answer; a TimeoutError when it takes longer than that.
     """
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=timeout_seconds) as answer:
         return ServerMetrics(answer.read().decode())
