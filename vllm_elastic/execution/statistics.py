@@ -25,7 +25,7 @@ from vllm_elastic.ops.key_layout import KeyLayout
 Sums = dict[str, torch.Tensor]
 
 _NUMBERS_AT_ONCE = (1 << 26, 1 << 20)
-"""Keys of a plan that are read at a time, in numbers: on a GPU, on a CPU."""
+"""Keys and attention rows of a plan at hand at a time, in numbers: on a GPU, on a CPU (its cache)."""
 
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
@@ -166,17 +166,14 @@ class StatisticsInputs:
         stride, length = plan.attention_stride, len(plan.tokens)
         # From the start layer on, counted down from the last.
         start = plan.start_layer + (shape.num_layers - 1 - plan.start_layer) % stride
-        device = self._queries.device
         layers = range(start, shape.num_layers, stride)
-        # Keys of some layers at a time: as many as a CPU's cache, or a GPU's spare memory, has.
-        room = _NUMBERS_AT_ONCE[device.type == "cpu"]
-        group = max(1, room // (length * shape.num_kv_heads * shape.head_dim))
-        attention = torch.cat(
-            [self._attention(rows, layers[i : i + group]) for i in range(0, len(layers), group)]
-        )
-        in_window = torch.from_numpy(rows.in_window).to(device, torch.float32)
-        num_new = len(rows.in_window)
-        mass = ops.attention_mass(attention[:, :, :num_new], in_window)
+        per_layer = self._attention_numbers(rows)
+        group = max(1, _NUMBERS_AT_ONCE[self._queries.device.type == "cpu"] // per_layer)
+        parts = [
+            self._sums_of_layers(rows, layers[i : i + group]) for i in range(0, len(layers), group)
+        ]
+        of_layers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        mass = of_layers.pop("mass")
         sums: Sums = {}
         if plan.trackable is not None:
             sums["mass"] = mass
@@ -185,13 +182,29 @@ class StatisticsInputs:
             sums["share"], sums["total"] = mass.sum(dim=0), mass.sum()[None]
         if index in self._probe_spans:
             sums |= self._probe_sums(self._probe_spans[index])
+        num_tested = shape.num_tested(plan.tested_layers)
+        return sums | {name: part[:num_tested] for name, part in of_layers.items()}
+
+    def _attention_numbers(self, rows: _RequestRows) -> int:
+        """Numbers of a layer that are at hand at once: keys, or attention rows if they are more."""
+        shape, length = self._shape, len(rows.plan.tokens)
+        num_rows = len(rows.in_window) + rows.plan.tested.size
+        keys = shape.num_kv_heads * shape.head_dim
+        return length * max(keys, shape.num_heads * num_rows)
+
+    def _sums_of_layers(self, rows: _RequestRows, layers: range) -> Sums:
+        """``mass`` and ``drift.*`` of a few layers, as in ``partial_sums``."""
+        plan, shape = rows.plan, self._shape
+        attention = self._attention(rows, layers)
+        in_window = torch.from_numpy(rows.in_window).to(attention.device, torch.float32)
+        num_new = len(rows.in_window)
+        sums = {"mass": ops.attention_mass(attention[:, :, :num_new], in_window)}
         if plan.tested.size:
             # Tested are the layers whose input is stored.
-            compared = attention[:: shape.hidden_stride]
-            tested = torch.from_numpy(rows.tested).to(device)
+            compared = attention[-layers.start % shape.hidden_stride :: shape.hidden_stride]
+            tested = torch.from_numpy(rows.tested).to(attention.device)
             drift = ops.drift_sums(compared[:, :, num_new:], compared[:, :, tested], plan.statistic)
-            for number, part in enumerate(drift):
-                sums[f"drift.{number}"] = part[: shape.num_tested(plan.tested_layers)]
+            sums |= {f"drift.{number}": part for number, part in enumerate(drift)}
         return sums
 
     def _attention(self, rows: _RequestRows, layers: range) -> torch.Tensor:

@@ -63,11 +63,11 @@ GROWTH = 0.6
 class ElasticBlockOptions(DecodingOptions):
     """``DecodingOptions`` and the policy's own; see above."""
 
-    granularity: int = 16
+    granularity: int = 32
     lazy_window: bool = False
     probes: int = 4
     reach: int = 4
-    block_drift: float = 0.05
+    block_drift: float = 0.03
     slack: float = 0.1
     attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
