@@ -84,11 +84,15 @@ def check_reads(impl: Any, caches: torch.Tensor, isa: str = "", seed: int = 0) -
     blocks = torch.cat([scattered, torch.tensor([2, 3, 4, 1])])  # with a run among them
     by_block = keys.view(NUM_LAYERS, NUM_BLOCKS, block_size, NUM_HEADS, head_size)[:, blocks]
     expected = by_block.permute(0, 3, 4, 1, 2).reshape(NUM_LAYERS, NUM_HEADS, head_size, -1)
-    assert torch.equal(layout.read_blocks(caches, blocks.tolist()), expected.float())
-    # A replay reads from its first layer on.
-    one = layout.read_blocks(caches[1:], blocks[:1].tolist())
-    assert torch.equal(one, expected[1:, ..., :block_size].float())
-    assert one.dtype == torch.float32
+    # A replay reads from its first layer on; canvases have different numbers of blocks.
+    for first_layer in (0, 1):
+        tables = [blocks[:1].tolist(), blocks.tolist(), blocks[2:5].tolist()]
+        read = layout.read_blocks(caches[first_layer:], tables)
+        assert read.shape == (NUM_LAYERS - first_layer, 3, *expected.shape[1:])
+        assert read.dtype == torch.float32
+        for nth, (start, stop) in enumerate([(0, 1), (0, len(blocks)), (2, 5)]):
+            part = expected[first_layer:, ..., start * block_size : stop * block_size].float()
+            assert torch.equal(read[:, nth, ..., : part.shape[-1]], part)
 
     slots = torch.randint(num_slots, (17,), generator=generator)
     assert torch.equal(layout.read_slots(caches, slots), keys[:, slots])

@@ -188,7 +188,7 @@ class ElasticRunner:
         statistics.prepare(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
         logits = self.model.compute_logits(hidden)
-        sums = add_up([statistics.partial_sums(index) for index in range(len(plans))])
+        sums = add_up(statistics.partial_sums())
         if not ranks.reports():
             return None
         # A mask that was committed would leave its position undecided.

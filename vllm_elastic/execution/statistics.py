@@ -9,7 +9,7 @@ every rank works out the partial sums of its heads, which are added up once a pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,8 @@ from vllm_elastic.ops.key_layout import KeyLayout
 
 Sums = dict[str, torch.Tensor]
 
-_NUMBERS_AT_ONCE = (1 << 26, 1 << 20)
-"""Keys and attention rows of a plan at hand at a time, in numbers: on a GPU, on a CPU (its cache)."""
+_NUMBERS_AT_ONCE = (1 << 26, 1 << 19)
+"""Keys and attention rows that are at hand at a time, in numbers: on a GPU, on a CPU."""
 
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
@@ -102,6 +102,7 @@ class StatisticsInputs:
         self._tested_rows_np: IntArray = np.concatenate(
             [_NONE, *(layout.row_of[i][plans[i].tested] for i in wanted)]
         )
+        self._num_plans = len(plans)
         self._layout = layout
         self._block_size = block_size
         self.tested_rows: torch.Tensor
@@ -151,83 +152,136 @@ class StatisticsInputs:
         if self.old_inputs is not None and q.shape[0] > num_rows:
             self._old_queries[layer] = q[num_rows:]
 
-    def partial_sums(self, index: int) -> Sums:
-        """What plan ``index``'s statistics add up from, of this rank's heads and columns.
+    def partial_sums(self) -> list[Sums]:
+        """What each plan's statistics add up from, of this rank's heads and columns.
 
         Returns:
-            float32, every one to be summed over all ranks: ``mass`` [L, T], L from the plan's
-            start layer on; ``share`` [T] and ``total`` [1] of the mass; ``drift.*`` as
+            for each plan, float32, every one to be summed over all ranks: ``mass`` [L, T], L from
+            the plan's start layer on; ``share`` [T] and ``total`` [1] of the mass; ``drift.*`` as
             ``drift_sums``; ``probe.change`` and ``probe.before`` [stored, probes], squared norms.
         """
-        rows = self._requests.get(index)
-        if rows is None:
-            return {}
-        plan, shape = rows.plan, self._shape
-        stride, length = plan.attention_stride, len(plan.tokens)
-        # From the start layer on, counted down from the last.
-        start = plan.start_layer + (shape.num_layers - 1 - plan.start_layer) % stride
-        layers = range(start, shape.num_layers, stride)
-        per_layer = self._attention_numbers(rows)
-        group = max(1, _NUMBERS_AT_ONCE[self._queries.device.type == "cpu"] // per_layer)
-        parts = [
-            self._sums_of_layers(rows, layers[i : i + group]) for i in range(0, len(layers), group)
-        ]
-        of_layers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        mass = of_layers.pop("mass")
-        sums: Sums = {}
-        if plan.trackable is not None:
-            sums["mass"] = mass
-        if plan.granularity:
-            # Not from the mass of each layer: L times as much to send.
-            sums["share"], sums["total"] = mass.sum(dim=0), mass.sum()[None]
-        if index in self._probe_spans:
-            sums |= self._probe_sums(self._probe_spans[index])
-        num_tested = shape.num_tested(plan.tested_layers)
-        return sums | {name: part[:num_tested] for name, part in of_layers.items()}
+        sums: list[Sums] = [{} for _ in range(self._num_plans)]
+        for layers, alike in self._alike():
+            for index, of_layers in self._sums_of_plans(alike, layers):
+                plan, mass = self._requests[index].plan, of_layers.pop("mass")
+                if plan.trackable is not None:
+                    sums[index]["mass"] = mass
+                if plan.granularity:
+                    # Not from the mass of each layer: L times as much to send.
+                    sums[index] |= {"share": mass.sum(dim=0), "total": mass.sum()[None]}
+                num_tested = self._shape.num_tested(plan.tested_layers)
+                sums[index] |= {name: part[:num_tested] for name, part in of_layers.items()}
+        if self._probe_spans:
+            change, before = self._probe_sums()
+            for index, span in self._probe_spans.items():
+                sums[index] |= {"probe.change": change[:, span], "probe.before": before[:, span]}
+        return sums
 
-    def _attention_numbers(self, rows: _RequestRows) -> int:
+    def _alike(self) -> Iterator[tuple[range, list[int]]]:
+        """Layers, and the plans whose attention is read in these.
+
+        A plan that tests stays alone: it reads every layer, and no two have as many rows.
+        """
+        last, alike = self._shape.num_layers - 1, dict[range, list[int]]()
+        for index, rows in self._requests.items():
+            plan = rows.plan
+            # From the start layer on, counted down from the last.
+            start = plan.start_layer + (last - plan.start_layer) % plan.attention_stride
+            layers = range(start, last + 1, plan.attention_stride)
+            if plan.tested.size:
+                yield layers, [index]
+            else:
+                alike.setdefault(layers, []).append(index)
+        yield from alike.items()
+
+    def _sums_of_plans(self, indices: list[int], layers: range) -> Iterator[tuple[int, Sums]]:
+        """Each plan's sums over its rows, layer by layer: ``mass`` and ``drift.*``.
+
+        As many plans and layers at a time as a CPU's cache, or a GPU's spare memory, has room for.
+        """
+        room = _NUMBERS_AT_ONCE[self._queries.device.type == "cpu"]
+        room //= max(map(self._attention_numbers, indices))
+        num_plans, num_layers = max(1, room // len(layers)), max(1, room)
+        # Neighbours in length: the shorter ones are filled up.
+        indices = sorted(indices, key=lambda index: len(self._requests[index].plan.tokens))
+        for first in range(0, len(indices), num_plans):
+            some = indices[first : first + num_plans]
+            parts = [
+                self._sums_of_layers(some, layers[i : i + num_layers])
+                for i in range(0, len(layers), num_layers)
+            ]
+            sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for nth, index in enumerate(some):
+                length = len(self._requests[index].plan.tokens)
+                yield (
+                    index,
+                    {
+                        # Drift is only ever of one plan.
+                        name: part[:, nth, :length] if name == "mass" else part
+                        for name, part in sums.items()
+                    },
+                )
+
+    def _attention_numbers(self, index: int) -> int:
         """Numbers of a layer that are at hand at once: keys, or attention rows if they are more."""
-        shape, length = self._shape, len(rows.plan.tokens)
+        shape, rows = self._shape, self._requests[index]
         num_rows = len(rows.in_window) + rows.plan.tested.size
         keys = shape.num_kv_heads * shape.head_dim
-        return length * max(keys, shape.num_heads * num_rows)
+        return len(rows.plan.tokens) * max(keys, shape.num_heads * num_rows)
 
-    def _sums_of_layers(self, rows: _RequestRows, layers: range) -> Sums:
-        """``mass`` and ``drift.*`` of a few layers, as in ``partial_sums``."""
-        plan, shape = rows.plan, self._shape
-        attention = self._attention(rows, layers)
-        in_window = torch.from_numpy(rows.in_window).to(attention.device, torch.float32)
-        num_new = len(rows.in_window)
-        sums = {"mass": ops.attention_mass(attention[:, :, :num_new], in_window)}
-        if plan.tested.size:
+    def _sums_of_layers(self, indices: list[int], layers: range) -> Sums:
+        """``mass`` [layers, plans, longest T] and, of a plan that tests, ``drift.*``."""
+        shape = self._shape
+        attention = self._attention(indices, layers)
+        num_new = max(len(self._requests[index].in_window) for index in indices)
+        in_window = np.zeros((len(indices), num_new), dtype=np.float32)
+        for nth, index in enumerate(indices):
+            flags = self._requests[index].in_window
+            in_window[nth, : len(flags)] = flags
+        weights = torch.from_numpy(in_window).to(attention.device)
+        sums = {"mass": ops.attention_mass(attention[..., :num_new, :], weights)}
+        rows = self._requests[indices[0]]
+        if rows.plan.tested.size:
             # Tested are the layers whose input is stored.
-            compared = attention[-layers.start % shape.hidden_stride :: shape.hidden_stride]
+            compared = attention[-layers.start % shape.hidden_stride :: shape.hidden_stride, 0]
             tested = torch.from_numpy(rows.tested).to(attention.device)
-            drift = ops.drift_sums(compared[:, :, num_new:], compared[:, :, tested], plan.statistic)
+            drift = ops.drift_sums(
+                compared[:, :, num_new:], compared[:, :, tested], rows.plan.statistic
+            )
             sums |= {f"drift.{number}": part for number, part in enumerate(drift)}
         return sums
 
-    def _attention(self, rows: _RequestRows, layers: range) -> torch.Tensor:
-        """float32 [layers, H, rows, T]: attention rows of a plan's saved queries, after the pass.
+    def _attention(self, indices: list[int], layers: range) -> torch.Tensor:
+        """float32 [layers, plans, H, rows, T]: attention rows of saved queries, after the pass.
 
-        Behind them the tested ones', as they were before it: by their old queries, and with the
-        keys that the pass overwrote. Means nothing in a layer whose input is not stored.
+        Rows and T are those of the plan with the most; attention to what is beyond a plan's own T
+        is 0, and rows beyond its own mean nothing. Behind the rows of a plan that tests are the
+        tested ones', as they were before the pass: by their old queries, and with the keys that
+        the pass overwrote. They mean nothing in a layer whose input is not stored.
         """
-        plan, shape = rows.plan, self._shape
+        shape, requests = self._shape, [self._requests[index] for index in indices]
+        lengths = np.array([len(rows.plan.tokens) for rows in requests])
         span = slice(layers.start, layers.stop, layers.step)
-        keys = shape.key_layout.read_blocks(shape.key_cache[span], plan.block_ids)
-        keys = keys[..., : len(plan.tokens)]
-        queries = self._queries[span, rows.queries]
-        if not plan.tested.size:
-            return ops.attention_scores(queries, keys, shape.scale).softmax(dim=-1)
-        # A pass that tests starts at layer 0 and reads the attention of every layer.
-        old_queries = self._old_queries[span, rows.old_queries]
-        scores = ops.attention_scores(torch.cat([queries, old_queries], dim=1), keys, shape.scale)
-        written = torch.from_numpy(rows.written).to(scores.device)
-        old_keys = self._old_keys[span, rows.old_keys].permute(0, 2, 3, 1)
-        scores[:, :, queries.shape[1] :, written] = ops.attention_scores(
-            old_queries, old_keys, shape.scale
-        )
+        blocks = [rows.plan.block_ids for rows in requests]
+        keys = shape.key_layout.read_blocks(shape.key_cache[span], blocks)[..., : lengths.max()]
+        places = np.zeros((len(requests), max(len(r.in_window) for r in requests)), dtype=np.int64)
+        for row, rows in zip(places, requests, strict=True):
+            row[: len(rows.in_window)] = range(rows.queries.start, rows.queries.stop)
+        queries = self._queries[span][:, torch.from_numpy(places).to(keys.device)]
+        rows = requests[0]
+        if rows.plan.tested.size:
+            old_queries = self._old_queries[span, None, rows.old_queries]
+            scores = ops.attention_scores(torch.cat([queries, old_queries], 2), keys, shape.scale)
+            written = torch.from_numpy(rows.written).to(scores.device)
+            old_keys = self._old_keys[span, None, rows.old_keys].permute(0, 1, 3, 4, 2)
+            scores[..., queries.shape[2] :, written] = ops.attention_scores(
+                old_queries, old_keys, shape.scale
+            )
+        else:
+            scores = ops.attention_scores(queries, keys, shape.scale)
+        if lengths.min() < lengths.max():
+            beyond = torch.from_numpy(np.arange(lengths.max()) >= lengths[:, None])
+            scores.masked_fill_(beyond[:, None, None].to(scores.device), -torch.inf)
         return scores.softmax(dim=-1)
 
     def measure(self, index: int, sums: Sums) -> dict[str, np.ndarray | None]:
@@ -262,15 +316,12 @@ class StatisticsInputs:
             measured["similarities"] = similarities[: plan.tested_layers]
         return {name: tensor.cpu().numpy() for name, tensor in measured.items()}
 
-    def _probe_sums(self, span: slice) -> Sums:
-        """Squared norms of stored hidden states and of their change, [stored, probes] each."""
-        old = self._old_probes[:, span].float()
-        new = self._shape.hidden_rows[:, self._probe_slots[span]].float()
+    def _probe_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
+        old = self._old_probes.float()
+        new = self._shape.hidden_rows[:, self._probe_slots].float()
         # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
-        return {
-            "probe.change": (new - old).norm(dim=-1).square(),
-            "probe.before": old.norm(dim=-1).square(),
-        }
+        return (new - old).norm(dim=-1).square(), old.norm(dim=-1).square()
 
 
 def add_up(sums: list[Sums]) -> list[Sums]:

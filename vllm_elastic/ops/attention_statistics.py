@@ -16,27 +16,28 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
     """Scaled scores in float32.
 
     Args:
-        queries: [L, R, Hq, D]; keys: [L, Hkv, D, T], Hq a multiple of Hkv.
+        queries: [..., R, Hq, D]; keys: [..., Hkv, D, T], Hq a multiple of Hkv.
 
     Returns:
-        float32 [L, Hq, R, T].
+        float32 [..., Hq, R, T].
     """
-    num_layers, num_rows, num_heads, dim = queries.shape
-    kv_heads = keys.shape[1]
-    grouped = queries.float().view(num_layers, num_rows, kv_heads, num_heads // kv_heads, dim)
-    grouped = grouped.permute(0, 2, 3, 1, 4).reshape(num_layers, kv_heads, -1, dim)
+    *batch, num_rows, num_heads, dim = queries.shape
+    kv_heads = keys.shape[-3]
+    grouped = queries.float().unflatten(-2, (kv_heads, num_heads // kv_heads))
+    grouped = grouped.movedim(-4, -2).reshape(*batch, kv_heads, -1, dim)
     scores = torch.matmul(grouped * scale, keys.float())
-    return scores.view(num_layers, num_heads, num_rows, -1)
+    return scores.view(*batch, num_heads, num_rows, -1)
 
 
 def attention_mass(attention: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Attention that rows pay each position, every row weighted: [L, H, R, T] summed to [L, T].
+    """Attention that rows pay each position, every row weighted: [..., H, R, T] to [..., T].
 
     Args:
-        weights: [R], 1 for the rows that count and 0 for the others.
+        weights: [..., R], 1 for the rows that count and 0 for the others; leading dimensions are
+            broadcast to those of the attention.
     """
     # A product: torch takes ten times as long to sum over a dimension that is not the last.
-    return torch.matmul(weights, attention).sum(dim=1)
+    return torch.matmul(weights[..., None, None, :], attention).squeeze(-2).sum(dim=-2)
 
 
 def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -> torch.Tensor:

@@ -81,25 +81,28 @@ class KeyLayout:
         offsets[found[where]] = where
         return cls(offsets.view(block_size, dim).t().contiguous(), cache.shape[3])
 
-    def read_blocks(self, cache: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
-        """Keys of whole blocks, transposed for a score product.
+    def read_blocks(self, cache: torch.Tensor, tables: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Keys of whole blocks of some canvases, transposed for a score product.
 
         Args:
             cache: [..., blocks, Hkv, block_size, C].
-            blocks: B numbers of blocks, as the host knows them.
+            tables: each canvas's blocks by their numbers, as the host knows them.
 
         Returns:
-            float32 [..., Hkv, D, B * block_size], in slot order.
+            float32 [..., canvases, Hkv, D, B * block_size], in slot order, B of the canvas with
+            the most blocks; anything at all behind the others' blocks.
         """
         if self.tile and self.pack == 1:
-            return _copy_of_blocks(self._tiles(cache), blocks, torch.float32).flatten(-3)
+            return _copy_of_blocks(self._tiles(cache), tables, torch.float32).flatten(-3)
         if self.tile:
             # ``pack`` numbers move as one word.
             words = self._tiles(cache.view(_WORDS[self.pack * cache.element_size()]))
-            moved = _copy_of_blocks(words, blocks, words.dtype).flatten(-3)
+            moved = _copy_of_blocks(words, tables, words.dtype).flatten(-3)
             return self._unpacked(moved, cache.dtype)
         # By indexing: index_select takes a hundred times as long on a view with strides.
-        index = torch.tensor(blocks, device=cache.device)
+        longest = max(map(len, tables))
+        filled = [[*blocks, *[0] * (longest - len(blocks))] for blocks in tables]
+        index = torch.tensor(filled, device=cache.device)
         if self.plain:
             view = cache[..., index, :, :, : self.head_dim]
             return _float_copy(view.movedim((-4, -2), (-2, -1))).flatten(-2)
@@ -156,17 +159,25 @@ class KeyLayout:
         return 0, 0
 
 
-def _copy_of_blocks(tiles: torch.Tensor, blocks: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Chosen blocks of a view [..., blocks, X, Y], contiguous, converted on the way.
+def _copy_of_blocks(
+    tiles: torch.Tensor, tables: Sequence[Sequence[int]], dtype: torch.dtype
+) -> torch.Tensor:
+    """Blocks of a view [..., Hkv, D, blocks, X, Y] by canvas, contiguous, converted on the way.
 
     Run by run of consecutive blocks: gathering them by an index takes five times as long, and
     then they are still to be converted. vLLM mostly hands out runs.
+
+    Returns:
+        [..., canvases, Hkv, D, most blocks, X, Y].
     """
-    shape = (*tiles.shape[:-3], len(blocks), *tiles.shape[-2:])
+    *outer, heads, dim, _, x, y = tiles.shape
+    shape = (*outer, len(tables), heads, dim, max(map(len, tables)), x, y)
     copy = torch.empty(shape, dtype=dtype, device=tiles.device)
-    for start, stop in _runs(blocks):
-        first = blocks[start]
-        copy[..., start:stop, :, :].copy_(tiles[..., first : first + stop - start, :, :])
+    for nth, blocks in enumerate(tables):
+        canvas = copy[..., nth, :, :, :, :, :]
+        for start, stop in _runs(blocks):
+            first = blocks[start]
+            canvas[..., start:stop, :, :].copy_(tiles[..., first : first + stop - start, :, :])
     return copy
 
 
