@@ -101,16 +101,33 @@ def test_a_huge_tolerance_costs_the_floor(granularity: int) -> None:
     assert result.work.committed == LAYERS * sum(committed for _, committed in sizes)
 
 
-def test_parts_add_up() -> None:
+@pytest.mark.parametrize("reach", [0, 1, 3])
+def test_neighbours_are_computed_in_any_case(reach: int) -> None:
+    result = run(random_llada(), tolerance=EVERYTHING, tokens_per_step=2, reach=reach)
+    masked, expected = set(range(len(PROMPT), LENGTH)), 0
+    for step in result.steps[:-1]:
+        masked -= set(step["committed"])
+        near = {p for c in step["committed"] for p in range(c - reach, c + reach + 1)}
+        expected += len(
+            near & set(range(LENGTH)) - set(step["committed"]) - set(sorted(masked)[:WINDOW])
+        )
+    assert result.work.neighbours == LAYERS * expected
+    assert result.row_layers == result.work.floor + result.work.neighbours
+    assert (expected > 0) == (reach > 0)
+
+
+@pytest.mark.parametrize("reach", [0, 2])
+def test_parts_add_up(reach: int) -> None:
     for mandatory in ("window", "committed"):
-        result = run(random_llada(1), tolerance=0.05, mandatory=mandatory, tokens_per_step=1)
+        knobs = {"tolerance": 0.05, "mandatory": mandatory, "tokens_per_step": 1, "reach": reach}
+        result = run(random_llada(1), **knobs)
         *parts, floor = astuple(result.work)
         assert sum(parts) == result.row_layers
         assert result.work.refreshed > 0
         sizes = windows_and_commits(result, WINDOW)
         assert floor == LENGTH * LAYERS + LAYERS * sum(w + c for w, c in sizes)
         if mandatory == "window":
-            assert result.row_layers == floor + result.work.refreshed
+            assert result.row_layers == floor + result.work.neighbours + result.work.refreshed
 
 
 @pytest.mark.parametrize("granularity", [1, 8])
@@ -215,7 +232,8 @@ def test_a_block_is_refreshed_whole_but_for_what_is_computed_anyway() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"tolerance": -1}, {"slack": -0.1}, {"granularity": 0}, {"mandatory": "none"}]
+    "knobs",
+    [{"tolerance": -1}, {"slack": -0.1}, {"granularity": 0}, {"reach": -1}, {"mandatory": "none"}],
 )
 def test_knobs_out_of_range(knobs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(knobs))):
@@ -264,8 +282,8 @@ def test_command_line_to_file(
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
     by_name = {row["setting"]: row for row in rows}
     assert rows[0]["accuracy"] == 0.5 and rows[0]["work"] == 1.0
-    exact = by_name["window, granularity 1, tolerance 0"]
+    exact = by_name["window, granularity 1, reach 0, tolerance 0"]
     assert exact["agreement"] == 1.0 and exact["accuracy"] == 0.5
     for row in rows[1:]:
-        parts = row["first"] + row["window"] + row["committed"] + row["refreshed"]
-        assert parts == pytest.approx(row["work"])
+        parts = [row[part] for part in bench_ideal.PARTS if part != "floor"]
+        assert sum(parts) == pytest.approx(row["work"])

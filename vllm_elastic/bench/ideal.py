@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_elastic.reference import DecodingResult, LLaDA
     from vllm_elastic.reference.ideal import IdealOptions, Work
 
-PARTS = ("first", "window", "committed", "refreshed", "floor")
+PARTS = ("first", "window", "committed", "neighbours", "refreshed", "floor")
 COLUMNS = ("accuracy", "as none", "steps", "row-layers a token", "work", *PARTS)
 
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         description="Decodes prompts with the plain PyTorch oracle. Before each step an uncounted "
         "pass over the whole canvas tells what has drifted and what is attended to; only what is "
         "needed to keep the error below a tolerance is recomputed. One row for each combination "
-        "of --mandatory, --granularity and --tolerances; 'answer' in every line of the file adds "
+        "of --mandatory, --granularity, --reach and --tolerances; 'answer' in every line of the file adds "
         "accuracy.",
     )
     add_model(parser)
@@ -61,6 +61,15 @@ def add_parser(commands: Any) -> None:
         default=[1],
         metavar="POSITIONS",
         help="refreshed together: 1, or the size of a block (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reach",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="POSITIONS",
+        help="so far on either side of a commit rows are computed at the next step in any case "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--mandatory",
@@ -123,19 +132,20 @@ def settings_of(args: argparse.Namespace) -> dict[str, IdealOptions]:
     """Every combination asked for, by name."""
     from vllm_elastic.reference.ideal import IdealOptions
 
-    combinations = itertools.product(args.mandatory, args.granularity, args.tolerances)
+    combinations = itertools.product(args.mandatory, args.granularity, args.reach, args.tolerances)
     return {
-        f"{mandatory}, granularity {granularity}, tolerance {tolerance:g}": IdealOptions(
+        f"{mandatory}, granularity {granularity}, reach {reach}, tolerance {tol:g}": IdealOptions(
             window=args.window,
             threshold=args.threshold,
             tokens_per_step=args.tokens_per_step,
-            tolerance=tolerance,
+            tolerance=tol,
             slack=args.slack,
             granularity=granularity,
+            reach=reach,
             mandatory=mandatory,
             prediction_drift=args.prediction_drift,
         )
-        for mandatory, granularity, tolerance in combinations
+        for mandatory, granularity, reach, tol in combinations
     }
 
 

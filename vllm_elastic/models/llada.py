@@ -37,7 +37,9 @@ from vllm_elastic.execution.row_batch import Chunk, RowBatch, Stage, WindowRows
 from vllm_elastic.execution.statistics import StatisticsInputs
 from vllm_elastic.models.llada_config import LLaDAConfig
 
-_ROW_MULTIPLE, _MANY_ROWS = 32, 1024
+_MULTIPLES = ((64, 8), (128, 16), (1024, 32))
+"""Up to so many rows, to a multiple of this: 40 numbers of rows, and from 33 rows on
+less than a quarter of filling (a product's time is proportional to its rows)."""
 
 
 def multiply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -47,12 +49,14 @@ def multiply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     number that it has not seen: milliseconds, where a window pass's product takes microseconds.
     So on a CPU few rows are filled up to a multiple; for many the copy would cost more.
     """
-    missing = -len(rows) % _ROW_MULTIPLE
-    if not missing or len(rows) >= _MANY_ROWS or not rows.is_cpu:
+    count = len(rows)
+    multiple = next((multiple for most, multiple in _MULTIPLES if count <= most), 1)
+    missing = -count % multiple
+    if not missing or not rows.is_cpu:
         return linear(rows)[0]
     if isinstance(linear, RowParallelLinear) and linear.tp_size > 1:
         return linear(rows)[0]  # ranks would send each other the filling
-    return linear(nn.functional.pad(rows, (0, 0, 0, missing)))[0][: len(rows)]
+    return linear(nn.functional.pad(rows, (0, 0, 0, missing)))[0][:count]
 
 
 class KernelRMSNorm(RMSNorm):

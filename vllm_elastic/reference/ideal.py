@@ -12,7 +12,8 @@ from what that cache holds, errors included.
   (mean over heads and window rows, in the shadow pass), in the layer where this is largest. The
   sum of the costs of what a step does not compute bounds, to first order, how wrong the window's
   attention output is in any layer. This is the error of which ``tolerance`` is left.
-* *Mandatory* rows are computed from layer 0 at every step: the window and what was just committed.
+* *Mandatory* rows are computed from layer 0 at every step: the window, what was just committed and,
+  with a ``reach``, the positions up to so far from that.
 * If the others' costs exceed ``tolerance``, the costliest of them are refreshed, by cost for each
   layer to be computed, as many as leave ``tolerance`` at most. With a ``granularity`` above 1 the
   choice is among blocks of so many positions, which are refreshed whole: a block's cost is the
@@ -53,7 +54,8 @@ from .result import DecodingResult
 
 @dataclass(frozen=True)
 class IdealOptions(DecodingOptions):
-    """``DecodingOptions`` and the policy's own; see above. All are shares, ``granularity`` apart.
+    """``DecodingOptions`` and the policy's own; see above. All numbers are shares, except for
+    ``granularity`` and ``reach``, which are positions.
 
     Raises:
         ValueError: a knob is out of range.
@@ -62,6 +64,7 @@ class IdealOptions(DecodingOptions):
     tolerance: float = 0.03
     slack: float = 0.1
     granularity: int = 1
+    reach: int = 0
     mandatory: Literal["window", "committed"] = "window"
     prediction_drift: float = 0.1
 
@@ -71,7 +74,7 @@ class IdealOptions(DecodingOptions):
             raise ValueError(f"mandatory is {self.mandatory!r}, must be 'window' or 'committed'")
         if self.granularity < 1:
             raise ValueError(f"granularity is {self.granularity}, must be at least 1")
-        for name in ("tolerance", "slack", "prediction_drift"):
+        for name in ("tolerance", "slack", "prediction_drift", "reach"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
 
@@ -130,6 +133,7 @@ class Work:
     first: int = 0
     window: int = 0
     committed: int = 0
+    neighbours: int = 0
     refreshed: int = 0
     floor: int = 0
 
@@ -201,6 +205,7 @@ class Ideal:
         cache: keys, values and inputs of each layer, as the policy's own passes left them.
         outputs: (T, d) output of the last layer, as last computed.
         committed: (n,) positions that the last step committed.
+        neighbours: (m,) positions within ``reach`` of one of these, itself among them.
     """
 
     def __init__(
@@ -210,7 +215,7 @@ class Ideal:
         self.layers = model.config.n_layers
         self.cache = LayerCache(model, len(canvas))
         self.outputs = self.cache.hidden.new_full(self.cache.hidden.shape[1:], torch.nan)
-        self.committed = canvas.everywhere[:0]
+        self.committed = self.neighbours = canvas.everywhere[:0]
         self.result = IdealResult()
 
     def joins(self, window: Tensor) -> Tensor:
@@ -222,13 +227,15 @@ class Ideal:
         drift = relative_drift(truth.states[:-1], self.cache.hidden)  # (L, T)
         join = torch.full((length,), self.layers)
         join[self.committed] = 0
+        join[self.neighbours] = 0
         if options.mandatory == "window":
             join[window] = 0
         else:
             output = relative_drift(truth.states[-1, window], self.outputs[window])  # (W,)
             profile = torch.cat([drift[:, window], output[None]])  # (L + 1, W)
             at = last_good_layer(profile, options.slack)
-            join[window] = torch.where(output > options.prediction_drift, at, self.layers)
+            chosen = torch.where(output > options.prediction_drift, at, self.layers)
+            join[window] = torch.minimum(join[window], chosen)
         refreshed = refreshed_joins(drift, truth.attention, join == self.layers, options)
         return torch.minimum(join, refreshed)
 
@@ -258,6 +265,8 @@ class Ideal:
         work.window += int(spent[window].sum())
         work.committed += int(spent[self.committed].sum())
         spent[window] = spent[self.committed] = 0
+        work.neighbours += int(spent[self.neighbours].sum())
+        spent[self.neighbours] = 0
         work.refreshed += int(spent.sum())
         work.floor += self.layers * (len(window) + len(self.committed))
 
@@ -286,6 +295,8 @@ class Ideal:
             row_layers=int((self.layers - join).sum()),
         )
         self.committed = committed
+        distance = (self.canvas.everywhere[:, None] - committed[None]).abs()  # (T, n)
+        self.neighbours = (distance <= self.options.reach).any(dim=1).nonzero().flatten()
         return True
 
 
