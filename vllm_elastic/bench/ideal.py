@@ -37,8 +37,8 @@ def add_parser(commands: Any) -> None:
         description="Decodes prompts with the plain PyTorch oracle. Before each step an uncounted "
         "pass over the whole canvas tells what has drifted and what is attended to; only what is "
         "needed to keep the error below a tolerance is recomputed. One row for each combination "
-        "of --mandatory, --granularity, --reach and --tolerances; 'answer' in every line of the file adds "
-        "accuracy.",
+        "of --mandatory, --granularity, --reach and --tolerances; 'answer' in every line of the "
+        "file adds accuracy.",
     )
     add_model(parser)
     add_prompts(parser)

@@ -206,6 +206,7 @@ class ElasticRunner:
         tokens_np = token_ids.to(torch.int32).cpu().numpy()
         probabilities_np = probabilities.cpu().numpy()
         results = []
+        measured = statistics.measure(sums)
         for index, rows in enumerate(_window_slices(plans)):
             logprobs = None
             if index in raw:
@@ -216,7 +217,7 @@ class ElasticRunner:
                     tokens_np[rows],
                     probabilities_np[rows],
                     logprobs=logprobs,
-                    **statistics.measure(index, sums[index]),
+                    **measured[index],
                 )
             )
         return results

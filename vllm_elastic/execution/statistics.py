@@ -284,8 +284,12 @@ class StatisticsInputs:
             scores.masked_fill_(beyond[:, None, None].to(scores.device), -torch.inf)
         return scores.softmax(dim=-1)
 
-    def measure(self, index: int, sums: Sums) -> dict[str, np.ndarray | None]:
-        """Statistics of plan ``index`` by their names in ``PassResult``, from all ranks' sums."""
+    def measure(self, sums: list[Sums]) -> list[dict[str, np.ndarray]]:
+        """Each plan's statistics by their names in ``PassResult``, from all ranks' sums."""
+        return _to_host([self._measure(index, own) for index, own in enumerate(sums)])
+
+    def _measure(self, index: int, sums: Sums) -> dict[str, torch.Tensor]:
+        """Plan ``index``'s statistics on the device, int32 or float32."""
         rows = self._requests.get(index)
         if rows is None:
             return {}
@@ -314,7 +318,7 @@ class StatisticsInputs:
             similarities = tested.new_full((self._shape.num_layers,), torch.nan)
             similarities[:: self._shape.hidden_stride][: len(tested)] = tested
             measured["similarities"] = similarities[: plan.tested_layers]
-        return {name: tensor.cpu().numpy() for name, tensor in measured.items()}
+        return measured
 
     def _probe_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
@@ -322,6 +326,22 @@ class StatisticsInputs:
         new = self._shape.hidden_rows[:, self._probe_slots].float()
         # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
         return (new - old).norm(dim=-1).square(), old.norm(dim=-1).square()
+
+
+def _to_host(measured: list[dict[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+    """All plans' numbers, of 4 bytes each, in one transfer: a GPU is waited for at every one."""
+    tensors = [tensor for plan in measured for tensor in plan.values()]
+    if not tensors:
+        return [{} for _ in measured]
+    words = torch.cat([tensor.flatten().view(torch.int32) for tensor in tensors]).cpu()
+    numbers = iter(words.split([tensor.numel() for tensor in tensors]))
+    return [
+        {
+            name: next(numbers).view(tensor.dtype).view(tensor.shape).numpy()
+            for name, tensor in plan.items()
+        }
+        for plan in measured
+    ]
 
 
 def add_up(sums: list[Sums]) -> list[Sums]:
