@@ -112,10 +112,15 @@ def test_queue_over_a_small_cache_drains(driver: Driver) -> None:
     assert_nothing_left(driver)
 
 
-def test_not_finite_request_fails_alone(driver: Driver) -> None:
-    """NaN in one request's keys ends that request with an error and no other."""
-    healthy = driver.add(prompt_of(12, 1), 24, gamma=0.9)
-    sick = driver.add(prompt_of(33, 2), 24, gamma=0.9)
+@pytest.mark.parametrize("policy", ["elastic", "elastic-block"])
+def test_not_finite_request_fails_alone(policy: str, driver: Driver) -> None:
+    """NaN in one request's keys ends that request with an error and no other.
+
+    The statistics of both are worked out together: the healthy one has fewer rows and positions.
+    """
+    knobs = {"policy": policy, "gamma": 0.9}
+    sick = driver.add(prompt_of(33, 2), 24, **knobs)
+    healthy = driver.add(prompt_of(12, 1), 24, **knobs, window=5)
     driver.step()
     runner, scheduler = driver.engine.runner, driver.engine.scheduler
     request = next(r for r in scheduler.running if r.request_id.startswith(sick))
@@ -123,10 +128,12 @@ def test_not_finite_request_fails_alone(driver: Driver) -> None:
     runner.shape.key_cache[:, blocks[0]] = float("nan")
     driver.run()
     assert driver.finished[sick] == "error"
-    alone = driver.add(prompt_of(12, 1), 24, gamma=0.9)
-    later = driver.add(prompt_of(33, 2), 24, gamma=0.9)  # into the blocks that hold the NaN
+    alone = driver.add(prompt_of(12, 1), 24, **knobs, window=5)
+    later = driver.add(prompt_of(33, 2), 24, **knobs)  # into the blocks that hold the NaN
     driver.run()
     assert driver.tokens[healthy] == driver.tokens[alone]
+    records = driver.take_records()
+    assert records[healthy].row_layers == records[alone].row_layers
     assert driver.finished[later] in ("length", "stop")
     assert_nothing_left(driver)
 

@@ -266,6 +266,8 @@ class StatisticsInputs:
         keys = shape.key_layout.read_blocks(shape.key_cache[span], blocks)[..., : lengths.max()]
         places = np.zeros((len(requests), max(len(r.in_window) for r in requests)), dtype=np.int64)
         for row, rows in zip(places, requests, strict=True):
+            # Filled up with a row of its own: another request's may not be a number.
+            row[:] = rows.queries.start
             row[: len(rows.in_window)] = range(rows.queries.start, rows.queries.stop)
         queries = self._queries[span][:, torch.from_numpy(places).to(keys.device)]
         rows = requests[0]
