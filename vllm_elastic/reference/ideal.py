@@ -31,9 +31,9 @@ What is ideal about it is the knowledge, at no cost, of now. It is no lower boun
 does not know what later steps will need, it looks no further than the window's own attention (a
 stale position that only other stale ones attend to costs nothing until it is attended), and a
 refreshed row is computed over neighbours that may be stale themselves. It shows what a policy that
-chooses rows by attention times drift would reach if its estimates were right; ``elastic-block``,
-which also computes the neighbours of every commit whatever they cost by that measure, does better
-(docs/drift.md).
+chooses rows by attention times drift would reach if its estimates were right, and with a ``reach``
+one that, as ``elastic-block`` does, computes the neighbours of every commit whatever they cost by
+that measure, which takes much less work (docs/drift.md).
 """
 
 from __future__ import annotations
