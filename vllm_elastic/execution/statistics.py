@@ -213,14 +213,8 @@ class StatisticsInputs:
             sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             for nth, index in enumerate(some):
                 length = len(self._requests[index].plan.tokens)
-                yield (
-                    index,
-                    {
-                        # Drift is only ever of one plan.
-                        name: part[:, nth, :length] if name == "mass" else part
-                        for name, part in sums.items()
-                    },
-                )
+                # Drift is only ever of a plan that is alone.
+                yield index, {**sums, "mass": sums["mass"][:, nth, :length]}
 
     def _attention_numbers(self, index: int) -> int:
         """Numbers of a layer that are at hand at once: keys, or attention rows if they are more."""

@@ -22,7 +22,7 @@ class ElasticWorker(_BaseWorker):
 
     def init_device(self) -> None:
         # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
-        # number of rows. Few rows are filled up to 32 numbers (models/llada.py), four or five
+        # number of rows. Few rows are filled up, to 40 numbers (models/llada.py), four
         # products each; other numbers are rarely of use again.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
         super().init_device()

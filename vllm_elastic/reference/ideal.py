@@ -226,8 +226,7 @@ class Ideal:
         truth = self.shadow.of(self.canvas, window)
         drift = relative_drift(truth.states[:-1], self.cache.hidden)  # (L, T)
         join = torch.full((length,), self.layers)
-        join[self.committed] = 0
-        join[self.neighbours] = 0
+        join[self.neighbours] = 0  # with what was just committed
         if options.mandatory == "window":
             join[window] = 0
         else:
