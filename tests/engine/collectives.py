@@ -94,7 +94,7 @@ def numbers_reduced(plan: PassPlan, num_layers: int, hidden_stride: int) -> int:
     if plan.trackable is not None:
         numbers += (num_layers - plan.start_layer) * length
     if plan.granularity:
-        numbers += length + 1 + 2 * ((num_layers - 1) // hidden_stride) * plan.probes.size
+        numbers += length + 2 * ((num_layers - 1) // hidden_stride) * plan.probes.size
     if plan.tested.size:
         layers = num_layers if plan.tested_layers is None else plan.tested_layers
         layers = len(range(0, layers, hidden_stride))

@@ -102,6 +102,12 @@ def asks(draw: st.DrawFn) -> Ask:
         knobs["statistic"] = draw(st.sampled_from(["released", "paper"]))
         knobs["track_num"] = draw(st.sampled_from([1, 3]))
         knobs["refresh"] = draw(st.sampled_from(["replay", "next"]))
+    if knobs["policy"] == "elastic-block":
+        # Requests of one batch whose statistics are put together.
+        knobs["granularity"] = draw(st.sampled_from([3, 8, 32]))
+        knobs["probes"] = draw(st.sampled_from([1, 4]))
+        knobs["attention_stride"] = draw(st.sampled_from([1, 4]))
+        knobs["lazy_window"] = draw(st.booleans())
     commits = draw(st.sampled_from(["threshold", "rank", "steps"]))
     if commits == "steps" and max_tokens % BLOCK_LENGTH == 0:
         knobs["steps"] = max_tokens // BLOCK_LENGTH * draw(st.sampled_from([2, 3]))

@@ -11,13 +11,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.scheduler_time import scheduler_seconds
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, Segment
@@ -34,8 +35,9 @@ def add_parser(commands: Any) -> None:
         description="Builds a LLaDA with random weights, runs passes of every kind at several "
         "batch sizes, interleaved, and compares their median time with the floating-point "
         "operations of the plan over the best rate of a matrix product in this process, torch's "
-        "or the engine's own. Then says where the time goes. Run it on a machine that does "
-        "nothing else.",
+        "or the engine's own. Then says where the time goes. The scheduler's time, measured on "
+        "requests of the policy, is counted with the pass. Run it on a machine that does nothing "
+        "else.",
     )
     parser.add_argument("--width", type=int, default=1024, help="d_model")
     parser.add_argument("--layers", type=int, default=24)
@@ -101,12 +103,18 @@ def main(args: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 runner.run(plans)
                 seconds[kind].append(time.perf_counter() - started)
+        scheduling = {
+            policy: scheduler_seconds(engine, policy, batch, args.canvas)
+            for policy in set(_policies(passes).values())
+        }
         for kind, plans in passes.items():
+            scheduled = scheduling[_policies(passes)[kind]]
             with parts_timed() as parts:
                 started = time.perf_counter()
                 runner.run(plans)
-                whole = time.perf_counter() - started
-            median = statistics.median(seconds[kind])
+                whole = time.perf_counter() - started + scheduled
+            parts["scheduler"] = scheduled
+            median = statistics.median(seconds[kind]) + scheduled
             work = sum(operations(shape, plan) for plan in plans)
             floor = work / rates[kind]
             shares = {name: parts[name] / whole for name in PARTS}
@@ -233,12 +241,19 @@ def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
     return 4 * rows * args.width * args.mlp / min(medians)
 
 
-PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch")
+def _policies(kinds: Iterable[str]) -> dict[str, str]:
+    """The policy whose requests make such passes: its scheduling is counted with the pass."""
+    policies = {"full": "none", BLOCK_WINDOW: "elastic-block"}
+    return {kind: policies.get(kind, "elastic") for kind in kinds}
+
+
+PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch", "scheduler")
 
 
 def _parts() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.execution import row_batch, runner
     from vllm_elastic.execution.hidden_states import HiddenStateCache
+    from vllm_elastic.execution.statistic_sums import StatisticSums
     from vllm_elastic.execution.statistics import StatisticsInputs
     from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock, LLaDAModelLM
 
@@ -254,7 +269,8 @@ def _parts() -> dict[str, list[tuple[Any, str]]]:
             (StatisticsInputs, "prepare"),
             (StatisticsInputs, "save_layer"),
             (StatisticsInputs, "partial_sums"),
-            (StatisticsInputs, "measure"),
+            (StatisticSums, "add_up"),
+            (StatisticSums, "measure"),
         ],
         "head": [(LLaDAModelLM, "compute_logits"), (runner, "most_probable")],
         "batch": [(row_batch.RowLayout, "of"), (row_batch.RowBatch, "build")],

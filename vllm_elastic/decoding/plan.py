@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.canvas import Positions, merged
 from vllm_elastic.decoding.sampling import Sampling
 
 NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
@@ -105,11 +105,18 @@ class PassPlan:
         return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
 
     @property
+    def queries(self) -> Positions:
+        """Positions whose attention may be worked out: the window and what is tested."""
+        if not self.tested.size:
+            return self.window
+        return merged(len(self.tokens), self.window, self.tested)
+
+    @property
     def num_queries(self) -> int:
         """Rows whose attention is worked out once more, for the statistics."""
         if self.trackable is None and not self.granularity:
             return 0
-        return len(np.union1d(self.window, self.tested))
+        return len(self.queries)
 
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
@@ -160,9 +167,8 @@ def join_candidates(
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:
     """Group the positions that take part (join layer < L) by their join layer, ascending."""
-    layers = np.unique(join_layers)
+    counts = np.bincount(join_layers, minlength=num_layers)
     return [
-        Segment(int(layer), np.flatnonzero(join_layers == layer).astype(np.int32))
-        for layer in layers
-        if layer < num_layers
+        Segment(layer, (join_layers == layer).nonzero()[0].astype(np.int32))
+        for layer in counts[:num_layers].nonzero()[0].tolist()
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.canvas import Canvas, Positions
+from vllm_elastic.decoding.canvas import Canvas, Positions, merged
 from vllm_elastic.decoding.plan import (
     NO_POSITIONS,
     Logprobs,
@@ -87,6 +87,7 @@ class DenoisingRequest:
         self._verified: PassResult | None = None  # the window pass that the replay repeats
         self._first_part: tuple[Positions, PassResult] | None = None  # its rest is next
         self._fresh = True  # no pass has written the KV blocks yet
+        self._whole_window = 0  # masks that the planned step may predict
 
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
@@ -148,9 +149,11 @@ class DenoisingRequest:
 
     def near_commits(self) -> Positions:
         """What the step before committed and its neighbours within ``reach``, ascending."""
-        around = np.arange(-self.reach, self.reach + 1)
-        near = np.unique(self.just_committed[:, None] + around)
-        return near[(near >= 0) & (near < self.canvas.length)].astype(np.int32)
+        if not self.reach:
+            return self.just_committed
+        # What would lie outside is moved to the canvas's end, which is nearer.
+        around = self.just_committed[:, None] + np.arange(-self.reach, self.reach + 1)
+        return merged(self.canvas.length, around.clip(0, self.canvas.length - 1))
 
     def take_logprobs(self, count: int) -> list[Logprobs]:
         """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order.
@@ -170,6 +173,7 @@ class DenoisingRequest:
         if not replay and not widened:
             self.policy.begin_step(self)
         window = self.schedule.window(self.canvas)
+        self._whole_window = len(window)
         if self._first_part is not None:
             window = np.setdiff1d(window, self._first_part[0])
         else:
@@ -218,10 +222,9 @@ class DenoisingRequest:
     def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
         """Whether the step may choose from these predictions: a whole window's, or enough of
         them that reach the threshold. A best guess is the best of the whole window."""
-        window = self.schedule.window(self.canvas)
-        if len(plan.window) == len(window):
+        if len(plan.window) == self._whole_window:
             return True
-        needed = min(self.config.tokens_per_step or 1, len(window))
+        needed = min(self.config.tokens_per_step or 1, self._whole_window)
         return int(np.count_nonzero(result.probabilities >= self.config.threshold)) >= needed
 
     def _add_to_record(

@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.execution import ranks
+from vllm_elastic.execution.attention_shape import AttentionShape
 from vllm_elastic.execution.candidates import (
     constrain,
     logprobs_of,
@@ -37,7 +38,7 @@ from vllm_elastic.execution.candidates import (
     sampled,
 )
 from vllm_elastic.execution.row_batch import RowBatch, RowLayout
-from vllm_elastic.execution.statistics import AttentionShape, StatisticsInputs, add_up
+from vllm_elastic.execution.statistics import StatisticsInputs
 from vllm_elastic.ops.key_layout import KeyLayout
 
 logger = init_logger("vllm.vllm_elastic.runner")
@@ -172,7 +173,7 @@ class ElasticRunner:
     def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
         """One forward pass over the rows of all plans; None on the ranks that do not report."""
         layout = RowLayout.of(plans, self.block_size)
-        statistics = StatisticsInputs(plans, layout, self.block_size)
+        statistics = StatisticsInputs(plans, layout)
         self._plans = plans
         self._block_table = self._make_block_table(plans)
         batch = RowBatch.build(
@@ -188,7 +189,8 @@ class ElasticRunner:
         statistics.prepare(self.shape, self.device, self.model_config.dtype)
         hidden = self.model(batch.tokens, batch.positions, batch, statistics)
         logits = self.model.compute_logits(hidden)
-        sums = add_up(statistics.partial_sums())
+        sums = statistics.partial_sums()
+        sums.add_up()
         if not ranks.reports():
             return None
         # A mask that was committed would leave its position undecided.
@@ -206,7 +208,7 @@ class ElasticRunner:
         tokens_np = token_ids.to(torch.int32).cpu().numpy()
         probabilities_np = probabilities.cpu().numpy()
         results = []
-        measured = statistics.measure(sums)
+        measured = sums.measure()
         for index, rows in enumerate(_window_slices(plans)):
             logprobs = None
             if index in raw:

@@ -18,11 +18,10 @@ import torch
 
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.execution import ranks
+from vllm_elastic.execution.attention_shape import AttentionShape
 from vllm_elastic.execution.row_batch import IntArray, RowLayout
+from vllm_elastic.execution.statistic_sums import StatisticSums
 from vllm_elastic.ops import attention_statistics as ops
-from vllm_elastic.ops.key_layout import KeyLayout
-
-Sums = dict[str, torch.Tensor]
 
 _NUMBERS_AT_ONCE = (1 << 26, 1 << 19)
 """Keys and attention rows that are at hand at a time, in numbers: on a GPU, on a CPU."""
@@ -57,11 +56,11 @@ class StatisticsInputs:
         old_inputs: [stored, M, d], their inputs of the layers that store them, or None: no test.
     """
 
-    def __init__(self, plans: Sequence[PassPlan], layout: RowLayout, block_size: int) -> None:
+    def __init__(self, plans: Sequence[PassPlan], layout: RowLayout) -> None:
         wanted = [
             i for i, plan in enumerate(plans) if plan.trackable is not None or plan.granularity
         ]
-        rows = [np.union1d(plans[i].window, plans[i].tested) for i in wanted]
+        rows = [plans[i].queries for i in wanted]
         self.query_rows: IntArray = np.sort(
             np.concatenate(
                 [_NONE, *(layout.row_of[i][r] for i, r in zip(wanted, rows, strict=True))]
@@ -77,11 +76,12 @@ class StatisticsInputs:
                 written = plan.segments[0].positions.astype(np.int64)
                 tested.append(plan.tested.astype(np.int64))
                 key_rows.append(layout.row_of[index][written])
+            all_of_them = np.ones(len(positions), dtype=np.bool_)
             first = int(np.searchsorted(self.query_rows, layout.row_of[index][positions[0]]))
             self._requests[index] = _RequestRows(
                 plan=plan,
                 queries=slice(first, first + len(positions)),
-                in_window=np.isin(positions, plan.window),
+                in_window=np.isin(positions, plan.window) if plan.tested.size else all_of_them,
                 tested=np.searchsorted(positions, plan.tested),
                 old_queries=slice(num_tested, num_tested + plan.tested.size),
                 old_keys=slice(num_keys, num_keys + written.size),
@@ -89,22 +89,15 @@ class StatisticsInputs:
             )
             num_tested += plan.tested.size
             num_keys += written.size
-        self._probe_spans: dict[int, slice] = {}
-        probes, num_probes = [_NONE], 0
-        for index, plan in enumerate(plans):
-            if plan.probes.size:
-                probes.append(layout.slots[layout.row_of[index][plan.probes]])
-                self._probe_spans[index] = slice(num_probes, num_probes + plan.probes.size)
-                num_probes += plan.probes.size
-        self._probe_slots_np: IntArray = np.concatenate(probes)
+        probe_rows = [layout.row_of[i][plan.probes] for i, plan in enumerate(plans)]
+        self._probe_slots_np: IntArray = layout.slots[np.concatenate([_NONE, *probe_rows])]
         self.tested_positions: IntArray = np.concatenate(tested)
         self._key_rows_np: IntArray = np.concatenate(key_rows)
         self._tested_rows_np: IntArray = np.concatenate(
             [_NONE, *(layout.row_of[i][plans[i].tested] for i in wanted)]
         )
-        self._num_plans = len(plans)
+        self._plans = plans
         self._layout = layout
-        self._block_size = block_size
         self.tested_rows: torch.Tensor
         self.old_inputs: torch.Tensor | None = None
 
@@ -124,7 +117,7 @@ class StatisticsInputs:
             device=device,
             dtype=dtype,
         )
-        if self._probe_spans:
+        if self._probe_slots_np.size:
             self._probe_slots = put(self._probe_slots_np)
             self._old_probes = model.hidden_rows[:, self._probe_slots]
         if self.tested_positions.size:
@@ -152,29 +145,13 @@ class StatisticsInputs:
         if self.old_inputs is not None and q.shape[0] > num_rows:
             self._old_queries[layer] = q[num_rows:]
 
-    def partial_sums(self) -> list[Sums]:
-        """What each plan's statistics add up from, of this rank's heads and columns.
-
-        Returns:
-            for each plan, float32, every one to be summed over all ranks: ``mass`` [L, T], L from
-            the plan's start layer on; ``share`` [T] and ``total`` [1] of the mass; ``drift.*`` as
-            ``drift_sums``; ``probe.change`` and ``probe.before`` [stored, probes], squared norms.
-        """
-        sums: list[Sums] = [{} for _ in range(self._num_plans)]
+    def partial_sums(self) -> StatisticSums:
+        """What the plans' statistics add up from, of this rank's heads and columns."""
+        sums = StatisticSums(self._plans, self._shape, self._queries.device)
         for layers, alike in self._alike():
-            for index, of_layers in self._sums_of_plans(alike, layers):
-                plan, mass = self._requests[index].plan, of_layers.pop("mass")
-                if plan.trackable is not None:
-                    sums[index]["mass"] = mass
-                if plan.granularity:
-                    # Not from the mass of each layer: L times as much to send.
-                    sums[index] |= {"share": mass.sum(dim=0), "total": mass.sum()[None]}
-                num_tested = self._shape.num_tested(plan.tested_layers)
-                sums[index] |= {name: part[:num_tested] for name, part in of_layers.items()}
-        if self._probe_spans:
-            change, before = self._probe_sums()
-            for index, span in self._probe_spans.items():
-                sums[index] |= {"probe.change": change[:, span], "probe.before": before[:, span]}
+            self._add_attention(sums, alike, layers)
+        if self._probe_slots_np.size:
+            sums.add_probes(*self._probe_sums())
         return sums
 
     def _alike(self) -> Iterator[tuple[range, list[int]]]:
@@ -194,8 +171,8 @@ class StatisticsInputs:
                 alike.setdefault(layers, []).append(index)
         yield from alike.items()
 
-    def _sums_of_plans(self, indices: list[int], layers: range) -> Iterator[tuple[int, Sums]]:
-        """Each plan's sums over its rows, layer by layer: ``mass`` and ``drift.*``.
+    def _add_attention(self, sums: StatisticSums, indices: list[int], layers: range) -> None:
+        """Work out these plans' attention in these layers and add it to the sums.
 
         As many plans and layers at a time as a CPU's cache, or a GPU's spare memory, has room for.
         """
@@ -210,11 +187,11 @@ class StatisticsInputs:
                 self._sums_of_layers(some, layers[i : i + num_layers])
                 for i in range(0, len(layers), num_layers)
             ]
-            sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for nth, index in enumerate(some):
-                length = len(self._requests[index].plan.tokens)
-                # Drift is only ever of a plan that is alone.
-                yield index, {**sums, "mass": sums["mass"][:, nth, :length]}
+            mass, *drift = (torch.cat(part) for part in zip(*parts, strict=True))
+            sums.add_mass(some, layers, mass)
+            if drift:  # of a plan that is alone
+                num_tested = self._shape.num_tested(self._requests[some[0]].plan.tested_layers)
+                sums.add_drift(some[0], [part[:num_tested] for part in drift])
 
     def _attention_numbers(self, index: int) -> int:
         """Numbers of a layer that are at hand at once: keys, or attention rows if they are more."""
@@ -223,8 +200,8 @@ class StatisticsInputs:
         keys = shape.num_kv_heads * shape.head_dim
         return len(rows.plan.tokens) * max(keys, shape.num_heads * num_rows)
 
-    def _sums_of_layers(self, indices: list[int], layers: range) -> Sums:
-        """``mass`` [layers, plans, longest T] and, of a plan that tests, ``drift.*``."""
+    def _sums_of_layers(self, indices: list[int], layers: range) -> list[torch.Tensor]:
+        """Mass [layers, plans, longest T] and, of a plan that tests, ``ops.drift_sums``."""
         shape = self._shape
         attention = self._attention(indices, layers)
         num_new = max(len(self._requests[index].in_window) for index in indices)
@@ -233,16 +210,15 @@ class StatisticsInputs:
             flags = self._requests[index].in_window
             in_window[nth, : len(flags)] = flags
         weights = torch.from_numpy(in_window).to(attention.device)
-        sums = {"mass": ops.attention_mass(attention[..., :num_new, :], weights)}
+        sums = [ops.attention_mass(attention[..., :num_new, :], weights)]
         rows = self._requests[indices[0]]
         if rows.plan.tested.size:
             # Tested are the layers whose input is stored.
             compared = attention[-layers.start % shape.hidden_stride :: shape.hidden_stride, 0]
             tested = torch.from_numpy(rows.tested).to(attention.device)
-            drift = ops.drift_sums(
+            sums += ops.drift_sums(
                 compared[:, :, num_new:], compared[:, :, tested], rows.plan.statistic
             )
-            sums |= {f"drift.{number}": part for number, part in enumerate(drift)}
         return sums
 
     def _attention(self, indices: list[int], layers: range) -> torch.Tensor:
@@ -276,45 +252,10 @@ class StatisticsInputs:
         else:
             scores = ops.attention_scores(queries, keys, shape.scale)
         if lengths.min() < lengths.max():
-            beyond = torch.from_numpy(np.arange(lengths.max()) >= lengths[:, None])
-            scores.masked_fill_(beyond[:, None, None].to(scores.device), -torch.inf)
+            beyond = torch.from_numpy(np.arange(lengths.min(), lengths.max()) >= lengths[:, None])
+            tails = scores[..., lengths.min() :]
+            tails.masked_fill_(beyond[:, None, None].to(scores.device), -torch.inf)
         return scores.softmax(dim=-1)
-
-    def measure(self, sums: list[Sums]) -> list[dict[str, np.ndarray]]:
-        """Each plan's statistics by their names in ``PassResult``, from all ranks' sums."""
-        return _to_host([self._measure(index, own) for index, own in enumerate(sums)])
-
-    def _measure(self, index: int, sums: Sums) -> dict[str, torch.Tensor]:
-        """Plan ``index``'s statistics on the device, int32 or float32."""
-        rows = self._requests.get(index)
-        if rows is None:
-            return {}
-        plan, device = rows.plan, self._queries.device
-        measured: dict[str, torch.Tensor] = {}
-        if plan.trackable is not None:
-            trackable = torch.from_numpy(plan.trackable).to(device)
-            tracked = ops.most_attended(sums["mass"], trackable, plan.track_num)
-            measured["most_attended"] = tracked.to(torch.int32)
-        if plan.granularity:
-            watched = torch.from_numpy(plan.watched).to(device)
-            share = sums["share"] / sums["total"]
-            in_blocks, probes = ops.attended_blocks(share, watched, plan.granularity)
-            measured["block_mass"] = in_blocks
-            measured["block_probes"] = probes.to(torch.int32)
-        if "probe.change" in sums:
-            change, before = sums["probe.change"].sqrt(), sums["probe.before"].sqrt()
-            drift = change.new_zeros(plan.probes.size, self._shape.num_layers)
-            stride = self._shape.hidden_stride
-            drift[:, stride::stride] = (change / before.clamp_min(ops.NORM_FLOOR)).T
-            measured["probe_drift"] = drift
-        if plan.tested.size:
-            drift_sums = [part for name, part in sums.items() if name.startswith("drift.")]
-            num_rows = self._shape.num_heads * ranks.count() * plan.tested.size
-            tested = ops.similarity_of_sums(drift_sums, plan.statistic, num_rows)
-            similarities = tested.new_full((self._shape.num_layers,), torch.nan)
-            similarities[:: self._shape.hidden_stride][: len(tested)] = tested
-            measured["similarities"] = similarities[: plan.tested_layers]
-        return measured
 
     def _probe_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
@@ -322,51 +263,3 @@ class StatisticsInputs:
         new = self._shape.hidden_rows[:, self._probe_slots].float()
         # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
         return (new - old).norm(dim=-1).square(), old.norm(dim=-1).square()
-
-
-def _to_host(measured: list[dict[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
-    """All plans' numbers, of 4 bytes each, in one transfer: a GPU is waited for at every one."""
-    tensors = [tensor for plan in measured for tensor in plan.values()]
-    if not tensors:
-        return [{} for _ in measured]
-    words = torch.cat([tensor.flatten().view(torch.int32) for tensor in tensors]).cpu()
-    numbers = iter(words.split([tensor.numel() for tensor in tensors]))
-    return [
-        {
-            name: next(numbers).view(tensor.dtype).view(tensor.shape).numpy()
-            for name, tensor in plan.items()
-        }
-        for plan in measured
-    ]
-
-
-def add_up(sums: list[Sums]) -> list[Sums]:
-    """Every plan's partial sums over all ranks, by one all-reduce for all plans."""
-    totals = iter(ranks.add_up([part for plan in sums for part in plan.values()]))
-    return [{name: next(totals) for name in plan} for plan in sums]
-
-
-@dataclass(slots=True)
-class AttentionShape:
-    """The model's attention as the statistics see it.
-
-    Attributes:
-        num_heads, num_kv_heads: of this rank.
-        key_cache: [L, blocks, Hkv, block_size, C], all layers' paged keys and values.
-        hidden_rows: [stored, slots, d / ranks], this rank's columns of the stored inputs, of
-            every ``hidden_stride``-th layer from that one on.
-    """
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    key_layout: KeyLayout
-    key_cache: torch.Tensor
-    hidden_rows: torch.Tensor
-    hidden_stride: int = 1
-
-    def num_tested(self, tested_layers: int | None) -> int | None:
-        """How many of the first so many layers store their input, or are layer 0; None: all."""
-        return None if tested_layers is None else -(-tested_layers // self.hidden_stride)

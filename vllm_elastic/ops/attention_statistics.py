@@ -41,19 +41,19 @@ def attention_mass(attention: torch.Tensor, weights: torch.Tensor) -> torch.Tens
 
 
 def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -> torch.Tensor:
-    """Per layer the ``track_num`` trackable positions with the largest mass.
+    """The ``track_num`` trackable positions with the largest mass, in order.
 
     Args:
-        mass: [L, T]; trackable: bool [T].
+        mass: [..., T]; trackable: bool [..., T], leading dimensions broadcast to those of the mass.
 
     Returns:
-        int64 [L, track_num]; ties go to the smaller position; -1 where there are too few.
+        int64 [..., track_num]; ties go to the smaller position; -1 where there are too few.
     """
     mass = mass.masked_fill(~trackable, -1.0)
     if track_num == 1:
         best = mass.argmax(dim=-1, keepdim=True)
     else:
-        best = mass.sort(dim=-1, descending=True, stable=True).indices[:, :track_num]
+        best = mass.sort(dim=-1, descending=True, stable=True).indices[..., :track_num]
     best = torch.where(mass.gather(-1, best) < 0, -1, best)
     return torch.nn.functional.pad(best, (0, track_num - best.shape[-1]), value=-1)
 
@@ -64,20 +64,19 @@ def attended_blocks(
     """Attention by blocks of ``granularity`` positions, of watched positions alone.
 
     Args:
-        mass: [T]; watched: bool [T].
+        mass: [..., T]; watched: bool [..., T].
 
     Returns:
-        [blocks] the watched positions' mass, and int64 [blocks] the most attended one of each
-        block, the smaller position on a tie, -1 where none is watched.
+        [..., blocks] the watched positions' mass, and int64 [..., blocks] the most attended one of
+        each block, the smaller position on a tie, -1 where none is watched.
     """
-    num_blocks = -(-len(mass) // granularity)
-    padding = (0, num_blocks * granularity - len(mass))
+    num_blocks = -(-mass.shape[-1] // granularity)
+    padding = (0, num_blocks * granularity - mass.shape[-1])
     blocks = torch.nn.functional.pad(mass.masked_fill(~watched, -1.0), padding, value=-1.0)
-    blocks = blocks.view(num_blocks, granularity)
-    best = blocks.argmax(dim=1)
+    largest, best = blocks.unflatten(-1, (num_blocks, granularity)).max(dim=-1)
     starts = torch.arange(num_blocks, device=mass.device) * granularity
-    any_watched = blocks.amax(dim=1) >= 0
-    return blocks.clamp_min(0).sum(dim=1), torch.where(any_watched, starts + best, -1)
+    sums = blocks.clamp_min(0).unflatten(-1, (num_blocks, granularity)).sum(dim=-1)
+    return sums, torch.where(largest >= 0, starts + best, -1)
 
 
 def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:

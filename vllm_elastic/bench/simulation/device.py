@@ -44,9 +44,11 @@ class Device:
 def _gpu(name: str, bandwidth: float, memory: float) -> Device:
     """A Hopper GPU (SXM).
 
-    Peaks are the vendor's: dense bfloat16, plain float32. Efficiency and overheads are guesses:
-    nothing here was measured on a GPU. The runner launches its kernels one by one from Python,
-    about 15 a layer and 20 for a request's statistics, at some 5 microseconds each.
+    Peaks are the vendor's: dense bfloat16, plain float32. Nothing here was measured on a GPU. The
+    scheduler's time for a pass is what ``bench step`` measures on a CPU core; efficiency and the
+    other overheads are guesses. The runner launches its kernels one by one from Python, about 15
+    a layer and 20 for the statistics of a request that tests its drift, at some 5 microseconds
+    each.
     """
     return Device(
         name=name,
@@ -57,7 +59,7 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
         efficiency=0.65,
         step_seconds=1e-3,
         layer_seconds=75e-6,
-        pass_seconds=20e-6,
+        pass_seconds=80e-6,
         statistics_seconds=100e-6,
         asynchronous=True,
     )

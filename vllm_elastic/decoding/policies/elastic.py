@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.canvas import Positions, merged
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
@@ -27,8 +27,7 @@ class Elastic(RefreshPolicy):
     measures = True
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        rows = np.union1d(window, request.near_commits())
-        return np.union1d(rows, request.tracked).astype(np.int32)
+        return merged(request.canvas.length, window, request.near_commits(), request.tracked)
 
     def judge(
         self, request: DenoisingRequest, plan: PassPlan, result: PassResult

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.canvas import Positions, merged
 from vllm_elastic.decoding.plan import NO_POSITIONS, PassPlan, PassResult
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
@@ -66,8 +66,7 @@ class ElasticBlock(RefreshPolicy):
         return window[chosen] if chosen.any() else window
 
     def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        rows = np.union1d(window, request.near_commits())
-        return np.union1d(rows, self._probes).astype(np.int32)
+        return merged(request.canvas.length, window, request.near_commits(), self._probes)
 
     def probes(self, request: DenoisingRequest) -> Positions:
         return self._probes
@@ -83,8 +82,7 @@ class ElasticBlock(RefreshPolicy):
             self._written_at[segment.positions] = step
         if result.block_mass is None:  # a widened pass: the step's first has measured
             return None
-        drift = self._expected_drift(step + 1)
-        stale = self._verdict(request, drift, result.block_mass)
+        stale = self._verdict(request, step + 1, result.block_mass)
         if stale is not None:
             self._refreshed_at[stale < request.num_layers] = step + (request.refresh == "next")
         self._choose_probes(request, result, step)
@@ -106,26 +104,18 @@ class ElasticBlock(RefreshPolicy):
         if result.probe_drift is None:
             return
         assert self._rate is not None
-        for position, drift in zip(plan.probes.tolist(), result.probe_drift, strict=True):
-            block = position // request.validity.block_size
-            age = max(1, step - int(self._written_at[position]))
-            self._rate[block] = drift / age**GROWTH
-            self._probed_at[block] = step
-
-    def _expected_drift(self, step: int) -> npt.NDArray[np.float32]:
-        """float32 [blocks, L]: of the input of each layer, at a step to come."""
-        assert self._rate is not None
-        age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
-        return (self._rate * age[:, None]).astype(np.float32)
+        blocks = plan.probes // request.validity.block_size  # no two are of one block
+        age = np.maximum(step - self._written_at[plan.probes], 1)
+        self._rate[blocks] = result.probe_drift / (age**GROWTH)[:, None]
+        self._probed_at[blocks] = step
 
     def _verdict(
-        self,
-        request: DenoisingRequest,
-        drift: npt.NDArray[np.float32],
-        mass: npt.NDArray[np.float32],
+        self, request: DenoisingRequest, step: int, mass: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.int16] | None:
-        """int16 [blocks]: the costliest blocks' join layers, L for the others."""
-        cost = mass.astype(np.float64) * drift.max(axis=1)
+        """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
+        assert self._rate is not None
+        age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
+        cost = mass * (self._rate.max(axis=1) * age)
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
@@ -134,7 +124,8 @@ class ElasticBlock(RefreshPolicy):
         count = 1 + int(np.searchsorted(-left, -self.config.block_drift / 2))
         stale = np.full(len(cost), request.num_layers, dtype=np.int16)
         for block in ranked[:count][cost[ranked[:count]] > 0]:
-            settled = drift[block] <= self.config.slack * drift[block].max()
+            # Its age multiplies the drift of all layers alike.
+            settled = self._rate[block] <= self.config.slack * self._rate[block].max()
             # argmin: the first layer whose input has drifted; the one before is where to join.
             stale[block] = max(0, int(settled.argmin()) - 1)
         return stale

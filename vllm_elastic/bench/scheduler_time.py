@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler takes of a step, on real requests whose passes are only pretended."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+
+_STEPS = 30
+"""Denoising steps to a request: enough for a median."""
+
+
+def scheduler_seconds(engine: BenchEngine, policy: str, batch_size: int, canvas: int) -> float:
+    """Host time of a step's scheduling: admission, plans, commits, and vLLM's own share.
+
+    The median over the steps of a batch of real requests with this policy. What their passes
+    report is made up, so that no model is waited for.
+
+    Args:
+        canvas: positions; a part of them is prompt.
+    """
+    steps = min(_STEPS, canvas // 2)
+    special = (engine.mask_token_id, engine.eos_token_id)
+    word = next(token_id for token_id in range(3) if token_id not in special)
+    requests = [
+        {
+            "prompt_token_ids": [word] * (canvas - steps),
+            "max_tokens": steps,
+            "elastic_policy": policy,
+            "elastic_tokens_per_step": 1,
+        }
+        for _ in range(batch_size)
+    ]
+    scheduler = engine.scheduler
+    places, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, batch_size
+    with _pretended(engine, word), _timed(scheduler) as step_seconds:
+        engine.run(requests)
+    scheduler.max_num_active_reqs = places
+    return statistics.median(step_seconds)
+
+
+@contextlib.contextmanager
+def _pretended(engine: BenchEngine, word: int) -> Iterator[None]:
+    """No pass is run while the context is open; every prediction is ``word``."""
+    generator = np.random.default_rng(1)
+
+    def run(plans: list[PassPlan]) -> list[PassResult]:
+        return [_result(plan, word, engine.num_layers, generator) for plan in plans]
+
+    with _replaced(engine.runner, "run", run):
+        yield
+
+
+def _result(
+    plan: PassPlan, word: int, num_layers: int, generator: np.random.Generator
+) -> PassResult:
+    """Something that a pass might report: no drift, attention here and there, no end token."""
+    count = len(plan.window)
+    result = PassResult(np.full(count, word, dtype=np.int32), generator.random(count))
+    if plan.trackable is not None:
+        places = np.flatnonzero(plan.trackable).astype(np.int32)
+        size = (num_layers - plan.start_layer, plan.track_num)
+        result.most_attended = generator.choice(places, size)
+    if plan.tested.size:
+        tested = num_layers if plan.tested_layers is None else plan.tested_layers
+        result.similarities = np.ones(tested, dtype=np.float32)
+    if plan.granularity:
+        blocks = -(-len(plan.tokens) // plan.granularity)
+        result.block_mass = np.full(blocks, 1 / blocks, dtype=np.float32)
+        result.block_probes = np.arange(blocks, dtype=np.int32) * plan.granularity
+    if plan.probes.size:
+        shape = len(plan.probes), num_layers
+        result.probe_drift = (generator.random(shape) / 100).astype(np.float32)
+    return result
+
+
+@contextlib.contextmanager
+def _timed(scheduler: Any) -> Iterator[list[float]]:
+    """Seconds of each step that is scheduled while the context is open."""
+    steps: list[float] = []
+
+    def timed(function: Callable[..., Any], starts: bool) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds = time.perf_counter() - started
+            if starts:
+                steps.append(seconds)
+            else:
+                steps[-1] += seconds
+            return result
+
+        return wrapper
+
+    with (
+        _replaced(scheduler, "schedule", timed(scheduler.schedule, True)),
+        _replaced(scheduler, "update_from_output", timed(scheduler.update_from_output, False)),
+    ):
+        yield steps
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    setattr(owner, name, function)  # on the object: the class's own is back when it is deleted
+    try:
+        yield
+    finally:
+        delattr(owner, name)
