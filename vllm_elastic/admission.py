@@ -119,9 +119,10 @@ def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmCo
     limit = vllm_config.model_config.max_model_len
     if canvas > limit:
         raise VLLMValidationError(
-            f"max_tokens={params.max_tokens} is the canvas: with a prompt of {prompt_length} "
-            f"tokens it makes {canvas} positions, but the model's maximum length is {limit}. "
-            f"Lower max_tokens to {max(limit - prompt_length, 0)} or shorten the prompt.",
+            f"max_tokens={params.max_tokens} (or max_completion_tokens; the engine's "
+            f"default_max_tokens where a request names none) is the canvas: with a prompt of "
+            f"{prompt_length} tokens it makes {canvas} positions, but the model's maximum length "
+            f"is {limit}. Lower it to {max(limit - prompt_length, 0)} or shorten the prompt.",
             parameter="max_tokens",
             value=params.max_tokens,
         )

@@ -8,7 +8,7 @@ import functools
 import json
 from typing import Any
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import ConfigError, ElasticConfig
 
 _WRAPPED = "_vllm_elastic_wrapped"
 
@@ -16,9 +16,14 @@ _WRAPPED = "_vllm_elastic_wrapped"
 def _json_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not JSON ({error}); of a file take the contents: "$(cat FILE)"'
+        ) from None
+    try:
         ElasticConfig.from_dict(values)
-    except ValueError as error:  # a ConfigError, or not JSON at all
-        raise argparse.ArgumentTypeError(f"--elastic-config: {error}") from None
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return values
 
 
@@ -57,6 +62,11 @@ def add_elastic_flags() -> None:
         engine_args = from_cli_args(cls, args)
         values = getattr(args, "elastic_config", None)
         if values is not None:
+            if "elastic" in engine_args.additional_config:
+                raise ValueError(
+                    "--elastic-config and --additional-config's 'elastic' are the same thing: "
+                    "give one of them."
+                )
             engine_args.additional_config = {**engine_args.additional_config, "elastic": values}
         return engine_args
 

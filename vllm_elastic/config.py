@@ -110,7 +110,7 @@ class ElasticConfig:
         lazy_window: of ``elastic-block``, a step first predicts those positions of the window
             that are new in it, within ``reach`` of the last commits, or were sure before; only
             where too few of these reach the threshold another pass predicts the rest of it.
-            Not with ``steps``.
+            Ignored with ``steps``.
         probes: blocks probed at a step by ``elastic-block``, one position each.
         reach: positions on either side of a just committed one that ``elastic`` and
             ``elastic-block`` compute with it: a token's neighbours feel it first. null: the
@@ -211,6 +211,12 @@ class ElasticConfig:
         checks = {f.name: f.metadata["check"] for f in fields(self)}
         checked = {}
         for key, value in values.items():
+            if key not in allowed and key in checks:
+                where = "of the engine" if prefix else "of a request"
+                remedy = (
+                    "set it with --elastic-config" if prefix else f"send '{REQUEST_PREFIX}{key}'"
+                )
+                raise ConfigError(f"'{prefix}{key}' is {where} only: {remedy}.")
             if key not in allowed:
                 close = difflib.get_close_matches(str(key), allowed, n=1)
                 hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""

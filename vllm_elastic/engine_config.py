@@ -12,6 +12,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.requested_canvas import keep_requested_canvas
 
@@ -44,6 +45,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         """
         elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
         _refuse_unsupported(vllm_config, elastic)
+        _refuse_unusable_default(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         scheduler.scheduler_cls = "vllm_elastic.scheduling.scheduler.ElasticScheduler"
@@ -87,6 +89,24 @@ def _find_end_of_turn(vllm_config: VllmConfig) -> None:
     model.hf_config.eot_token_id = token_id
 
 
+def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
+    """A canvas that a client did not ask for must not be the reason why it is refused."""
+    length, limit = elastic.default_max_tokens, vllm_config.model_config.max_model_len
+    if length >= limit and length != ElasticConfig().default_max_tokens:
+        raise ValueError(
+            f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
+            f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
+        )
+    if elastic.steps is not None:
+        try:
+            make_schedule(elastic, length)
+        except ValueError as error:
+            raise ValueError(
+                f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
+                f"that names none: {error}"
+            ) from None
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
@@ -115,7 +135,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
         ),
         "--tensor-parallel-size": (
             bool(undivided),
-            f"{tp_size} ranks cannot share {undivided} evenly",
+            f"{tp_size} ranks cannot share {undivided} evenly; take a number that divides them",
         ),
         "--elastic-config": (
             1 < stride >= layers,

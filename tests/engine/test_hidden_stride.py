@@ -23,12 +23,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "next": {"policy": "elastic", "gamma": 0.9, "statistic": "paper", "refresh": "next"},
     "block": {"policy": "elastic-block", "granularity": 8, "block_drift": 0.1, "slack": 0.5},
     "block-replay": {"policy": "elastic-block", "granularity": 8, "refresh": "replay"},
+    "block-settled": {"policy": "elastic-block", "granularity": 8, "block_drift": 0.02, "slack": 1},
 }
 
 
 @pytest.mark.parametrize("stride", [2, 3])
 def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
+    stores, starts = compare(oracle, tmp_path, stride)
+    stored = set(range(0, oracle.config.n_layers, stride))
+    assert {0} < starts <= stored, "no refresh started from a stored hidden state"
+    assert stores == len(stored) - 1
+
+
+def test_a_model_of_one_layer(tmp_path: Path) -> None:
+    """It stores no hidden states at all."""
+    shape = {**RANDOM_MODELS["gqa-tied"], "n_layers": 1}
+    oracle = LLaDA.random(random_config(**shape), seed=3)
+    assert compare(oracle, tmp_path, 1) == (0, {0})
+
+
+def compare(oracle: LLaDA, tmp_path: Path, stride: int) -> tuple[int, set[int]]:
+    """Every configuration in one batch; returns how many layers store, and where passes began."""
     oracle.save_pretrained(tmp_path)
     engine = make_engine(tmp_path, elastic_config={"hidden_stride": stride})
     served = Served("gqa-tied", tmp_path, oracle, engine)
@@ -47,7 +63,4 @@ def test_equals_oracle(stride: int, tmp_path: Path) -> None:
         equal.append(agrees(result, expected, (name, len(prompt), max_tokens)))
         starts |= {entry["start_layer"] for entry in result["steps"]}
     assert equal.count(False) <= len(equal) / 50
-    stored = set(range(0, oracle.config.n_layers, stride))
-    assert {0} < starts <= stored, "no refresh started from a stored hidden state"
-    stores = engine.runner.model.hidden_states
-    assert len(stores) == len(stored) - 1
+    return len(engine.runner.model.hidden_states), starts

@@ -80,6 +80,8 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
     [
         ({"gama": 0.9}, "unknown parameter 'gama'. Did you mean 'gamma'"),
         ({"hidden_stride": 8}, "--elastic-config: hidden_stride 8 .* at most 7"),
+        ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
+        ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ([], "elastic config must be a JSON object"),
     ],
@@ -138,7 +140,9 @@ def test_llm_refuses_a_canvas_beyond_the_model(
     serve: Callable[[str], Served], max_tokens: int
 ) -> None:
     engine: Any = serve("gqa-tied").engine
-    with pytest.raises(Exception, match=f"max_tokens={max_tokens} is the canvas.* is 256") as info:
+    with pytest.raises(
+        Exception, match=f"max_tokens={max_tokens} .*is the canvas.* is 256"
+    ) as info:
         engine.run([{"prompt_token_ids": [1] * 57, "max_tokens": max_tokens}])
     from vllm.exceptions import VLLMValidationError
 

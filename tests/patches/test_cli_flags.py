@@ -39,6 +39,19 @@ def test_without_flags_nothing_is_added(engine_args: Any) -> None:
     assert engine_args.from_cli_args(args).additional_config == {}
 
 
+def test_the_same_thing_twice_is_refused(engine_args: Any) -> None:
+    """One of them would be dropped without a word."""
+    twice = [*ARGUMENTS, "--additional-config", '{"elastic": {"reach": 4}}']
+    with pytest.raises(ValueError, match="give one of them"):
+        engine_args.from_cli_args(parse(engine_args.add_cli_args, twice))
+
+
+def test_a_path_in_place_of_json(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(engine_args.add_cli_args, ["--elastic-config", "elastic.json"])
+    assert "argument --elastic-config: 'elastic.json' is not JSON" in capsys.readouterr().err
+
+
 def test_unknown_plugin_is_refused(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(engine_args.add_cli_args, ["--plugin", "static"])

@@ -20,6 +20,7 @@ from vllm_elastic.bench import (
     step,
     tune,
 )
+from vllm_elastic.config import ConfigError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,7 +52,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.command not in ("soak", "fuzz"):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    args.function(args)
+    try:
+        args.function(args)
+    except (ConfigError, FileNotFoundError) as error:
+        raise SystemExit(f"{args.command}: {error}") from None
 
 
 if __name__ == "__main__":

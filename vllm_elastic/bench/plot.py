@@ -31,7 +31,10 @@ def add_parser(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Choose the picture by what the rows hold."""
-    rows: Rows = json.loads(args.file.read_text())
+    try:
+        rows: Rows = json.loads(args.file.read_text())
+    except ValueError:
+        rows = []
     draw = picture_of(rows)
     if draw is None:
         raise SystemExit(f"{args.file}: not the --json of gamma, compare, step or drift")

@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     add_prompts(parser)
+    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     add_engine(parser, batch_size=1)
     parser.add_argument("--max-model-len", type=int, default=None, metavar="N")
@@ -68,7 +69,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def main(args: argparse.Namespace) -> None:
     """Run the prompts; records go to ``--out``, a summary to standard error."""
-    requests = list(read_jsonl(args.prompts))
+    requests = list(read_jsonl(args.prompts))[: args.count]
     engine = BenchEngine(
         args.model,
         dtype=args.dtype,

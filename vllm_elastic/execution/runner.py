@@ -54,6 +54,9 @@ class ElasticRunnerOutput(ModelRunnerOutput):
 class ElasticRunner:
     """The model runner behind ``ElasticWorker``; the same on CPU and GPU."""
 
+    # Asked at every step by the GPU worker where Triton is installed (model runner V2).
+    is_pooling_model = False
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -128,10 +131,17 @@ class ElasticRunner:
             scale=attention.scale,
             key_layout=KeyLayout.measure(layers[0]),
             key_cache=_stack_views([layer.kv_cache for layer in layers]),
-            hidden_rows=_stack_views([store.rows() for store in self.model.hidden_states]),
+            hidden_rows=self._hidden_rows(),
             hidden_stride=self.model.hidden_stride,
         )
         self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
+
+    def _hidden_rows(self) -> torch.Tensor:
+        if self.model.hidden_states:
+            return _stack_views([store.rows() for store in self.model.hidden_states])
+        keys = self.model.blocks[0].self_attn.attn.kv_cache  # a model of one layer stores none
+        width = self.model.d_model // ranks.count()
+        return keys.new_empty(0, keys.shape[0] * self.block_size, width)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig, backend: str) -> None:
         (group,) = kv_cache_config.kv_cache_groups
@@ -339,8 +349,6 @@ def _stack_views(views: list[torch.Tensor]) -> torch.Tensor:
     Raises:
         RuntimeError: it does not.
     """
-    if not views:
-        return torch.empty(0)  # a model of one layer stores no hidden states
     first = views[0]
     offsets = [view.storage_offset() for view in views]
     stride = offsets[1] - offsets[0] if len(offsets) > 1 else 0

@@ -70,6 +70,7 @@ def attended_blocks(
         [..., blocks] the watched positions' mass, and int64 [..., blocks] the most attended one of
         each block, the smaller position on a tie, -1 where none is watched.
     """
+    granularity = min(granularity, mass.shape[-1])
     num_blocks = -(-mass.shape[-1] // granularity)
     padding = (0, num_blocks * granularity - mass.shape[-1])
     blocks = torch.nn.functional.pad(mass.masked_fill(~watched, -1.0), padding, value=-1.0)

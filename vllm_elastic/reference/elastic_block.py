@@ -185,7 +185,7 @@ class ElasticBlock:
                 self.result.close_call(
                     margin.of_threshold(torch.tensor(drift) / max(drift), options.slack)
                 )
-                at = max(0, moved.index(True) - 1) if any(moved) else 0
+                at = max(0, moved.index(True) - 1) if any(moved) else self.layers - 1
                 stale[index] = at - at % options.hidden_stride
             self.result.close_call(
                 margin.of_ranking(torch.tensor(cost), len(stale)),
@@ -271,6 +271,8 @@ class ElasticBlock:
             probes, self.probes = self.probes, []
             measured = self.run(join, window)
             self.probes, self.stale = probes, {}
+            for position in join:
+                self.computed_at[position] = self.result.denoising_steps
         hidden = measured.hidden
         confidence = self.confidence_of(hidden)
         if len(window) < len(whole) and not self.is_sure(confidence, len(whole)):

@@ -84,7 +84,11 @@ class ElasticBlock(RefreshPolicy):
             return None
         stale = self._verdict(request, step + 1, result.block_mass)
         if stale is not None:
-            self._refreshed_at[stale < request.num_layers] = step + (request.refresh == "next")
+            refreshed = stale < request.num_layers
+            self._refreshed_at[refreshed] = step + (request.refresh == "next")
+            if request.refresh == "replay":  # no verdict follows a replay
+                size, length = request.validity.block_size, request.canvas.length
+                self._written_at[np.repeat(refreshed, size)[:length]] = step
         self._choose_probes(request, result, step)
         return stale
 
@@ -125,9 +129,10 @@ class ElasticBlock(RefreshPolicy):
         stale = np.full(len(cost), request.num_layers, dtype=np.int16)
         for block in ranked[:count][cost[ranked[:count]] > 0]:
             # Its age multiplies the drift of all layers alike.
-            settled = self._rate[block] <= self.config.slack * self._rate[block].max()
-            # argmin: the first layer whose input has drifted; the one before is where to join.
-            stale[block] = max(0, int(settled.argmin()) - 1)
+            drifted = self._rate[block] > self.config.slack * self._rate[block].max()
+            # argmax: the first layer whose input has; the one before is where to join.
+            first = int(drifted.argmax()) if drifted.any() else request.num_layers
+            stale[block] = max(0, first - 1)
         return stale
 
     def _choose_probes(self, request: DenoisingRequest, result: PassResult, step: int) -> None:
