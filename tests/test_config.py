@@ -36,7 +36,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "lazy_window": (False, FLAGS, NO_FLAGS),
     "probes": (4, [(1, 1), (1024, 1024)], [0, 1025, 1.5]),
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5]),
-    "block_drift": (0.03, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
+    "block_drift": (0.02, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "attention_stride": (4, [(1, 1), (8.0, 8)], [0, -1, 1.5, 1025]),
     "granularity": (32, [(None, None), (1, 1), (64.0, 64)], [0, -1, 1.5]),

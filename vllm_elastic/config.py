@@ -157,7 +157,7 @@ class ElasticConfig:
     lazy_window: bool = _knob(False, _flag)
     probes: int = _knob(4, _integer(1, 1 << 10))
     reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
-    block_drift: float = _knob(0.03, _number(0.0, 10.0))
+    block_drift: float = _knob(0.02, _number(0.0, 10.0))
     slack: float = _knob(0.1, _number(0.0, 1.0))
     attention_stride: int = _knob(4, _integer(1, 1 << 10))
     granularity: int | None = _knob(32, _integer(1, 1 << 20, optional=True))

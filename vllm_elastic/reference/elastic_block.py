@@ -67,7 +67,7 @@ class ElasticBlockOptions(DecodingOptions):
     lazy_window: bool = False
     probes: int = 4
     reach: int = 4
-    block_drift: float = 0.03
+    block_drift: float = 0.02
     slack: float = 0.1
     attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
