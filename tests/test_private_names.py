@@ -368,7 +368,6 @@ SUBCLASSES = {
 NOT_ASKED_OF_OUR_RUNNER = {
     # pooling models
     "_dummy_pooler_run": "pooling",
-    "is_pooling_model": "pooling, or Model Runner V2",
     "pool": "Model Runner V2",
     # warm-up and CUDA graphs: ElasticWorker.compile_or_warm_up_model replaces it all
     "_dummy_run": "warm-up; data parallel dummy batches",

@@ -113,6 +113,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     tp_size = parallel.tensor_parallel_size
     undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
     stride = elastic.hidden_stride
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     layers = vllm_config.model_config.hf_config.n_layers
     problems = {
         "--logits-processors": (
@@ -153,8 +154,10 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
             "KV connectors move causal caches, which are not valid for LLaDA",
         ),
         "--kv-cache-dtype": (
-            vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-            "a quantized KV cache is not supported; use auto",
+            # vLLM writes the model's numbers into it as they are.
+            vllm_config.cache_config.cache_dtype not in ("auto", dtype),
+            f"keys and values of another type than the model's ({dtype}) are not supported; use "
+            "auto",
         ),
     }
     for flag, (present, reason) in problems.items():

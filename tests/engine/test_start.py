@@ -64,6 +64,7 @@ def messages() -> Iterator[list[str]]:
         ),
         ("--enable-lora", {"enable_lora": True}),
         ("--kv-cache-dtype", {"kv_cache_dtype": "fp8"}),
+        ("--kv-cache-dtype: .* the model's .float32.", {"kv_cache_dtype": "bfloat16"}),
         (
             "--kv-transfer-config",
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

@@ -41,9 +41,11 @@ def scheduler_seconds(engine: BenchEngine, policy: str, batch_size: int, canvas:
     ]
     scheduler = engine.scheduler
     places, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, batch_size
-    with _pretended(engine, word), _timed(scheduler) as step_seconds:
-        engine.run(requests)
-    scheduler.max_num_active_reqs = places
+    try:
+        with _pretended(engine, word), _timed(scheduler) as step_seconds:
+            engine.run(requests)
+    finally:
+        scheduler.max_num_active_reqs = places
     return statistics.median(step_seconds)
 
 

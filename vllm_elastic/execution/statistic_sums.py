@@ -25,8 +25,8 @@ _SORTED_AT_ONCE = 1 << 24
 class StatisticSums:
     """The statistics of all plans of a pass, filled in on every rank and added up once.
 
-    Plans share tensors, with canvases of the longest one's length: what is done to them takes as
-    many operations for a hundred requests as for one.
+    Plans share tensors, with canvases of the longest one's length, so that the most attended
+    positions and blocks of all of them are found together.
     """
 
     def __init__(
@@ -130,13 +130,14 @@ class StatisticSums:
         share = self._share / self._share.sum(dim=-1, keepdim=True)
         parts: list[_Part] = []
         for granularity in {self._plans[index].granularity for index in self._judged}:
-            mass, probes = ops.attended_blocks(share, watched, granularity)
+            alike = [i for i in self._judged if self._plans[i].granularity == granularity]
+            rows = [self._judged[index] for index in alike]
+            mass, probes = ops.attended_blocks(share[rows], watched[rows], granularity)
             probes = probes.to(torch.int32)
-            for index, nth in self._judged.items():
-                if self._plans[index].granularity == granularity:
-                    blocks = slice(-(-len(self._plans[index].tokens) // granularity))
-                    parts.append((index, "block_mass", mass[nth, blocks]))
-                    parts.append((index, "block_probes", probes[nth, blocks]))
+            for nth, index in enumerate(alike):
+                blocks = slice(-(-len(self._plans[index].tokens) // granularity))
+                parts.append((index, "block_mass", mass[nth, blocks]))
+                parts.append((index, "block_probes", probes[nth, blocks]))
         return parts
 
     def _probe_drift(self) -> list[_Part]:

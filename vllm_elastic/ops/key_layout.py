@@ -65,15 +65,18 @@ class KeyLayout:
         slots = torch.arange(block_size, device=cache.device, dtype=torch.int64)
         found = torch.zeros(cache[0, 0].numel(), dtype=torch.int64, device=cache.device)
         seen = torch.zeros_like(found, dtype=torch.bool)
-        for digit, scale in ((codes % _CODE_BASE, 1), (codes // _CODE_BASE, _CODE_BASE)):
+        scale = 1
+        while scale < count:
+            digit = codes // scale % _CODE_BASE
             key = (digit + 1).to(cache.dtype).expand(-1, heads, -1).contiguous()
             attn.impl.do_kv_cache_update(attn, key, torch.zeros_like(key), cache, slots)
             plane = cache[0, 0].reshape(-1).to(torch.int64)
             seen = plane > 0
             found += (plane - 1).clamp_min(0) * scale
+            scale *= _CODE_BASE
         cache[0].zero_()
         where = torch.nonzero(seen).flatten()
-        readable = count <= _CODE_BASE**2 and where.numel() == count
+        readable = where.numel() == count
         expected = torch.arange(count, device=cache.device)
         if not readable or not torch.equal(found[where].sort().values, expected):
             raise RuntimeError(f"cannot read keys of {type(attn.impl).__name__}'s KV cache")
