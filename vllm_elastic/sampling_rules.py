@@ -31,7 +31,9 @@ _PENALTY = (
 _CAUSAL = "a bidirectional model gives a prompt no probabilities; leave it out."
 
 RULES: dict[str, Rule] = {
-    "n": Rule("kept", "each copy with a seed of its own, as in vLLM"),
+    "n": Rule(
+        "kept", "each copy with a seed of its own, as in vLLM; more than 1 needs a temperature"
+    ),
     "temperature": Rule(
         "deviates",
         "0 is the default; above 0 Gumbel-max in float64 chooses the token of each window "

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
+from vllm_elastic.bench.simulation import model_shape
 from vllm_elastic.execution import candidates
 from vllm_elastic.execution.candidates import most_probable
 from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
@@ -209,7 +210,7 @@ def test_left_is_filled_with_whole_canvases(plan: Any) -> None:
     """LLaDA-8B on two ranks, worked out by hand; one block of 32 positions is vLLM's own."""
     words = ("--model", "llada-8b", "--memory", 80, "--tp", 2, "--canvas", 1000)
     (rank,) = plan(*words, "--row-budget", 1024, "--max-num-seqs", 64).json["ranks"]
-    logits = 1024 * 126464 * (2 + 16)
+    logits = 126464 * (1024 * 2 + 8 * 265)  # 265 rows are 2^25 numbers, nearly
     assert rank["step"] == logits
     assert rank["left"] == int(80 * GIB * 0.9) - rank["weights"] - logits
     blocks = rank["left"] // (32 * 389_120) - 1
@@ -257,8 +258,11 @@ def test_step_is_what_the_trial_run_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """LLaDA-8B's proportions; the windows of 32 requests, or of one, among 1,024 rows."""
-    # The plan is a GPU's, which takes the softmax of all rows at once.
-    monkeypatch.setattr(candidates, "_CACHED_NUMBERS", 1 << 40)
+    # The plan is a GPU's, which takes the softmax of more rows at once. Here of half of them.
+    at_once = candidates._NUMBERS_AT_ONCE[False]
+    assert at_once == model_shape.SOFTMAX_NUMBERS
+    monkeypatch.setattr(model_shape, "SOFTMAX_NUMBERS", at_once >> 4)
+    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (at_once, at_once >> 4))
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     sizes = dict(d_model=256, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=768)
@@ -292,7 +296,10 @@ def test_table_and_file_say_the_same(plan: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "kinds"),
     [
-        (["--memory", "24"], {"--tp", "--max-num-seqs", "--memory"}),
+        (
+            ["--memory", "23", "--max-num-seqs", "1024", "--row-budget", "16384"],
+            {"--tp", "--max-num-seqs", "--canvas", "--memory"},
+        ),
         (
             ["--memory", "41", "--dtype", "float32", "--max-num-seqs", "16"],
             {"--tp", "--hidden-stride", "--dtype", "--canvas", "--memory"},

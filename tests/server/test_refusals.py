@@ -66,7 +66,7 @@ def test_beam_search(alive: Client) -> None:
     ("knobs", "parts"),
     [
         ({"elastic_gama": 0.9}, ["'elastic_gama'", "Did you mean 'elastic_gamma'?"]),
-        ({"elastic_record": 1}, ["'elastic_record'", "elastic_policy, elastic_window"]),
+        ({"elastic_record": 1}, ["'elastic_record'", "of the engine only", "--elastic-config"]),
         ({"elastic_gamma": 3}, ["'elastic_gamma'", "0 to 2", "got 3"]),
         ({"elastic_gamma": "high"}, ["'elastic_gamma'", "0 to 2", "'high'"]),
         ({"elastic_threshold": -0.1}, ["'elastic_threshold'", "0 to 1", "-0.1"]),

@@ -36,12 +36,12 @@ in the rest. It is arithmetic; nothing of it was measured on a GPU.
 
   left = memory * gpu-memory-utilization - weights - step
   step = max(rows * (5 * d_model + (2 * d_model + 3 * mlp) / ranks + 2 * kv) * b,   a layer
-             window rows * vocabulary * (b + 16))    logits; their softmax is in float64
+             vocabulary * (window rows * b + 8 * rows at once))   logits, float64 softmax
 
 with kv the width of the rank's KV heads, b bytes a number, rows the row budget, and window rows
-max-num-seqs * window, at most rows. vLLM sets about as much aside by a trial run at start. Not
-counted is what CUDA, NCCL, attention kernels and the attention statistics take; it comes out of
-what is left, so leave some.
+max-num-seqs * window, at most rows; the softmax takes 2^25 logits at once. vLLM sets about as
+much aside by a trial run at start. Not counted is what CUDA, NCCL, attention kernels and the
+attention statistics take; it comes out of what is left, so leave some.
 Exit status: 0 if a canvas fits for one of the --tp values, 1 if for none, 2 for a bad value.
 """
 

@@ -11,6 +11,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+SOFTMAX_NUMBERS = 1 << 25
+"""Logits whose softmax is worked out at a time on a GPU (``execution/candidates.py``)."""
+
 Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 
 
@@ -105,10 +108,11 @@ class ModelShape:
 
         The larger of a layer's tensors (``LLaDAModelLM.run_without_cache``: five of the model's
         width; the rank's share of the queries twice and of the MLP's three; ``key_width`` twice),
-        and of the candidates' logits, which every rank has in full and whose softmax is in
-        float64: a logit, its double and the exponential are alive at once.
+        and of the candidates' logits, which every rank has in full. Their softmax is in float64,
+        ``SOFTMAX_NUMBERS`` at a time.
         """
         shared = (2 * self.width + 3 * self.mlp) // ranks + 2 * self.key_width
         layer = rows * (5 * self.width + shared) * self.bytes_per_number
-        logits = window_rows * self.vocabulary * (self.bytes_per_number + 16)
+        at_once = min(window_rows, max(1, SOFTMAX_NUMBERS // self.vocabulary))
+        logits = self.vocabulary * (window_rows * self.bytes_per_number + at_once * 8)
         return max(layer, logits)
