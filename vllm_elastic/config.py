@@ -212,11 +212,10 @@ class ElasticConfig:
         checked = {}
         for key, value in values.items():
             if key not in allowed and key in checks:
-                where = "of the engine" if prefix else "of a request"
-                remedy = (
-                    "set it with --elastic-config" if prefix else f"send '{REQUEST_PREFIX}{key}'"
-                )
-                raise ConfigError(f"'{prefix}{key}' is {where} only: {remedy}.")
+                only = f"of a request only: send '{REQUEST_PREFIX}{key}'"
+                if prefix:
+                    only = "of the engine only: set it with --elastic-config"
+                raise ConfigError(f"'{prefix}{key}' is {only}.")
             if key not in allowed:
                 close = difflib.get_close_matches(str(key), allowed, n=1)
                 hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""

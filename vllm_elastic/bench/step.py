@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,10 @@ def main(args: argparse.Namespace) -> None:
                 seconds[kind].append(time.perf_counter() - started)
         scheduling = {
             policy: scheduler_seconds(engine, policy, batch, args.canvas)
-            for policy in set(_policies(passes).values())
+            for policy in {_policy_of(kind) for kind in passes}
         }
         for kind, plans in passes.items():
-            scheduled = scheduling[_policies(passes)[kind]]
+            scheduled = scheduling[_policy_of(kind)]
             with parts_timed() as parts:
                 started = time.perf_counter()
                 runner.run(plans)
@@ -241,10 +241,9 @@ def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
     return 4 * rows * args.width * args.mlp / min(medians)
 
 
-def _policies(kinds: Iterable[str]) -> dict[str, str]:
+def _policy_of(kind: str) -> str:
     """The policy whose requests make such passes: its scheduling is counted with the pass."""
-    policies = {"full": "none", BLOCK_WINDOW: "elastic-block"}
-    return {kind: policies.get(kind, "elastic") for kind in kinds}
+    return {"full": "none", BLOCK_WINDOW: "elastic-block"}.get(kind, "elastic")
 
 
 PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch", "scheduler")

@@ -71,17 +71,17 @@ class StatisticsInputs:
         num_tested = num_keys = 0
         for index, positions in zip(wanted, rows, strict=True):
             plan = plans[index]
-            written = _NONE
+            written, in_window = _NONE, np.ones(len(positions), dtype=np.bool_)
             if plan.tested.size:
+                in_window = np.isin(positions, plan.window)
                 written = plan.segments[0].positions.astype(np.int64)
                 tested.append(plan.tested.astype(np.int64))
                 key_rows.append(layout.row_of[index][written])
-            all_of_them = np.ones(len(positions), dtype=np.bool_)
             first = int(np.searchsorted(self.query_rows, layout.row_of[index][positions[0]]))
             self._requests[index] = _RequestRows(
                 plan=plan,
                 queries=slice(first, first + len(positions)),
-                in_window=np.isin(positions, plan.window) if plan.tested.size else all_of_them,
+                in_window=in_window,
                 tested=np.searchsorted(positions, plan.tested),
                 old_queries=slice(num_tested, num_tested + plan.tested.size),
                 old_keys=slice(num_keys, num_keys + written.size),
