@@ -25,23 +25,23 @@ VERSION = f"vLLM {vllm.__version__}"
 
 # Where vLLM is known at all. A new file here is a decision, not an accident.
 FILES_THAT_IMPORT_VLLM = {
-    "admission.py",
+    "patches/admission.py",
     "bench/engine.py",
-    "cli.py",
-    "cpu_communicator.py",
-    "cpu_platform.py",
-    "engine_config.py",
-    "execution/hidden_states.py",
-    "execution/ranks.py",
-    "execution/runner.py",
-    "execution/worker.py",
-    "finished_answer.py",
+    "patches/cli_flags.py",
+    "patches/ray_on_cpu/communicator.py",
+    "patches/ray_on_cpu/platform.py",
+    "engine/engine_config.py",
+    "models/hidden_states.py",
+    "models/ranks.py",
+    "runner/runner.py",
+    "engine/worker.py",
+    "patches/finished_answer.py",
     "models/llada.py",
     "plugin.py",
-    "ray_platform.py",
-    "requested_canvas.py",
-    "scheduling/sampling.py",
-    "scheduling/scheduler.py",
+    "patches/ray_on_cpu/__init__.py",
+    "patches/max_tokens.py",
+    "engine/sampling.py",
+    "engine/scheduler.py",
 }
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -59,17 +59,17 @@ QUANTIZED = ["bias", "quant_config", "prefix"]
 
 # Our class and method -> the vLLM class whose method it overrides.
 OVERRIDDEN = [
-    ("scheduling.scheduler:ElasticScheduler.schedule", SCHEDULER),
-    ("scheduling.scheduler:ElasticScheduler.update_from_output", SCHEDULER),
-    ("scheduling.scheduler:ElasticScheduler._free_request", SCHEDULER),
-    *(("execution.worker:ElasticWorker.init_device", worker) for worker in WORKERS),
-    *(("execution.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
-    ("execution.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
-    ("execution.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
-    ("engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
-    ("cpu_platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
+    ("engine.scheduler:ElasticScheduler.schedule", SCHEDULER),
+    ("engine.scheduler:ElasticScheduler.update_from_output", SCHEDULER),
+    ("engine.scheduler:ElasticScheduler._free_request", SCHEDULER),
+    *(("engine.worker:ElasticWorker.init_device", worker) for worker in WORKERS),
+    *(("engine.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
+    ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
+    ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
+    ("engine.engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("patches.ray_on_cpu.platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
     (
-        "cpu_communicator:NodeAwareCpuCommunicator._all_group_ranks_share_shm_group_name",
+        "patches.ray_on_cpu.communicator:NodeAwareCpuCommunicator._all_group_ranks_share_shm_group_name",
         "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator",
     ),
 ]
@@ -360,8 +360,8 @@ ATTRIBUTES: dict[str, list[str]] = {
 
 # Our subclasses: whatever they read of `self` and do not define has to come from vLLM.
 SUBCLASSES = {
-    "scheduling.scheduler:ElasticScheduler": (SCHEDULER,),
-    "execution.worker:ElasticWorker": WORKERS,
+    "engine.scheduler:ElasticScheduler": (SCHEDULER,),
+    "engine.worker:ElasticWorker": WORKERS,
 }
 
 # What vLLM's workers ask of their runner, and ours does not offer because nobody gets there.
@@ -537,7 +537,7 @@ def test_attributes_exist(path: str) -> None:
 def test_refused_sampling_parameters_exist() -> None:
     """A parameter that vLLM renamed would be ignored instead of refused."""
     known = attributes_of(resolve("vllm.sampling_params:SamplingParams"))
-    missing = {name for name in own("sampling_rules:RULES")} - known
+    missing = {name for name in own("engine.sampling_rules:RULES")} - known
     assert not missing, f"{VERSION}: SamplingParams has no {sorted(missing)}"
 
 
@@ -554,7 +554,7 @@ def test_inherited_attributes_exist(ours: str) -> None:
 
 def test_our_names_do_not_hide_vllms() -> None:
     """A new private attribute of vLLM's scheduler could have the name of one of ours."""
-    cls, base = own("scheduling.scheduler:ElasticScheduler"), resolve(SCHEDULER)
+    cls, base = own("engine.scheduler:ElasticScheduler"), resolve(SCHEDULER)
     overridden = {ours.split(".")[-1] for ours, _ in OVERRIDDEN}
     mine = {name for name in vars(cls) if not name.startswith(("__", "_abc_"))}
     mine |= names_set_by(cls)
@@ -594,7 +594,7 @@ def _is_runner(node: ast.expr) -> bool:
 @pytest.mark.parametrize("name", sorted(runner_names()))
 def test_runner_offers_what_the_workers_ask(name: str) -> None:
     """vLLM's worker asks our runner for something that it does not have."""
-    runner = own("execution.runner:ElasticRunner")
+    runner = own("runner.runner:ElasticRunner")
     offered = set(dir(runner)) | names_set_by(runner)
     assert (name in offered) != (name in NOT_ASKED_OF_OUR_RUNNER), (
         f"{VERSION}: {', '.join(runner_names()[name])} asks model_runner.{name}: offer it in "
@@ -616,7 +616,7 @@ def test_wrapped_method_takes_what_the_wrapper_reads(path: str) -> None:
 
 
 def test_class_methods_that_we_wrap() -> None:
-    """cli.py unwraps a class method and puts a static method back: both have to be that."""
+    """cli_flags.py unwraps a class method and puts a static method back: both have to be that."""
     engine_args = resolve("vllm.engine.arg_utils:EngineArgs")
     for name, kind in (("add_cli_args", staticmethod), ("from_cli_args", classmethod)):
         assert isinstance(inspect.getattr_static(engine_args, name), kind), f"{VERSION}: {name}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm.sampling_params import SamplingParams
 
-from vllm_elastic.sampling_rules import RULES, table
+from vllm_elastic.engine.sampling_rules import RULES, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,4 +34,5 @@ def test_defaults_of_refused_parameters_are_accepted() -> None:
 
 def test_page_is_current() -> None:
     page = (ROOT / "docs/sampling-parameters.md").read_text()
-    assert page == table(), "python -m vllm_elastic.sampling_rules > docs/sampling-parameters.md"
+    written_by = "python -m vllm_elastic.engine.sampling_rules > docs/sampling-parameters.md"
+    assert page == table(), written_by

@@ -21,11 +21,11 @@ def register() -> None:
         ) from error
     from transformers import AutoConfig
 
-    from vllm_elastic.admission import check_requests_at_admission
-    from vllm_elastic.cli import add_elastic_flags
-    from vllm_elastic.engine_config import LLaDAEngineConfig
-    from vllm_elastic.finished_answer import take_reports_of_finished_answers
+    from vllm_elastic.engine.engine_config import LLaDAEngineConfig
     from vllm_elastic.models.llada_config import LLaDAConfig
+    from vllm_elastic.patches.admission import check_requests_at_admission
+    from vllm_elastic.patches.cli_flags import add_elastic_flags
+    from vllm_elastic.patches.finished_answer import take_reports_of_finished_answers
 
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.models:

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
 from vllm_elastic.bench.simulation import model_shape
-from vllm_elastic.execution import candidates
-from vllm_elastic.execution.candidates import most_probable
 from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
 from vllm_elastic.reference.llada import weight_shapes
+from vllm_elastic.runner import candidates
+from vllm_elastic.runner.candidates import most_probable
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_llada" / "checkpoint"

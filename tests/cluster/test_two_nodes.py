@@ -22,7 +22,7 @@ from .ray_node import Cluster, inherited
 from .second_machine import SecondMachine
 
 STOCK = "vllm.distributed.device_communicators.cpu_communicator.CpuCommunicator"
-OURS = "vllm_elastic.cpu_communicator.NodeAwareCpuCommunicator"
+OURS = "vllm_elastic.patches.ray_on_cpu.communicator.NodeAwareCpuCommunicator"
 ROOT = Path(__file__).parents[2]
 
 
@@ -90,21 +90,21 @@ def test_ranks_that_share_no_memory_add_up(
 ) -> None:
     with SecondMachine() as machine:
         assert_sums(sums(OURS, machine), "gloo")
-    row(executor="gloo", nodes=2, note="patch ray-on-cpu: the communicator")
+    row(executor="gloo", nodes=2, note="patch ray_on_cpu: the communicator")
 
 
 def test_ranks_on_one_machine_share_memory(row: Callable[..., None]) -> None:
     assert_sums(sums(OURS, None), "shared memory")
-    row(executor="shared memory", nodes=1, note="patch ray-on-cpu: the communicator")
+    row(executor="shared memory", nodes=1, note="patch ray_on_cpu: the communicator")
 
 
 def test_patch_is_still_needed(second_machine_permitted: None, row: Callable[..., None]) -> None:
     with SecondMachine() as machine:
         _, second = sums(STOCK, machine)
     assert "open shm in SHMManager failed" in second.stderr, (
-        "patch ray-on-cpu, part communicator, can go: vLLM's own one tells machines apart. Remove "
-        "vllm_elastic/cpu_communicator.py, get_device_communicator_cls in "
-        "vllm_elastic/cpu_platform.py, its part of patches/ray-on-cpu/README.md and this test. "
+        "patch ray_on_cpu, part communicator, can go: vLLM's own one tells machines apart. Remove "
+        "vllm_elastic/patches/ray_on_cpu/communicator.py, get_device_communicator_cls in "
+        "vllm_elastic/patches/ray_on_cpu/platform.py, its part of the README and this test. "
         f"The second rank said:\n{second.stdout[-1000:]}{second.stderr[-3000:]}"
     )
     row(executor="gloo", nodes=2, note="stock vLLM's communicator still fails over two machines")

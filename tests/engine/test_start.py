@@ -34,7 +34,7 @@ def make_config(**options: Any) -> Any:
 def messages() -> Iterator[list[str]]:
     """What engine_config logs; vLLM's loggers do not propagate to pytest's."""
     lines: list[str] = []
-    logger = logging.getLogger("vllm.vllm_elastic.engine_config")
+    logger = logging.getLogger("vllm.vllm_elastic.engine.engine_config")
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)

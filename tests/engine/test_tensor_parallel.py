@@ -264,7 +264,7 @@ def ray_with_two_devices() -> Iterator[None]:
 def test_ray_equals_oracle(
     ray_with_two_devices: None, directory_of: Callable[[str], tuple[LLaDA, Path]]
 ) -> None:
-    """The same ranks as Ray's actors: patches/ray-on-cpu."""
+    """The same ranks as Ray's actors: patches/ray_on_cpu."""
     served = start(*directory_of("gqa-tied"), "gqa-tied", "ray")
     try:
         executor = served.engine.llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]

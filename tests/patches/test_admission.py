@@ -79,7 +79,7 @@ def test_patch_is_still_needed(processor: Any) -> None:
         except ValueError as error:
             pytest.fail(
                 f"patch admission: a part can go, stock vLLM refuses {name} by itself ({error}). "
-                "Take that check out of vllm_elastic/admission.py, its record and this test."
+                "Take the check out of vllm_elastic/patches/admission.py, its record and this test."
             )
         except TypeError:
             assert name == "half a surrogate pair"  # which the tokenizer does not take

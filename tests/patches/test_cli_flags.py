@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--plugin and --elastic-config on vLLM's command line: patches/cli-flags."""
+"""--plugin and --elastic-config on vLLM's command line: patches/cli_flags."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def test_patch_is_still_needed(engine_args: Any, capsys: pytest.CaptureFixture[s
         assert "unrecognized arguments" in capsys.readouterr().err
         return
     pytest.fail(
-        "patch cli-flags can go: stock vLLM takes the flags. Remove patches/cli-flags, its row in "
-        "patches/README.md, vllm_elastic/cli.py and this test."
+        "patch cli_flags can go: stock vLLM takes the flags. Remove patches/cli_flags, its row in "
+        "patches/README.md, vllm_elastic/patches/cli_flags.py and this test."
     )

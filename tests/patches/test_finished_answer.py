@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End tokens stay out of answers, reports out of responses: patches/finished-answer."""
+"""End tokens stay out of answers, reports out of responses: patches/finished_answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.finished_answer import KEY
+from vllm_elastic.patches.finished_answer import KEY
 
 END = 7
 RECORD = {
@@ -81,13 +81,13 @@ def test_empty_answer_keeps_its_end_token() -> None:
 def test_patch_is_still_needed() -> None:
     (output,) = finish([[3, END]], report=False)
     if list(output.outputs[0].token_ids) != [3, END]:
-        pytest.fail("patch finished-answer: a part can go, stock vLLM leaves the end token out.")
+        pytest.fail("patch finished_answer: a part can go, stock vLLM leaves the end token out.")
 
 
 def test_counters() -> None:
     from prometheus_client import REGISTRY
 
-    from vllm_elastic.metrics import count_finished
+    from vllm_elastic.engine.metrics import count_finished
 
     labels = {"model_name": "m", "engine": "0", "policy": "elastic"}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Over HTTP max_tokens is taken literally: patches/max-tokens."""
+"""Over HTTP max_tokens is taken literally: patches/max_tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def requests_of() -> list[tuple[Callable[..., Any], str]]:
 
 @pytest.mark.parametrize("case", range(4))
 def test_canvas_as_sent_or_the_default(case: int) -> None:
-    from vllm_elastic.requested_canvas import keep_requested_canvas
+    from vllm_elastic.patches.max_tokens import keep_requested_canvas
 
     make, name = requests_of()[case]
     keep_requested_canvas(200, None)
@@ -45,7 +45,7 @@ def test_canvas_as_sent_or_the_default(case: int) -> None:
 
 
 def test_echo_alone_decodes_one_token() -> None:
-    from vllm_elastic.requested_canvas import keep_requested_canvas
+    from vllm_elastic.patches.max_tokens import keep_requested_canvas
 
     keep_requested_canvas(200, None)
     make, _ = requests_of()[2]
@@ -65,6 +65,6 @@ def test_patch_is_still_needed() -> None:
     }
     gone = [reason for reason, holds in reasons.items() if not holds]
     assert not gone, (
-        f"patch max-tokens: a part can go, stock vLLM no longer {' nor '.join(gone)}. Adapt "
-        "patches/max-tokens, vllm_elastic/requested_canvas.py and this test."
+        f"patch max_tokens: a part can go, stock vLLM no longer {' nor '.join(gone)}. Adapt "
+        "patches/max_tokens, vllm_elastic/patches/max_tokens.py and this test."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray's logical devices for ranks on CPUs, and who shares memory: patches/ray-on-cpu."""
+"""Ray's logical devices for ranks on CPUs, and who shares memory: patches/ray_on_cpu."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import pytest
 import vllm.platforms
 
-from vllm_elastic import ray_platform
+from vllm_elastic.patches import ray_on_cpu
 
 SHOW_KEY = """
 from vllm.platforms import current_platform as platform
@@ -19,7 +19,7 @@ print(platform.is_cpu(), repr(platform.ray_device_key))
 """
 
 on_cpu = pytest.mark.skipif(
-    vllm.platforms.cpu_platform_plugin() != ray_platform.STOCK,
+    vllm.platforms.cpu_platform_plugin() != ray_on_cpu.STOCK,
     reason="the patch is for vLLM's plain CPU platform",
 )
 with_ray = pytest.mark.skipif(
@@ -50,21 +50,21 @@ def test_left_alone_where_it_is_not_the_plain_cpu_platform(
 ) -> None:
     """A CUDA build would be served on CPUs."""
     monkeypatch.setattr(vllm.platforms, "cpu_platform_plugin", lambda: platform)
-    assert ray_platform.cpu_platform_for_ray() is None
+    assert ray_on_cpu.cpu_platform_for_ray() is None
 
 
 def test_left_alone_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert ray_platform.cpu_platform_for_ray() is None
+    assert ray_on_cpu.cpu_platform_for_ray() is None
 
 
 def test_patch_is_still_needed() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     assert not CpuPlatform.ray_device_key, (
-        "patch ray-on-cpu, part devices, can go: vLLM's CPU platform has a device for Ray. Remove "
-        "ray_device_key from vllm_elastic/cpu_platform.py, its part of the patch's README and this "
-        "test; and the whole platform if its communicator is needed no more."
+        "patch ray_on_cpu, part devices, can go: vLLM's CPU platform has a device for Ray. Remove "
+        "ray_device_key from vllm_elastic/patches/ray_on_cpu/platform.py, its part of the patch's "
+        "README and this test; and the whole platform if its communicator is needed no more."
     )
 
 
@@ -76,7 +76,7 @@ def test_shared_memory_needs_both(
     """The same name for it, as in stock vLLM, and memory that is really shared."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    from vllm_elastic import cpu_communicator
+    from vllm_elastic.patches.ray_on_cpu import communicator as cpu_communicator
 
     asked = "_all_group_ranks_share_shm_group_name"
     assert asked in vars(CpuCommunicator), "renamed: the override would do nothing"
@@ -92,8 +92,8 @@ def test_shared_memory_needs_both(
 def test_platform_names_a_communicator_that_exists() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_elastic.cpu_communicator import NodeAwareCpuCommunicator
-    from vllm_elastic.cpu_platform import RayCpuPlatform
+    from vllm_elastic.patches.ray_on_cpu.communicator import NodeAwareCpuCommunicator
+    from vllm_elastic.patches.ray_on_cpu.platform import RayCpuPlatform
 
     name = RayCpuPlatform.get_device_communicator_cls()
     assert resolve_obj_by_qualname(name) is NodeAwareCpuCommunicator

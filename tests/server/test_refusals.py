@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.sampling_rules import RULES
+from vllm_elastic.engine.sampling_rules import RULES
 
 from .conftest import MODEL, MODEL_LENGTH, Client, user
 

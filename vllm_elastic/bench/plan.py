@@ -244,7 +244,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     """
     config, shape = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
-    from vllm_elastic.engine_config import BLOCK_SIZE
+    from vllm_elastic.engine.engine_config import BLOCK_SIZE
     from vllm_elastic.models.llada_config import undivided_by
 
     def shareable(ranks: int) -> bool:

@@ -250,11 +250,11 @@ PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch",
 
 
 def _parts() -> dict[str, list[tuple[Any, str]]]:
-    from vllm_elastic.execution import row_batch, runner
-    from vllm_elastic.execution.hidden_states import HiddenStateCache
-    from vllm_elastic.execution.statistic_sums import StatisticSums
-    from vllm_elastic.execution.statistics import StatisticsInputs
+    from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock, LLaDAModelLM
+    from vllm_elastic.runner import row_batch, runner
+    from vllm_elastic.runner.statistics.inputs import StatisticsInputs
+    from vllm_elastic.runner.statistics.sums import StatisticSums
 
     return {
         "products": [(LLaDAAttention, "project"), (LLaDABlock, "finish")],

@@ -32,10 +32,10 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.execution.hidden_states import HiddenStateCache
-from vllm_elastic.execution.row_batch import Chunk, RowBatch, Stage, WindowRows
-from vllm_elastic.execution.statistics import StatisticsInputs
+from vllm_elastic.models.hidden_states import HiddenStateCache
 from vllm_elastic.models.llada_config import LLaDAConfig
+from vllm_elastic.runner.row_batch import Chunk, RowBatch, Stage, WindowRows
+from vllm_elastic.runner.statistics.inputs import StatisticsInputs
 
 _MULTIPLES = ((64, 8), (128, 16), (1024, 32))
 """Up to so many rows, to a multiple of this: 40 numbers of rows, and from 33 rows on

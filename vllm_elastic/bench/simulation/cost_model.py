@@ -69,7 +69,7 @@ class CostModel:
         written = (2 * shape.key_width + width) * size * rows
         put("cache writes", np.zeros_like(rows), written / self._bandwidth)
         # Logits are written and read twice, then go through float64: copied, reduced,
-        # exponentiated and summed, each a pass over memory (execution/candidates.py).
+        # exponentiated and summed, each a pass over memory (runner/candidates.py).
         logits = window * shape.vocabulary * (3 * size + 48)
         put(
             "candidates",
@@ -77,7 +77,7 @@ class CostModel:
             ((shape.head_parameters * size * (window > 0) + logits) / self._bandwidth)[..., None],
         )
         # Keys are gathered, then copied to float32, then read; scores are written, go through a
-        # softmax and are summed (execution/statistics.py).
+        # softmax and are summed (runner/statistics.py).
         gathered = work[..., columns.query_keys] * shape.key_width * (3 * size + 8)
         scores = work[..., columns.queries] * shape.heads * 16
         put(

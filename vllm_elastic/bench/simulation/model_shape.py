@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 SOFTMAX_NUMBERS = 1 << 25
-"""Logits whose softmax is worked out at a time on a GPU (``execution/candidates.py``)."""
+"""Logits whose softmax is worked out at a time on a GPU (``runner/candidates.py``)."""
 
 Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 

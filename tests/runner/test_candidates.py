@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates: the most probable, sampled, constrained; log probabilities; random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.runner.candidates import constrain, logprobs_of, most_probable, sampled
+from vllm_elastic.runner.counter_random import _mix_int, uniform
+
+torch.set_num_threads(1)
+
+
+def logits_of(rows: int, vocab: int = 11, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def test_splitmix_matches_the_published_sequence() -> None:
+    """First outputs of SplitMix64 seeded with 1234567 (the reference implementation's test)."""
+    golden = 0x9E3779B97F4A7C15
+    outputs = [_mix_int(1234567 + (i + 1) * golden) for i in range(3)]
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_uniform_depends_on_seed_step_position_and_token_only() -> None:
+    together = uniform(5, 3, torch.tensor([7, 100, 8]), 50)
+    alone = uniform(5, 3, torch.tensor([100]), 80)
+    assert torch.equal(together[1], alone[0, :50])
+    assert not torch.equal(together[0], together[2])
+    for seed, step in ((6, 3), (5, 4)):
+        assert (uniform(seed, step, torch.tensor([7]), 50) != together[0]).all()
+
+
+def test_uniform_is_uniform() -> None:
+    """Mean, variance and a chi-square over 64 bins of 400,000 numbers; also between rows."""
+    numbers = uniform(2**63 - 1, 12, torch.arange(400), 1000)
+    assert numbers.min() > 0 and numbers.max() < 1
+    counts = torch.histc(numbers, 64, 0, 1)
+    expected = numbers.numel() / 64
+    assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 5 * (2 * 63) ** 0.5
+    assert abs(float(torch.corrcoef(numbers[:2])[0, 1])) < 0.15
+
+
+def test_most_probable_is_float64_softmax() -> None:
+    logits = logits_of(6)
+    token_ids, probabilities = most_probable(logits)
+    assert torch.equal(token_ids, logits.argmax(-1))
+    torch.testing.assert_close(probabilities, logits.double().softmax(-1).amax(-1))
+    logits[2, 4] = float("nan")
+    assert torch.isnan(most_probable(logits)[1][2])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_tempered_softmax(temperature: float) -> None:
+    """Chi-square of 20,000 draws; the confidence is the probability at temperature 1."""
+    logits, count = logits_of(1, 7), 20_000
+    token_ids, confidence = sampled(
+        logits.expand(count, -1), Sampling(temperature=temperature, seed=9), 0, torch.arange(count)
+    )
+    expected = (logits[0].double() / temperature).softmax(-1) * count
+    seen = torch.bincount(token_ids, minlength=7)
+    assert float(((seen - expected) ** 2 / expected).sum()) < 6 + 5 * (2 * 6) ** 0.5
+    torch.testing.assert_close(confidence, logits[0].double().softmax(-1)[token_ids])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, {3, 1}),
+        ({"top_p": 0.6}, {3, 1}),
+        ({"top_p": 0.4}, {3}),
+        ({"min_p": 0.45}, {3, 1}),
+        ({"top_k": 3, "top_p": 0.99}, {3, 1, 0}),
+    ],
+)
+def test_filters_keep_what_vllm_keeps(options: dict[str, float], kept: set[int]) -> None:
+    probabilities = torch.tensor([[0.15, 0.25, 0.1, 0.5]])
+    token_ids, _ = sampled(
+        probabilities.log().expand(3000, -1),
+        Sampling(temperature=1.0, seed=1, **options),  # type: ignore[arg-type]
+        0,
+        torch.arange(3000),
+    )
+    assert set(token_ids.tolist()) == kept
+
+
+def test_constraints() -> None:
+    positions = torch.tensor([4, 5, 6])
+    logits = torch.zeros(3, 6)
+    constrain(
+        logits,
+        Sampling(
+            logit_bias=((2, 5.0),),
+            allowed_token_ids=(1, 2, 3, 4),
+            banned_token_ids=(3,),
+            end_token_ids=(4,),
+            first_end_position=6,
+        ),
+        positions,
+    )
+    never = float("-inf")
+    early = [never, 0.0, 5.0, never, never, never]
+    assert logits.tolist() == [early, early, [never, 0.0, 5.0, never, 0.0, never]]
+
+
+def test_logprobs_are_of_the_token_and_the_best() -> None:
+    logits = logits_of(3)
+    chosen = torch.tensor([logits[0].argmax(), logits[1].argmin(), 5])
+    report = logprobs_of(logits, chosen, 2)
+    wanted = logits.log_softmax(-1)
+    assert report.token_ids[:, 0].tolist() == chosen.tolist()
+    assert report.ranks.tolist()[:2] == [1, 11]
+    for row in range(3):
+        for token, value in zip(report.token_ids[row], report.logprobs[row], strict=True):
+            assert value == pytest.approx(float(wanted[row, int(token)]), abs=1e-6)
+        assert report.token_ids[row, 1:].tolist() == wanted[row].topk(2).indices.tolist()
+    assert logprobs_of(logits, chosen, -1).token_ids.shape == (3, 12)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's GPU worker around our runner, as far as that can be tried without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.worker import gpu_worker
+
+from vllm_elastic.runner.runner import ElasticRunner
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_a_step_in_vllms_gpu_worker(v2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is, vLLM takes its second model runner for granted and asks what that has."""
+    stage = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(gpu_worker, "get_pp_group", lambda: stage)
+    worker = SimpleNamespace(
+        _pp_send_work=[],
+        use_v2_model_runner=v2,
+        model_runner=ElasticRunner.__new__(ElasticRunner),
+        annotate_profile=lambda _: nullcontext(),
+        vllm_config=SimpleNamespace(parallel_config=None, compilation_config=None),
+    )
+    execute: Any = inspect.unwrap(gpu_worker.Worker.execute_model)
+    output = execute(worker, SimpleNamespace(total_num_scheduled_tokens=0, elastic_plans=[]))
+    assert output is EMPTY_MODEL_RUNNER_OUTPUT

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's configuration becomes for a LLaDA: what is switched off, set, or refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.models.llada_config import undivided_by
+from vllm_elastic.patches.max_tokens import keep_requested_canvas
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.vllm_elastic.engine.engine_config")
+
+_CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
+
+BLOCK_SIZE = 32
+"""Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
+a multiple of 32."""
+
+
+END_OF_TURN = "<|eot_id|>"
+"""LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
+
+
+class LLaDAEngineConfig(VerifyAndUpdateConfig):
+    """vLLM calls this for ``LLaDAModelLM`` before it builds anything."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the configuration and put our scheduler and worker in place.
+
+        Raises:
+            ValueError: a feature that needs left-to-right decoding or is not built yet; the
+                message names the flag and the remedy.
+        """
+        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        _refuse_unsupported(vllm_config, elastic)
+        _refuse_unusable_default(vllm_config, elastic)
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        scheduler.scheduler_cls = "vllm_elastic.engine.scheduler.ElasticScheduler"
+        parallel.worker_cls = "vllm_elastic.engine.worker.ElasticWorker"
+        if cache.enable_prefix_caching:
+            logger.info(
+                "prefix caching is off: attention is bidirectional, so a prompt's keys and "
+                "values depend on the answer"
+            )
+        cache.enable_prefix_caching = False
+        if scheduler.enable_chunked_prefill:
+            logger.info(
+                "chunked prefill is off: a canvas is computed as a whole; beyond the row budget "
+                "(max_num_batched_tokens=%d) in row chunks inside each layer",
+                scheduler.max_num_batched_tokens,
+            )
+        scheduler.enable_chunked_prefill = False
+        if scheduler.async_scheduling:
+            logger.info("async scheduling is off: every step's plan depends on the last result")
+        scheduler.async_scheduling = False
+        if not cache.user_specified_block_size:
+            cache.block_size = BLOCK_SIZE
+            cache.user_specified_block_size = True
+        # Plans change shape at every step; there is nothing to compile or capture yet.
+        model.enforce_eager = True
+        # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
+        defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
+        cap = model.override_generation_config.get("max_new_tokens")
+        model.override_generation_config = {**defaults, **model.override_generation_config}
+        keep_requested_canvas(model.override_generation_config["max_new_tokens"], cap)
+        _find_end_of_turn(vllm_config)
+        logger.info("Elastic-Cache: %s", elastic)
+
+
+def _find_end_of_turn(vllm_config: VllmConfig) -> None:
+    """LLaDA's config.json does not name its end-of-turn token; its tokenizer does."""
+    model = vllm_config.model_config
+    if model.skip_tokenizer_init or getattr(model.hf_config, "eot_token_id", None) is not None:
+        return
+    token_id = cached_tokenizer_from_config(model).get_vocab().get(END_OF_TURN)
+    model.hf_config.eot_token_id = token_id
+
+
+def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
+    """A canvas that a client did not ask for must not be the reason why it is refused."""
+    length, limit = elastic.default_max_tokens, vllm_config.model_config.max_model_len
+    if length >= limit and length != ElasticConfig().default_max_tokens:
+        raise ValueError(
+            f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
+            f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
+        )
+    if elastic.steps is not None:
+        try:
+            make_schedule(elastic, length)
+        except ValueError as error:
+            raise ValueError(
+                f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
+                f"that names none: {error}"
+            ) from None
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
+    parallel = vllm_config.parallel_config
+    head_dim = vllm_config.model_config.get_head_size()
+    tp_size = parallel.tensor_parallel_size
+    undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
+    stride = elastic.hidden_stride
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    layers = vllm_config.model_config.hf_config.n_layers
+    problems = {
+        "--logits-processors": (
+            bool(vllm_config.model_config.logits_processors),
+            "logits processors see one token at a time; use logit_bias, allowed_token_ids or "
+            "bad_words",
+        ),
+        "--model": (
+            current_platform.is_cpu() and head_dim not in _CPU_HEAD_SIZES,
+            f"vLLM's CPU attention has no kernel for head size {head_dim}, only for "
+            f"{', '.join(map(str, _CPU_HEAD_SIZES))}",
+        ),
+        "--pipeline-parallel-size": (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism is not supported; leave it at 1",
+        ),
+        "--decode-context-parallel-size": (
+            parallel.decode_context_parallel_size > 1,
+            "decode context parallelism splits a causal cache; leave it at 1",
+        ),
+        "--tensor-parallel-size": (
+            bool(undivided),
+            f"{tp_size} ranks cannot share {undivided} evenly; take a number that divides them",
+        ),
+        "--elastic-config": (
+            1 < stride >= layers,
+            f"hidden_stride {stride} stores no hidden state of a model of {layers} layers, so no "
+            f"refresh could save a layer; lower it to at most {layers - 1}",
+        ),
+        "--speculative-config": (
+            vllm_config.speculative_config is not None,
+            "speculative decoding needs left-to-right decoding; a denoising step commits "
+            "several tokens already",
+        ),
+        "--enable-lora": (vllm_config.lora_config is not None, "LoRA is not supported"),
+        "--kv-transfer-config": (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors move causal caches, which are not valid for LLaDA",
+        ),
+        "--kv-cache-dtype": (
+            # vLLM writes the model's numbers into it as they are.
+            vllm_config.cache_config.cache_dtype not in ("auto", dtype),
+            f"keys and values of another type than the model's ({dtype}) are not supported; use "
+            "auto",
+        ),
+    }
+    for flag, (present, reason) in problems.items():
+        if present:
+            raise ValueError(f"{flag}: {reason} (LLaDA with vllm_elastic).")

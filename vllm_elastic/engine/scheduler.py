@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler for canvases: admission by KV blocks, plans within the row budget, commits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
+from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
+from vllm_elastic.decoding.turns import Turns
+from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of, text_end_ids_of
+from vllm_elastic.patches.finished_answer import KEY
+
+logger = init_logger("vllm.vllm_elastic.scheduler")
+
+# No output of such a request goes to the front end, which ended it itself.
+_UNHEARD = (RequestStatus.FINISHED_ABORTED,)
+
+
+class ElasticScheduler(Scheduler):
+    """Owns the canvas of every request and decides what each step computes and commits.
+
+    A request holds the KV blocks of its whole canvas (P + max_tokens) from admission on, so
+    running out of blocks never preempts. Each step serves running requests by their ``Turns``,
+    those served longest ago first, until the row budget (``max_num_batched_tokens``) is full. A
+    request with more rows than the budget runs alone, in row chunks.
+
+    Attributes:
+        records: finished requests' records, kept only with ``record`` in the config.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.elastic_config = ElasticConfig.from_dict(
+            self.vllm_config.additional_config.get("elastic")
+        )
+        hf_config = self.vllm_config.model_config.hf_config
+        self._mask_token_id: int = hf_config.mask_token_id
+        self._text_end_ids = text_end_ids_of(hf_config)
+        self._num_layers: int = hf_config.n_layers
+        self._canvases: dict[str, DenoisingRequest] = {}
+        self._turns = Turns()
+        self._admitted_at: dict[str, float] = {}
+        self.records: dict[str, DecodingRecord] = {}
+        self._unreported: list[dict[str, Any]] = []  # ended, and not told to the front end yet
+
+    # One step: admit, plan, and take the results.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Plan one step; the plans travel on the output as ``elastic_plans``."""
+        self.current_step += 1
+        self.kv_cache_manager.new_step_starts()
+        if self._pause_state == PauseState.UNPAUSED:
+            self._admit()
+        plans: list[PassPlan] = []
+        if self._pause_state != PauseState.PAUSED_ALL:
+            plans = self._plan_step()
+        rows = {plan.request_id: plan.num_rows for plan in plans}
+        output = SchedulerOutput(
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=CachedRequestData.make_empty(),
+            num_scheduled_tokens=rows,
+            total_num_scheduled_tokens=sum(rows.values()),
+            scheduled_spec_decode_tokens={},
+            scheduled_encoder_inputs={},
+            finished_req_ids=self.finished_req_ids,
+            free_encoder_mm_hashes=[],
+            preempted_req_ids=self.reset_preempted_req_ids,
+        )
+        output.elastic_plans = plans  # survives pickling
+        self.kv_cache_manager.take_new_block_ids()
+        self._update_after_schedule(output)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Commit what the passes predicted and emit every finished prefix."""
+        results: list[PassResult] = getattr(model_runner_output, "pass_results", [])
+        failed: list[str] = []
+        shown: dict[int, list[Logprobs]] = {}
+        for index, result in enumerate(results):
+            request_id = model_runner_output.req_ids[index]
+            canvas = self._canvases.get(request_id)
+            if canvas is None:
+                continue  # aborted while the pass ran
+            try:
+                tokens = canvas.digest(result)
+            except NotFiniteError as error:
+                logger.error("%s; the request is ended with an error", error)
+                failed.append(request_id)
+                continue
+            model_runner_output.sampled_token_ids[index] = tokens
+            if result.logprobs is not None:
+                shown[index] = canvas.take_logprobs(len(tokens))
+        if shown:
+            model_runner_output.logprobs = _logprobs_lists(shown, len(results))
+        # vLLM ends these with FINISHED_ERROR and tells the client.
+        self.grammar_compile_error_reqs.update(failed)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None:
+                # vLLM counts rows as tokens computed; a canvas has no such frontier.
+                request.num_computed_tokens = request.num_tokens
+        return outputs
+
+    # What a step is made of.
+
+    def _admit(self) -> None:
+        """Move waiting requests to running while blocks for their whole canvases are free."""
+        while self.waiting and len(self.running) < self.max_num_active_reqs:
+            request = self.waiting.peek_request()
+            blocks = self.kv_cache_manager.allocate_slots(
+                request,
+                request.num_prompt_tokens,
+                num_lookahead_tokens=request.max_tokens,
+                has_scheduled_reqs=bool(self.running),
+            )
+            if blocks is None:
+                return
+            self.waiting.pop_request()
+            resumed = request.status == RequestStatus.PREEMPTED
+            request.status = RequestStatus.RUNNING
+            if request.prefill_stats is not None and not resumed:
+                request.prefill_stats.set(
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_local_cached_tokens=0,
+                    num_external_cached_tokens=0,
+                )
+            if self.log_stats:
+                request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
+            self._admitted_at.setdefault(request.request_id, time.monotonic())
+            if resumed:
+                self._canvases[request.request_id].restart()
+            else:
+                self._canvases[request.request_id] = self._new_canvas(request)
+            self._turns.add(request.request_id)
+            self.running.append(request)
+
+    def _new_canvas(self, request: Request) -> DenoisingRequest:
+        params = request.sampling_params
+        assert params is not None and request.prompt_token_ids is not None
+        end_token_ids = end_token_ids_of(params)
+        config = self.elastic_config.for_request(params.extra_args)
+        return DenoisingRequest(
+            request.request_id,
+            request.prompt_token_ids,
+            request.max_tokens,
+            config,
+            mask_token_id=self._mask_token_id,
+            # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
+            end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
+            num_layers=self._num_layers,
+            block_size=self.block_size,
+            sampling=sampling_of(
+                params,
+                config,
+                request.num_prompt_tokens,
+                self._mask_token_id,
+                end_token_ids,
+                self._text_end_ids,
+            ),
+        )
+
+    def _plan_step(self) -> list[PassPlan]:
+        taken = self._turns.take(
+            [request.request_id for request in self.running],
+            lambda request_id: self._canvases[request_id].plan(),
+            self.max_num_scheduled_tokens,
+        )
+        for request_id, plan in taken:
+            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+        return [plan for _, plan in taken]
+
+    # Where vLLM asks.
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        canvas = self._canvases.pop(request.request_id, None)
+        self._turns.remove(request.request_id)
+        admitted_at = self._admitted_at.pop(request.request_id, None)
+        if canvas is not None and admitted_at is not None and self.elastic_config.record:
+            canvas.record.seconds = time.monotonic() - admitted_at
+            self.records[request.request_id] = canvas.record
+        params, ec_params = super()._free_request(request, delay_free_blocks)
+        if canvas is not None:
+            self._unreported.append(self._summary(canvas))
+        if request.status not in _UNHEARD:
+            report = {"end_token": self._ends_with_end_token(request), "records": self._unreported}
+            self._unreported = []
+            params = {**(params or {}), KEY: report}
+        return params, ec_params
+
+    def _summary(self, canvas: DenoisingRequest) -> dict[str, Any]:
+        record = canvas.record
+        return {
+            "model_name": self.vllm_config.model_config.served_model_name,
+            "engine": str(self.vllm_config.parallel_config.data_parallel_index),
+            "policy": canvas.config.policy,
+            "denoising_steps": record.denoising_steps,
+            "row_layers": record.row_layers,
+            "full_row_layers": record.full_row_layers,
+            "passes": dict(record.kinds),
+        }
+
+    def _ends_with_end_token(self, request: Request) -> bool:
+        """Whether the model ended the answer with a token that is no part of its text."""
+        params = request.sampling_params
+        return (
+            request.status == RequestStatus.FINISHED_STOPPED
+            and request.stop_reason is None
+            and params is not None
+            and request.num_output_tokens > 0
+            and request.output_token_ids[-1] == params.eos_token_id
+        )
+
+
+def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:
+    """Log probabilities of the tokens shown in a step, in vLLM's form.
+
+    Requests ask for different numbers of alternatives; rows are padded to the widest.
+    """
+    counts = [len(shown.get(index, ())) for index in range(num_requests)]
+    rows = [row for index in sorted(shown) for row in shown[index]]
+    width = max((row.token_ids.shape[1] for row in rows), default=1)
+    token_ids = np.zeros((len(rows), width), dtype=np.int32)
+    logprobs = np.full((len(rows), width), -np.inf, dtype=np.float32)
+    for index, row in enumerate(rows):
+        token_ids[index, : row.token_ids.shape[1]] = row.token_ids[0]
+        logprobs[index, : row.logprobs.shape[1]] = row.logprobs[0]
+    ranks = np.array([row.ranks[0] for row in rows], dtype=np.int32)
+    return LogprobsLists(token_ids, logprobs, ranks, [0, *np.cumsum(counts).tolist()])

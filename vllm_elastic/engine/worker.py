@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's workers with the elastic runner in place of theirs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_elastic.runner.runner import ElasticRunner
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as _BaseWorker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as _BaseWorker
+
+
+class ElasticWorker(_BaseWorker):
+    """The platform's worker; only the runner and the warm-up differ."""
+
+    def init_device(self) -> None:
+        # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
+        # number of rows. Few rows are filled up, to 40 numbers (models/llada.py), four
+        # products each; other numbers are rarely of use again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
+        super().init_device()
+        # The GPU worker makes its runner by the method below; the CPU worker makes its own.
+        if not isinstance(self.model_runner, ElasticRunner):
+            self.model_runner: Any = self._make_model_runner()
+
+    def _make_model_runner(self) -> Any:
+        return ElasticRunner(self.vllm_config, self.device)
+
+    def execute_dummy_batch(self) -> None:
+        """Data-parallel engines of a dense model have nothing to keep in step."""
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        return CompilationTimes(language_model=0.0, encoder=0.0)

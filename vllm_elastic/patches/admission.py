@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a request before it enters the engine, so that a bad one is a 400 and nothing else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of, text_end_ids_of
+from vllm_elastic.engine.sampling_rules import RULES
+
+LARGEST_BIAS = 1e4
+"""Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
+
+_WRAPPED = "_vllm_elastic_wrapped"
+
+
+def check_requests_at_admission() -> None:
+    """Wrap ``InputProcessor.process_inputs``, once. Requests of other models pass untouched.
+
+    See patches/admission: vLLM has no hook that sees the prompt's length and can still refuse.
+    """
+    if hasattr(InputProcessor.process_inputs, _WRAPPED):
+        return
+    process_inputs = InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        if is_served_by_us(self.vllm_config):
+            # (request_id, prompt, params, ...): before the tokenizer meets them.
+            check_bad_words(kwargs.get("params", args[2] if len(args) > 2 else None))
+        request = process_inputs(self, *args, **kwargs)
+        params = request.sampling_params
+        if is_served_by_us(self.vllm_config) and params is not None:
+            check_prompt(request, self.vllm_config)
+            config = check_knobs(params, self.vllm_config)
+            check_sampling_params(params)
+            check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
+            check_candidates(params, config, self.vllm_config)
+            check_transport(request)
+        return request
+
+    setattr(checked, _WRAPPED, True)
+    InputProcessor.process_inputs = checked
+
+
+def is_served_by_us(vllm_config: VllmConfig) -> bool:
+    """Whether this engine runs our scheduler."""
+    return "vllm_elastic" in str(vllm_config.scheduler_config.scheduler_cls)
+
+
+def check_bad_words(params: object) -> None:
+    """Refuse words that no tokenizer takes; vLLM's server calls it a 500.
+
+    Raises:
+        VLLMValidationError: half a surrogate pair.
+    """
+    for word in getattr(params, "bad_words", None) or ():
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise VLLMValidationError(
+                f"bad_words: {word!r} cannot be sent to the engine: {error.reason}.",
+                parameter="bad_words",
+            ) from None
+
+
+def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuse a prompt that is no sequence of known tokens from start to end.
+
+    Raises:
+        VLLMValidationError: says what the prompt has that it may not have.
+    """
+    if request.prompt_token_ids is None:
+        raise VLLMValidationError(
+            "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
+            parameter="prompt_embeds",
+        )
+    hf_config = vllm_config.model_config.hf_config
+    mask_token_id = hf_config.mask_token_id
+    if mask_token_id in request.prompt_token_ids:
+        raise VLLMValidationError(
+            f"prompt: contains the mask token (id {mask_token_id}), which would never be filled "
+            "in; take it out (max_tokens says how many masks follow the prompt).",
+            parameter="prompt",
+        )
+    # vLLM checks this with a tokenizer only.
+    wrong = [t for t in request.prompt_token_ids if not 0 <= t < hf_config.vocab_size]
+    if wrong:
+        raise VLLMValidationError(
+            f"prompt: token id {wrong[0]} is not in the vocabulary, 0 to "
+            f"{hf_config.vocab_size - 1}.",
+            parameter="prompt",
+        )
+    if request.resumable:
+        raise VLLMValidationError(
+            "streaming input is not supported for LLaDA: a canvas is decoded as a whole; send "
+            "the prompt in one piece."
+        )
+
+
+def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Refuse a canvas that the model or the KV cache cannot hold.
+
+    Raises:
+        VLLMValidationError: names max_tokens, both numbers and the remedy.
+    """
+    assert params.max_tokens is not None
+    canvas = prompt_length + params.max_tokens
+    limit = vllm_config.model_config.max_model_len
+    if canvas > limit:
+        raise VLLMValidationError(
+            f"max_tokens={params.max_tokens} (or max_completion_tokens; the engine's "
+            f"default_max_tokens where a request names none) is the canvas: with a prompt of "
+            f"{prompt_length} tokens it makes {canvas} positions, but the model's maximum length "
+            f"is {limit}. Lower it to {max(limit - prompt_length, 0)} or shorten the prompt.",
+            parameter="max_tokens",
+            value=params.max_tokens,
+        )
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks:
+        # One block is vLLM's null block.
+        capacity = (cache.num_gpu_blocks - 1) * cache.block_size
+        if canvas > capacity:
+            raise VLLMValidationError(
+                f"max_tokens={params.max_tokens} is the canvas: with a prompt of "
+                f"{prompt_length} tokens it makes {canvas} positions, but the KV cache holds "
+                f"{capacity}. Lower max_tokens, or give the server more KV cache "
+                "(--kv-cache-memory-bytes).",
+                parameter="max_tokens",
+                value=params.max_tokens,
+            )
+
+
+def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfig:
+    """The request's own settings; refuses those that are unknown or do not fit its canvas.
+
+    Raises:
+        VLLMValidationError: names the knob and what is allowed.
+    """
+    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+    try:
+        config = elastic.for_request(params.extra_args)
+        make_schedule(config, params.max_tokens or 1)
+        if config.canvas is not None:
+            _check_infilling(config.canvas, params.max_tokens or 1, vllm_config)
+    except ValueError as error:  # a ConfigError, or steps that the canvas does not allow
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    return config
+
+
+def check_sampling_params(params: SamplingParams) -> None:
+    """Refuse what would otherwise be ignored or fail in the worker.
+
+    Raises:
+        VLLMValidationError: names the parameter and what is allowed.
+    """
+    for name, rule in RULES.items():
+        value = getattr(params, name, None)
+        if rule.status == "refused" and not _is_one_of(value, rule.neutral):
+            # vLLM appends parameter and value to the message.
+            scalar = isinstance(value, str | int | float)
+            raise VLLMValidationError(
+                f"{name} is not supported for LLaDA: {rule.note}",
+                parameter=name,
+                value=value if scalar else None,
+            )
+    for token_ids in params.bad_words_token_ids or ():
+        if len(token_ids) > 1:
+            raise VLLMValidationError(
+                f"bad_words: a word of {len(token_ids)} tokens is not supported for LLaDA, whose "
+                "tokens are not committed in order; ban words of one token, or use stop.",
+                parameter="bad_words",
+            )
+
+
+def check_candidates(
+    params: SamplingParams, config: ElasticConfig, vllm_config: VllmConfig
+) -> None:
+    """Refuse biases that are no numbers, and constraints that together leave no token to choose.
+
+    Args:
+        config: the request's own settings.
+
+    Raises:
+        VLLMValidationError: names the parameters.
+    """
+    biases = (params.logit_bias or {}).items()
+    for token_id, bias in biases:
+        if not isinstance(bias, int | float) or not bias <= LARGEST_BIAS:  # NaN too
+            raise VLLMValidationError(
+                f"logit_bias: {bias!r} for token id {token_id}; a bias is a number up to "
+                f"{LARGEST_BIAS:g}.",
+                parameter="logit_bias",
+            )
+    hf_config = vllm_config.model_config.hf_config
+    sampling = sampling_of(
+        params,
+        config,
+        0,
+        hf_config.mask_token_id,
+        end_token_ids_of(params),
+        text_end_ids_of(hf_config),
+    )
+    if sampling is None:
+        return
+    never = {hf_config.mask_token_id, *sampling.banned_token_ids, *sampling.end_token_ids}
+    never |= {token_id for token_id, bias in biases if bias < -1e30}  # minus infinity in float32
+    allowed = sampling.allowed_token_ids
+    candidates = range(hf_config.vocab_size) if allowed is None else allowed
+    if all(token_id in never for token_id in candidates):
+        raise VLLMValidationError(
+            "no token is left to choose from. allowed_token_ids, bad_words and an infinitely low "
+            "logit_bias rule tokens out, min_tokens and a fixed token in elastic_canvas the end "
+            "and stop tokens ahead of them, and the mask token never counts; allow more tokens.",
+            parameter="bad_words" if allowed is None else "allowed_token_ids",
+        )
+
+
+def check_transport(request: EngineCoreRequest) -> None:
+    """Refuse what cannot be sent to the engine's process; vLLM's server calls it a 500.
+
+    Raises:
+        VLLMValidationError: an integer of more than 64 bits, half a surrogate pair in a text.
+    """
+    try:
+        MsgpackEncoder().encode(request)
+    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+        reason = str(error).encode(errors="backslashreplace").decode()
+        raise VLLMValidationError(
+            f"the request holds a value that cannot be sent to the engine: {reason}"
+        ) from None
+    except TypeError:
+        pass  # an object in extra_args, which are not ours: no problem within one process
+
+
+def _check_infilling(canvas: tuple[int, ...], max_tokens: int, vllm_config: VllmConfig) -> None:
+    if len(canvas) != max_tokens:
+        raise ValueError(
+            f"'elastic_canvas' has {len(canvas)} token ids and max_tokens is {max_tokens}; send "
+            f"max_tokens={len(canvas)}."
+        )
+    config = vllm_config.model_config.hf_config
+    if config.mask_token_id not in canvas:
+        raise ValueError(
+            f"'elastic_canvas' has no mask token (id {config.mask_token_id}): nothing to find."
+        )
+    if max(canvas) >= config.vocab_size:
+        raise ValueError(
+            f"'elastic_canvas' has token id {max(canvas)}; the vocabulary ends at "
+            f"{config.vocab_size - 1}."
+        )
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # Not `in`: comparing with a numpy array gives an array.
+    number = isinstance(value, int | float)
+    return any(value is wanted or (number and value == wanted) for wanted in neutral)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--plugin elastic`` and ``--elastic-config JSON`` on vLLM's command line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from typing import Any
+
+from vllm_elastic.config import ConfigError, ElasticConfig
+
+_WRAPPED = "_vllm_elastic_wrapped"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not JSON ({error}); of a file take the contents: "$(cat FILE)"'
+        ) from None
+    try:
+        ElasticConfig.from_dict(values)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return values
+
+
+def add_elastic_flags() -> None:
+    """Wrap ``EngineArgs`` so that the flags end up in ``additional_config["elastic"]``, once.
+
+    See patches/cli_flags.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    if hasattr(EngineArgs.add_cli_args, _WRAPPED):
+        return
+    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def with_flags(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group("Elastic", "Decoding of LLaDA by vllm_elastic.")
+        group.add_argument(
+            "--plugin",
+            choices=["elastic"],
+            default=None,
+            help="Name the plugin that serves LLaDA (it is active without this flag too).",
+        )
+        group.add_argument(
+            "--elastic-config",
+            type=_json_object,
+            default=None,
+            metavar="JSON",
+            help='Decoding knobs, for instance \'{"policy": "elastic", "gamma": 0.9}\'.',
+        )
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def with_config(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args = from_cli_args(cls, args)
+        values = getattr(args, "elastic_config", None)
+        if values is not None:
+            if "elastic" in engine_args.additional_config:
+                raise ValueError(
+                    "--elastic-config and --additional-config's 'elastic' are the same thing: "
+                    "give one of them."
+                )
+            engine_args.additional_config = {**engine_args.additional_config, "elastic": values}
+        return engine_args
+
+    setattr(with_flags, _WRAPPED, True)
+    EngineArgs.add_cli_args = staticmethod(with_flags)
+    EngineArgs.from_cli_args = classmethod(with_config)

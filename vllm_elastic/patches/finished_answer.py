@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the front end does when an answer is finished: leave the end token out, count the work."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.outputs import CompletionOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from vllm_elastic.engine.metrics import count_finished
+
+KEY = "vllm_elastic"
+"""Key of our report in ``EngineCoreOutput.kv_transfer_params``, the one free-form field that an
+engine core sends along with a finished request. Taken out before a client could see it."""
+
+_WRAPPED = "_vllm_elastic_wrapped"
+_ENDED = "_vllm_elastic_ended"
+
+
+def take_reports_of_finished_answers() -> None:
+    """Wrap the front end's output processing, once. Other models' outputs carry no report.
+
+    See patches/finished_answer: vLLM counts the end token as part of the answer, and its metrics
+    have no room for another scheduler's counters.
+    """
+    if hasattr(OutputProcessor.process_outputs, _WRAPPED):
+        return
+    process_outputs = OutputProcessor.process_outputs
+    new_completion_output = RequestState._new_completion_output
+
+    @functools.wraps(process_outputs)
+    def process(
+        self: OutputProcessor, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in outputs:
+            if output.finish_reason is not None:
+                _take_report(self, output)
+        return process_outputs(self, outputs, *args, **kwargs)
+
+    @functools.wraps(new_completion_output)
+    def without_end(
+        self: RequestState,
+        token_ids: list[int],
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+    ) -> CompletionOutput:
+        output = new_completion_output(self, token_ids, finish_reason, stop_reason)
+        ended = finish_reason is not None and stop_reason is None and getattr(self, _ENDED, False)
+        # vLLM's server sends no last chunk for an answer without any token.
+        if ended and self.detokenizer is not None and self.detokenizer.num_output_tokens() > 1:
+            drop_last_token(output)
+        return output
+
+    setattr(process, _WRAPPED, True)
+    OutputProcessor.process_outputs = process
+    RequestState._new_completion_output = without_end
+
+
+def drop_last_token(output: CompletionOutput) -> None:
+    """Take the last token out of an output's ids, log probabilities and their sum."""
+    if not output.token_ids:
+        return
+    token_id = output.token_ids[-1]
+    output.token_ids = output.token_ids[:-1]
+    if output.logprobs:
+        if output.cumulative_logprob is not None:
+            output.cumulative_logprob -= output.logprobs[-1][token_id].logprob
+        output.logprobs = output.logprobs[:-1]
+
+
+def _take_report(processor: OutputProcessor, output: EngineCoreOutput) -> None:
+    params = output.kv_transfer_params
+    if not params or KEY not in params:
+        return
+    report = params[KEY]
+    output.kv_transfer_params = {k: v for k, v in params.items() if k != KEY} or None
+    state = processor.request_states.get(output.request_id)
+    if state is not None:
+        setattr(state, _ENDED, report["end_token"])
+    if processor.log_stats:
+        for record in report["records"]:
+            count_finished(record)

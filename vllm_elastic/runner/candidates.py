@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prediction and its probability for each window row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_elastic.decoding.plan import Logprobs
+from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.runner.counter_random import uniform
+
+_NEVER = float("-inf")
+
+_NUMBERS_AT_ONCE = (1 << 25, 1 << 17)
+"""Logits whose softmax is worked out at a time: on a GPU a quarter of a GiB in float64
+(``bench plan`` counts on it), on a CPU what a core's own cache holds (1 MB)."""
+
+
+def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable token and its probability (temperature 0).
+
+    The softmax is in float64, as in the released code: the threshold is compared with it.
+
+    Args:
+        logits: [W, V].
+
+    Returns:
+        int64 [W] and float64 [W]; a row with a NaN has probability NaN.
+    """
+    best, token_ids = logits.max(dim=-1)
+    total = best.new_empty(len(logits), dtype=torch.float64)
+    count = max(1, _NUMBERS_AT_ONCE[logits.is_cpu] // logits.shape[-1])
+    for start in range(0, len(logits), count):
+        rows = slice(start, start + count)
+        wide = logits[rows].double().sub_(best[rows].double()[:, None]).exp_()
+        total[rows] = wide.sum(dim=-1)
+        del wide  # before the next ones are made
+    return token_ids, 1.0 / total
+
+
+def sampled(
+    logits: torch.Tensor, sampling: Sampling, step: int, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sampled token and its probability, for one request's window rows.
+
+    Gumbel-max in float64 over the tempered logits that top-k, top-p and min-p leave, as LLaDA's
+    authors sample. The confidence is the token's probability at temperature 1, as theirs is.
+
+    Args:
+        logits: [W, V], constrained already.
+        step: denoising step; with ``positions`` int64 [W] it selects the random numbers.
+
+    Returns:
+        int64 [W] and float64 [W].
+    """
+    wide = logits.double()
+    tempered = _filtered(wide / sampling.temperature, sampling)
+    noise = uniform(sampling.seed, step, positions, logits.shape[-1])
+    token_ids = (tempered - torch.log(-torch.log(noise))).argmax(dim=-1)
+    confidence = wide.softmax(dim=-1).gather(-1, token_ids[:, None])[:, 0]
+    return token_ids, confidence
+
+
+def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> None:
+    """Bias and forbid tokens in place, for one request's window rows [W, V] at ``positions``."""
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        logits[:, list(ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    if sampling.allowed_token_ids is not None:
+        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        allowed[list(sampling.allowed_token_ids)] = True
+        logits.masked_fill_(~allowed, _NEVER)
+    if sampling.banned_token_ids:
+        logits[:, list(sampling.banned_token_ids)] = _NEVER
+    if sampling.end_token_ids:
+        early = (positions < sampling.first_end_position)[:, None]
+        ends = list(sampling.end_token_ids)
+        logits[:, ends] = torch.where(early, _NEVER, logits[:, ends])
+
+
+def postpone(token_ids: torch.Tensor, confidence: torch.Tensor, last: tuple[int, ...]) -> None:
+    """Lower the confidence [W] of predictions [W] among ``last`` by 1, in place.
+
+    All of them then rank behind every other prediction and keep their order (LLaDA's generation
+    code sets them to -inf, which leaves the order open).
+    """
+    confidence -= torch.isin(token_ids, torch.tensor(last, device=token_ids.device)).double()
+
+
+def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
+    """Log probabilities of the chosen tokens and of the ``count`` most probable ones (-1: all).
+
+    Args:
+        logits: [W, V] as the model gave them (without the mask token), token_ids: int64 [W].
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    chosen = logprobs.gather(-1, token_ids[:, None])
+    ranks = (logprobs >= chosen).sum(dim=-1)
+    top, top_ids = logprobs.topk(logits.shape[-1] if count < 0 else count, dim=-1)
+    return Logprobs(
+        token_ids=torch.cat([token_ids[:, None], top_ids], dim=-1).to(torch.int32).cpu().numpy(),
+        logprobs=torch.cat([chosen, top], dim=-1).cpu().numpy(),
+        ranks=ranks.to(torch.int32).cpu().numpy(),
+    )
+
+
+def _filtered(tempered: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Tempered logits [W, V] with what min-p, top-k and top-p exclude at -inf."""
+    if sampling.min_p > 0:
+        floor = tempered.amax(dim=-1, keepdim=True) + np.log(sampling.min_p)
+        tempered = tempered.masked_fill(tempered < floor, _NEVER)
+    if 0 < sampling.top_k < tempered.shape[-1]:
+        smallest = tempered.topk(sampling.top_k, dim=-1).values[:, -1:]
+        tempered = tempered.masked_fill(tempered < smallest, _NEVER)
+    if sampling.top_p < 1:
+        ordered, order = tempered.sort(dim=-1, descending=True, stable=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+        before[:, 0] = 0.0
+        ordered = ordered.masked_fill(before >= sampling.top_p, _NEVER)
+        tempered = torch.empty_like(ordered).scatter_(-1, order, ordered)
+    return tempered
