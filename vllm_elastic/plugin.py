@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-ARCHITECTURE = "LLaDAModelLM"
+from pkgutil import resolve_name
+
+from vllm_elastic.models.registry import FAMILIES, Family
 
 
 def register() -> None:
@@ -13,24 +15,33 @@ def register() -> None:
         ImportError: vLLM is not installed.
     """
     try:
-        from vllm.model_executor.models import ModelRegistry
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        import vllm.model_executor.models  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "vllm_elastic needs vLLM: install vllm-elastic[cpu] or vllm-elastic[cuda]."
         ) from error
-    from transformers import AutoConfig
 
-    from vllm_elastic.engine.engine_config import LLaDAEngineConfig
-    from vllm_elastic.models.llada_config import LLaDAConfig
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
     from vllm_elastic.patches.finished_answer import take_reports_of_finished_answers
 
-    AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.models:
-        ModelRegistry.register_model(ARCHITECTURE, "vllm_elastic.models.llada:LLaDAModelLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LLaDAEngineConfig
+    for architecture, family in FAMILIES.items():
+        register_family(architecture, family)
     add_elastic_flags()
     check_requests_at_admission()
     take_reports_of_finished_answers()
+
+
+def register_family(architecture: str, family: Family) -> None:
+    """Let vLLM serve an architecture of ``models.registry.FAMILIES``."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_elastic.engine.engine_config import LLaDAEngineConfig
+
+    config = resolve_name(family.config)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    if architecture not in ModelRegistry.models:
+        ModelRegistry.register_model(architecture, family.model)
+    MODELS_CONFIG_MAP[architecture] = LLaDAEngineConfig

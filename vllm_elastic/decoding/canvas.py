@@ -11,6 +11,8 @@ import numpy.typing as npt
 Positions = npt.NDArray[np.int32]
 """Canvas positions, ascending, 0 = first prompt token."""
 
+NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
+
 
 def merged(length: int, *sets: Positions) -> Positions:
     """Positions below ``length`` that are in any of the sets, ascending.

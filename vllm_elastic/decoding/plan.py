@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions, merged
+from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure, Measured
 from vllm_elastic.decoding.sampling import Sampling
 
-NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
+
+class StepState(Enum):
+    """What the next pass of a denoising step is for."""
+
+    FIRST_PASS = auto()  # predict, and measure how stale the cache is
+    REPLAY = auto()  # the same once more, with what was found stale recomputed
+    WIDENED = auto()  # predict the rest of the window
 
 
 @dataclass(slots=True)
@@ -56,18 +64,14 @@ class PassPlan:
     """One request's part in a forward pass.
 
     Attributes:
-        kind: ``first``, ``window``, ``replay`` or ``full``: what the record calls this pass.
+        kind: ``first``, ``full``, ``window``, ``refresh``, ``replay`` or ``widened``: what the
+            record calls this pass.
         segments: ascending join layer; layer l works on the segments with join_layer <= l.
         tokens: int32 [T], the canvas.
-        window: positions whose candidates are wanted; their attention is the attention mass.
-        tested: rows whose attention is compared before and after the pass (drift test).
-        tested_layers: layers, counted from 0, in which no stale row takes part yet; None: all.
-        trackable: bool [T], positions that may be tracked, or None: no statistics wanted.
+        window: positions whose candidates are wanted.
+        logits_shift: the candidates of position p are read from row p - logits_shift.
+        measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
-        probes: rows of the first segment whose stored hidden states are compared with the new.
-        granularity: positions a block has whose attention is wanted; 0: not wanted.
-        attention_stride: it is wanted of the last layer and of every so manyth before it.
-        watched: bool [T], positions whose attention counts for their block, or None.
         fresh: the first pass over these KV blocks; what they hold is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
@@ -78,18 +82,16 @@ class PassPlan:
     segments: list[Segment]
     tokens: npt.NDArray[np.int32]
     window: Positions
-    tested: Positions = field(default_factory=lambda: NO_POSITIONS)
-    tested_layers: int | None = None
-    trackable: npt.NDArray[np.bool_] | None = None
-    track_num: int = 1
-    statistic: str = "released"
+    logits_shift: int = 0
+    measure: Measure | None = None
     sampling: Sampling | None = None
-    probes: Positions = field(default_factory=lambda: NO_POSITIONS)
-    granularity: int = 0
-    attention_stride: int = 1
-    watched: npt.NDArray[np.bool_] | None = None
     fresh: bool = False
     block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def window_rows(self) -> Positions:
+        """Rows that the window's candidates are read from; their attention is the window's."""
+        return self.window - np.int32(self.logits_shift)
 
     @property
     def num_rows(self) -> int:
@@ -105,18 +107,28 @@ class PassPlan:
         return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
 
     @property
-    def queries(self) -> Positions:
-        """Positions whose attention may be worked out: the window and what is tested."""
-        if not self.tested.size:
-            return self.window
-        return merged(len(self.tokens), self.window, self.tested)
+    def tested(self) -> Positions:
+        """Rows whose attention is compared with what it was."""
+        return self.measure.tested if isinstance(self.measure, DriftTest) else NO_POSITIONS
 
     @property
-    def num_queries(self) -> int:
-        """Rows whose attention is worked out once more, for the statistics."""
-        if self.trackable is None and not self.granularity:
-            return 0
-        return len(self.queries)
+    def probes(self) -> Positions:
+        """Rows whose hidden states are compared with what they were."""
+        return self.measure.probes if isinstance(self.measure, BlockProbe) else NO_POSITIONS
+
+    @property
+    def attention_stride(self) -> int:
+        """Attention is read in the last layer and every so manyth before it."""
+        return self.measure.attention_stride if isinstance(self.measure, BlockProbe) else 1
+
+    @property
+    def queries(self) -> Positions:
+        """Rows whose attention is worked out once more, for the measurement."""
+        if self.measure is None:
+            return NO_POSITIONS
+        if not self.tested.size:
+            return self.window_rows
+        return merged(len(self.tokens), self.window_rows, self.tested)
 
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
@@ -128,27 +140,16 @@ class PassResult:
     """What a pass reports of one request.
 
     Attributes:
-        token_ids: int32 [W], the most probable token of each window position.
+        token_ids: int32 [W], the candidate of each window position.
         probabilities: float64 [W], its probability; NaN where the logits were not finite.
-        most_attended: int32 [layers, track_num], layers from the pass's start layer on, -1 where
-            fewer positions may be tracked; None: not asked for.
-        similarities: float32 [tested layers], 1 = no drift, NaN in layers whose input is not
-            stored; None: no test asked for.
-        probe_drift: float32 [probes, L], relative change of the input of each layer (0 in layer
-            0, whose input is the embedding, and where it is not stored); None: nothing probed.
-        block_mass: float32 [blocks], share of the window's attention, mean over heads and layers.
-        block_probes: int32 [blocks], the most attended watched position of each block, -1: none.
         logprobs: of the window's candidates; None: not asked for.
+        measured: of the kind that the plan's ``measure`` asks for; None: nothing was.
     """
 
     token_ids: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float64]
-    most_attended: npt.NDArray[np.int32] | None = None
-    similarities: npt.NDArray[np.float32] | None = None
     logprobs: Logprobs | None = None
-    probe_drift: npt.NDArray[np.float32] | None = None
-    block_mass: npt.NDArray[np.float32] | None = None
-    block_probes: npt.NDArray[np.int32] | None = None
+    measured: Measured | None = None
 
 
 def join_candidates(

@@ -69,7 +69,7 @@ class DecodingRecord:
             if self.keep_rows:
                 entry["segments"] = [[s.join_layer, len(s.positions)] for s in plan.segments]
                 entry["window"] = len(plan.window)
-                entry["queries"] = plan.num_queries
+                entry["queries"] = len(plan.queries)
                 entry["attention_stride"] = plan.attention_stride
                 entry["tested"] = len(plan.tested)
             self.steps.append(entry)

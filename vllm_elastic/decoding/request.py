@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.canvas import Canvas, Positions, merged
+from vllm_elastic.decoding.canvas import NO_POSITIONS, Canvas, Positions, merged
+from vllm_elastic.decoding.measurement import MeasuredDrift
 from vllm_elastic.decoding.plan import (
-    NO_POSITIONS,
     Logprobs,
     PassPlan,
     PassResult,
+    StepState,
     join_candidates,
     segments_by_join_layer,
 )
@@ -22,6 +22,7 @@ from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.decoding.validity import BlockValidity
 
 
@@ -37,13 +38,12 @@ class DenoisingRequest:
     next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
     in the next pass. Where the policy predicts a part of the window first and too few of these
     predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
-    all. Calling ``plan`` again before ``digest`` returns the same plan, so a
-    plan that did not fit a batch is simply asked for again.
+    all. Calling ``plan`` again before ``digest`` returns the same plan, so a plan that did not
+    fit a batch is simply asked for again.
 
     Attributes:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
-        tracked: positions whose attention the drift test watches, ascending.
         just_committed: positions committed in the previous step, ascending.
         last_probability: float64 [T], of each position's last prediction that a step chose from;
             NaN: none yet.
@@ -55,22 +55,23 @@ class DenoisingRequest:
         prompt_token_ids: Sequence[int],
         max_tokens: int,
         config: ElasticConfig,
+        traits: DecodingTraits,
         *,
-        mask_token_id: int,
         end_token_ids: frozenset[int],
-        num_layers: int,
         block_size: int,
         sampling: Sampling | None = None,
     ) -> None:
         self.request_id = request_id
         self.config = config
-        self.num_layers = num_layers
+        self.traits = traits
         self.canvas = Canvas(
-            prompt_token_ids, max_tokens, mask_token_id, end_token_ids, config.canvas
+            prompt_token_ids, max_tokens, traits.mask_token_id, end_token_ids, config.canvas
         )
-        granularity = config.granularity or block_size
         self.validity = BlockValidity(
-            self.canvas.length, granularity, num_layers, config.hidden_stride
+            self.canvas.length,
+            config.granularity or block_size,
+            traits.num_layers,
+            config.hidden_stride,
         )
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
@@ -78,26 +79,27 @@ class DenoisingRequest:
         self.reach = min(reach, self.canvas.length)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
-        self.tracked: Positions = NO_POSITIONS
         self.just_committed: Positions = NO_POSITIONS
         self.last_probability = np.full(self.canvas.length, np.nan)
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
-        self._verified: PassResult | None = None  # the window pass that the replay repeats
-        self._first_part: tuple[Positions, PassResult] | None = None  # its rest is next
+        self._state = StepState.FIRST_PASS
+        self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
         self._fresh = True  # no pass has written the KV blocks yet
-        self._whole_window = 0  # masks that the planned step may predict
+
+    @property
+    def num_layers(self) -> int:
+        return self.traits.num_layers
 
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
         self.validity.invalidate(0)
-        self.tracked = NO_POSITIONS
         self.just_committed = NO_POSITIONS
         self.last_probability[:] = np.nan
         self._plan = None
-        self._verified = None
-        self._first_part = None
+        self._state = StepState.FIRST_PASS
+        self._predicted = None
         self._fresh = True
 
     def plan(self) -> PassPlan:
@@ -112,40 +114,25 @@ class DenoisingRequest:
         Raises:
             NotFiniteError: a candidate's probability is NaN.
         """
-        plan = self.plan()
+        plan, state = self.plan(), self._state
         self._plan = None
         self._fresh = False
         self.validity.validate()  # the pass recomputed all that was stale
         if not np.isfinite(result.probabilities).all():
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
-        if self._verified is None:
-            stale_from = self.policy.judge(self, plan, result)
-            if stale_from is not None:
-                self.validity.invalidate(stale_from)
-                if self.refresh == "replay":
-                    self._verified = result
-                    self._add_to_record(plan, result, None)
-                    return []
-        if self._first_part is None and not self._is_sure(plan, result):
-            self._verified = None
-            self._first_part = plan.window, result
-            self._add_to_record(plan, result, None)
-            return []
-        self._update_tracked(plan, result)
-        self._verified = None
-        window, found = plan.window, result
-        if self._first_part is not None:
-            window, found = join_candidates(*self._first_part, window, found)
-            self._first_part = None
-        self.last_probability[window] = found.probabilities
-        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
-        self.just_committed = window[chosen]
-        self.canvas.commit(self.just_committed, found.token_ids[chosen])
-        if found.logprobs is not None:
-            for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
-                self._logprobs[position] = found.logprobs.take(np.array([index]))
-        self._add_to_record(plan, result, self.just_committed.tolist())
-        return self.canvas.take_finished()
+        found_stale = self._judge(plan, result)
+        self.policy.pass_done(self, plan, result.measured)
+        if found_stale and self.refresh == "replay":
+            self._state = StepState.REPLAY
+        elif state is not StepState.WIDENED and not self._is_sure(plan, result):
+            self._state = StepState.WIDENED
+            self._predicted = plan.window, result
+        else:
+            self._state = StepState.FIRST_PASS  # of the next step
+            self._commit(plan, result)
+            return self.canvas.take_finished()
+        self._add_to_record(plan, result, None)
+        return []
 
     def near_commits(self) -> Positions:
         """What the step before committed and its neighbours within ``reach``, ascending."""
@@ -168,80 +155,90 @@ class DenoisingRequest:
             for position in range(stop - count, stop)
         ]
 
+    # One pass: what it computes, what it says of the cache, what it decides.
+
     def _make_plan(self) -> PassPlan:
-        replay, widened = self._verified is not None, self._first_part is not None
-        if not replay and not widened:
+        if self._state is StepState.FIRST_PASS:
             self.policy.begin_step(self)
-        window = self.schedule.window(self.canvas)
-        self._whole_window = len(window)
-        if self._first_part is not None:
-            window = np.setdiff1d(window, self._first_part[0])
-        else:
-            window = self.policy.predicted(self, window)
-        join = self.validity.join_layers()
-        everything, current = bool((join == 0).all()), self.validity.all_valid
-        # In a replay the window pass's rows go again too, from where the first block is stale.
-        rows = window if widened else self.policy.rows(self, window)
-        join[rows] = np.minimum(join[rows], int(join.min()) if replay else 0)
-        if replay:
-            kind = "replay"
-        elif widened:
-            kind = "widened"
-        elif everything:
-            kind = "first" if self.record.passes == 0 else "full"
-        else:
-            kind = "window" if current else "refresh"
-        measures = self.policy.measures
-        watched = None
-        again = replay or widened  # the step's first pass has measured
-        judged = self.policy.probes_blocks and not again
-        if judged:
-            watched = np.ones(self.canvas.length, dtype=np.bool_)
-            watched[window if (join == 0).all() else rows] = False
-        compared = not everything and not again
-        return PassPlan(
+        window = self._window_of_pass()
+        plan = PassPlan(
             request_id=self.request_id,
-            kind=kind,
+            kind="",
             denoising_step=self.record.denoising_steps,
-            segments=segments_by_join_layer(join, self.num_layers),
+            segments=[],
             tokens=self.canvas.tokens.copy(),
             window=window,
-            tested=self.tracked if measures and compared else NO_POSITIONS,
-            tested_layers=None if current else int(self.validity.stale_from.min()),
-            trackable=~self.canvas.masked if measures else None,
-            track_num=self.config.track_num,
-            statistic=self.config.statistic,
+            logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
-            probes=self.policy.probes(self) if compared and join.any() else NO_POSITIONS,
-            granularity=self.validity.block_size if judged else 0,
-            attention_stride=self.config.attention_stride if judged else 1,
-            watched=watched,
             fresh=self._fresh,
         )
+        rows = plan.window_rows
+        if self._state is not StepState.WIDENED:
+            rows = self.policy.rows(self, rows)
+        join = self.validity.join_layers()
+        # A replay repeats its step's rows too, but only from where the first block is stale.
+        start = int(join.min()) if self._state is StepState.REPLAY else 0
+        join[rows] = np.minimum(join[rows], start)
+        plan.segments = segments_by_join_layer(join, self.num_layers)
+        plan.kind = self._kind_of_pass()
+        plan.measure = self.policy.measure(self, plan, self._state, rows)
+        return plan
+
+    def _window_of_pass(self) -> Positions:
+        """Positions that the planned pass predicts."""
+        window = self.schedule.window(self.canvas)
+        if self._predicted is not None:
+            return np.setdiff1d(window, self._predicted[0])
+        return self.policy.predicted(self, window)
+
+    def _kind_of_pass(self) -> str:
+        if self._state is StepState.REPLAY:
+            return "replay"
+        if self._state is StepState.WIDENED:
+            return "widened"
+        if self.validity.all_stale:
+            return "first" if self.record.passes == 0 else "full"
+        return "window" if self.validity.all_valid else "refresh"
+
+    def _judge(self, plan: PassPlan, result: PassResult) -> bool:
+        """Let the policy mark what a step's first pass found stale; whether it found anything."""
+        if self._state is not StepState.FIRST_PASS or result.measured is None:
+            return False
+        stale = self.policy.judge(self, plan, result.measured)
+        if stale is not None:
+            self.validity.invalidate(stale)
+        return stale is not None
 
     def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
         """Whether the step may choose from these predictions: a whole window's, or enough of
         them that reach the threshold. A best guess is the best of the whole window."""
-        if len(plan.window) == self._whole_window:
+        whole = len(self.schedule.window(self.canvas))
+        if len(plan.window) == whole:
             return True
-        needed = min(self.config.tokens_per_step or 1, self._whole_window)
+        needed = min(self.config.tokens_per_step or 1, whole)
         return int(np.count_nonzero(result.probabilities >= self.config.threshold)) >= needed
+
+    def _commit(self, plan: PassPlan, result: PassResult) -> None:
+        window, found = plan.window, result
+        if self._predicted is not None:
+            window, found = join_candidates(*self._predicted, window, found)
+            self._predicted = None
+        self.last_probability[window] = found.probabilities
+        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
+        self.just_committed = window[chosen]
+        self.canvas.commit(self.just_committed, found.token_ids[chosen])
+        if found.logprobs is not None:
+            for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
+                self._logprobs[position] = found.logprobs.take(np.array([index]))
+        self._add_to_record(plan, result, self.just_committed.tolist())
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None
     ) -> None:
-        similarities = result.similarities if self.config.record_similarities else None
+        similarities = None
+        if self.config.record_similarities and isinstance(result.measured, MeasuredDrift):
+            similarities = result.measured.similarities
         self.record.add_pass(plan, self.num_layers, committed, similarities)
-
-    def _update_tracked(self, plan: PassPlan, result: PassResult) -> None:
-        """Union over layers of the most attended; a replay measured the layers it recomputed."""
-        if result.most_attended is None:
-            return
-        measured: list[npt.NDArray[np.int32]] = [result.most_attended.ravel()]
-        if self._verified is not None and self._verified.most_attended is not None:
-            measured.append(self._verified.most_attended[: plan.start_layer].ravel())
-        union = np.unique(np.concatenate(measured))
-        self.tracked = union[union >= 0].astype(np.int32)
 
 
 def _certain(token_id: np.int32) -> Logprobs:

@@ -35,6 +35,16 @@ class BlockValidity:
     def all_valid(self) -> bool:
         return bool((self.stale_from == self.num_layers).all())
 
+    @property
+    def all_stale(self) -> bool:
+        """Nothing of what is stored is of use: everything starts from the embedding."""
+        return not self.stale_from.any()
+
+    @property
+    def first_stale_layer(self) -> int | None:
+        """The layer in which the first stale row joins; None: nothing is stale."""
+        return None if self.all_valid else int(self.stale_from.min())
+
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
         layers = np.asarray(stale_from, dtype=np.int16)

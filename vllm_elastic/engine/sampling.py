@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.decoding.traits import DecodingTraits
 
 
 def end_token_ids_of(params: SamplingParams) -> set[int]:
@@ -21,19 +21,12 @@ def end_token_ids_of(params: SamplingParams) -> set[int]:
     return end_token_ids
 
 
-def text_end_ids_of(hf_config: Any) -> tuple[int, ...]:
-    """The model's end-of-text, then its end-of-turn where it has one."""
-    ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
-    return tuple(token_id for token_id in ends if token_id is not None)
-
-
 def sampling_of(
     params: SamplingParams,
     config: ElasticConfig,
     prompt_length: int,
-    mask_token_id: int,
+    traits: DecodingTraits,
     end_token_ids: set[int],
-    text_end_ids: tuple[int, ...] = (),
 ) -> Sampling | None:
     """The request's wishes; None where the plain most probable token is all it wants.
 
@@ -42,11 +35,10 @@ def sampling_of(
 
     Args:
         end_token_ids: from ``end_token_ids_of``.
-        text_end_ids: from ``text_end_ids_of``.
     """
     first_end = params.min_tokens
     for offset, token_id in enumerate(config.canvas or ()):
-        if token_id != mask_token_id:
+        if token_id != traits.mask_token_id:
             first_end = max(first_end, offset + 1)
     sampling = Sampling(
         temperature=params.temperature,
@@ -56,8 +48,8 @@ def sampling_of(
         logit_bias=tuple((params.logit_bias or {}).items()),
         allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
         banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ())
-        + (text_end_ids[:1] if config.logits_eos_inf else ()),
-        last_token_ids=text_end_ids if config.confidence_eos_eot_inf else (),
+        + (traits.text_end_ids[:1] if config.logits_eos_inf else ()),
+        last_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
         num_logprobs=params.num_logprobs,

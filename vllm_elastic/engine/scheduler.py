@@ -20,7 +20,8 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.turns import Turns
-from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of, text_end_ids_of
+from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
+from vllm_elastic.models.registry import traits_of
 from vllm_elastic.patches.finished_answer import KEY
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
@@ -46,10 +47,7 @@ class ElasticScheduler(Scheduler):
         self.elastic_config = ElasticConfig.from_dict(
             self.vllm_config.additional_config.get("elastic")
         )
-        hf_config = self.vllm_config.model_config.hf_config
-        self._mask_token_id: int = hf_config.mask_token_id
-        self._text_end_ids = text_end_ids_of(hf_config)
-        self._num_layers: int = hf_config.n_layers
+        self._traits = traits_of(self.vllm_config.model_config.hf_config)
         self._canvases: dict[str, DenoisingRequest] = {}
         self._turns = Turns()
         self._admitted_at: dict[str, float] = {}
@@ -160,18 +158,16 @@ class ElasticScheduler(Scheduler):
             request.prompt_token_ids,
             request.max_tokens,
             config,
-            mask_token_id=self._mask_token_id,
+            self._traits,
             # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
             end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
-            num_layers=self._num_layers,
             block_size=self.block_size,
             sampling=sampling_of(
                 params,
                 config,
                 request.num_prompt_tokens,
-                self._mask_token_id,
+                self._traits,
                 end_token_ids,
-                self._text_end_ids,
             ),
         )
 

@@ -15,8 +15,9 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
-from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of, text_end_ids_of
+from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
+from vllm_elastic.models.registry import traits_of
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -85,8 +86,8 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
             parameter="prompt_embeds",
         )
-    hf_config = vllm_config.model_config.hf_config
-    mask_token_id = hf_config.mask_token_id
+    traits = traits_of(vllm_config.model_config.hf_config)
+    mask_token_id = traits.mask_token_id
     if mask_token_id in request.prompt_token_ids:
         raise VLLMValidationError(
             f"prompt: contains the mask token (id {mask_token_id}), which would never be filled "
@@ -94,11 +95,10 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             parameter="prompt",
         )
     # vLLM checks this with a tokenizer only.
-    wrong = [t for t in request.prompt_token_ids if not 0 <= t < hf_config.vocab_size]
+    wrong = [t for t in request.prompt_token_ids if not 0 <= t < traits.vocab_size]
     if wrong:
         raise VLLMValidationError(
-            f"prompt: token id {wrong[0]} is not in the vocabulary, 0 to "
-            f"{hf_config.vocab_size - 1}.",
+            f"prompt: token id {wrong[0]} is not in the vocabulary, 0 to {traits.vocab_size - 1}.",
             parameter="prompt",
         )
     if request.resumable:
@@ -202,21 +202,14 @@ def check_candidates(
                 f"{LARGEST_BIAS:g}.",
                 parameter="logit_bias",
             )
-    hf_config = vllm_config.model_config.hf_config
-    sampling = sampling_of(
-        params,
-        config,
-        0,
-        hf_config.mask_token_id,
-        end_token_ids_of(params),
-        text_end_ids_of(hf_config),
-    )
+    traits = traits_of(vllm_config.model_config.hf_config)
+    sampling = sampling_of(params, config, 0, traits, end_token_ids_of(params))
     if sampling is None:
         return
-    never = {hf_config.mask_token_id, *sampling.banned_token_ids, *sampling.end_token_ids}
+    never = {*traits.never_chosen, *sampling.banned_token_ids, *sampling.end_token_ids}
     never |= {token_id for token_id, bias in biases if bias < -1e30}  # minus infinity in float32
     allowed = sampling.allowed_token_ids
-    candidates = range(hf_config.vocab_size) if allowed is None else allowed
+    candidates = range(traits.vocab_size) if allowed is None else allowed
     if all(token_id in never for token_id in candidates):
         raise VLLMValidationError(
             "no token is left to choose from. allowed_token_ids, bad_words and an infinitely low "
@@ -249,15 +242,15 @@ def _check_infilling(canvas: tuple[int, ...], max_tokens: int, vllm_config: Vllm
             f"'elastic_canvas' has {len(canvas)} token ids and max_tokens is {max_tokens}; send "
             f"max_tokens={len(canvas)}."
         )
-    config = vllm_config.model_config.hf_config
-    if config.mask_token_id not in canvas:
+    traits = traits_of(vllm_config.model_config.hf_config)
+    if traits.mask_token_id not in canvas:
         raise ValueError(
-            f"'elastic_canvas' has no mask token (id {config.mask_token_id}): nothing to find."
+            f"'elastic_canvas' has no mask token (id {traits.mask_token_id}): nothing to find."
         )
-    if max(canvas) >= config.vocab_size:
+    if max(canvas) >= traits.vocab_size:
         raise ValueError(
             f"'elastic_canvas' has token id {max(canvas)}; the vocabulary ends at "
-            f"{config.vocab_size - 1}."
+            f"{traits.vocab_size - 1}."
         )
 
 

@@ -20,26 +20,24 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
-from vllm_elastic.attention.key_layout import KeyLayout
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
-from vllm_elastic.runner.attention_shape import AttentionShape
-from vllm_elastic.runner.candidates import (
-    constrain,
-    logprobs_of,
-    most_probable,
-    postpone,
-    sampled,
-)
-from vllm_elastic.runner.row_batch import RowBatch, RowLayout
-from vllm_elastic.runner.statistics.inputs import StatisticsInputs
+from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.candidates import most_probable
+from vllm_elastic.runner.download import Download
+from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
+from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.upload import Upload
 
 logger = init_logger("vllm.vllm_elastic.runner")
 
@@ -65,19 +63,21 @@ class ElasticRunner:
         self.elastic_config = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
         # Bytes that the weights take; the GPU worker asks.
         self.model_memory_usage = 0
-        self.mask_token_id: int = self.model_config.hf_config.mask_token_id
+        self.traits = traits_of(self.model_config.hf_config)
         self.model: Any = None
         self.kv_caches: dict[str, torch.Tensor] = {}
+        self._upload = Upload(device)
 
     # Called by the worker at start, in this order.
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if self.device.type == "cpu":
             self.model = get_model(vllm_config=self.vllm_config)
-            return
-        with DeviceMemoryProfiler(self.device) as profiler:
-            self.model = get_model(vllm_config=self.vllm_config)
-        self.model_memory_usage = profiler.consumed_memory
+        else:
+            with DeviceMemoryProfiler(self.device) as profiler:
+                self.model = get_model(vllm_config=self.vllm_config)
+            self.model_memory_usage = profiler.consumed_memory
+        self._executor: PassExecutor = EagerExecutor(self.model)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return get_kv_cache_spec(self.vllm_config)
@@ -87,8 +87,8 @@ class ElasticRunner:
         """Allocate what a full row budget needs, so that vLLM can size the KV cache (GPU)."""
         seats = self.vllm_config.scheduler_config.max_num_seqs
         window_rows = min(self.max_chunk_rows, seats * self.elastic_config.window)
-        logits = self.model.run_without_cache(self.max_chunk_rows, window_rows)
-        most_probable(logits)
+        hidden = self.model.run_without_cache(self.max_chunk_rows)
+        most_probable(self.model.compute_logits(hidden[:window_rows]))
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -118,37 +118,18 @@ class ElasticRunner:
                 self.vllm_config,
                 kv_cache_allocation_context,
             )
-        layers = [block.self_attn.attn for block in self.model.blocks]
-        names = {layer.layer_name for layer in layers}
+        names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
-        self.block_size = layers[0].kv_cache.shape[2]
-        attention = self.model.blocks[0].self_attn
-        self.shape = AttentionShape(
-            num_layers=len(layers),
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            scale=attention.scale,
-            key_layout=KeyLayout.measure(layers[0]),
-            key_cache=_stack_views([layer.kv_cache for layer in layers]),
-            hidden_rows=self._hidden_rows(),
-            hidden_stride=self.model.hidden_stride,
-        )
-        self._log_capacity(kv_cache_config, type(layers[0].impl).__name__)
+        self.cache = CacheView.of(self.model, kv_cache_config)
+        self._log_capacity(kv_cache_config)
 
-    def _hidden_rows(self) -> torch.Tensor:
-        if self.model.hidden_states:
-            return _stack_views([store.rows() for store in self.model.hidden_states])
-        keys = self.model.blocks[0].self_attn.attn.kv_cache  # a model of one layer stores none
-        width = self.model.d_model // ranks.count()
-        return keys.new_empty(0, keys.shape[0] * self.block_size, width)
-
-    def _log_capacity(self, kv_cache_config: KVCacheConfig, backend: str) -> None:
+    def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
         (group,) = kv_cache_config.kv_cache_groups
-        token_bytes = group.kv_cache_spec.page_size_bytes // self.block_size
+        block_size = self.cache.block_size
+        token_bytes = group.kv_cache_spec.page_size_bytes // block_size
         hidden_bytes = sum(layer.width * layer.dtype.itemsize for layer in self.model.hidden_states)
         canvas = self.model_config.max_model_len
-        canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // self.block_size)
+        canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // block_size)
         logger.info(
             "a canvas position costs %d bytes%s (%d of them hidden states); %d full canvases of "
             "%d positions fit; keys are stored %s by %s",
@@ -157,8 +138,8 @@ class ElasticRunner:
             hidden_bytes,
             canvases,
             canvas,
-            self.shape.key_layout.name,
-            backend,
+            self.cache.key_layout.name,
+            type(self.model.attention_layers[0].impl).__name__,
         )
 
     # Called once a step.
@@ -182,80 +163,41 @@ class ElasticRunner:
 
     def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
         """One forward pass over the rows of all plans; None on the ranks that do not report."""
-        layout = RowLayout.of(plans, self.block_size)
-        statistics = StatisticsInputs(plans, layout)
-        self._plans = plans
-        self._block_table = self._make_block_table(plans)
-        batch = RowBatch.build(
-            plans,
-            layout,
-            statistics.tested_positions,
-            statistics.query_rows,
-            self.max_chunk_rows,
-            self._build_metadata,
-            self.device,
+        # What goes where.
+        self._upload.start()
+        order = RowOrder.of(plans, self.cache.block_size)
+        statistics = Statistics(plans, order, self.cache, self._upload)
+        head = Head(plans, self.traits, self._upload)
+        builder = BatchBuilder(
+            plans, order, self._upload, self._attention_group, self.cache, self.max_chunk_rows
         )
+        saved = statistics.saved
+        rows = builder.lay_out(self.traits.num_layers, saved.tested_positions, saved.query_rows)
+        # On the device.
+        self._upload.send()
+        builder.finish()
         self._clear_padding(plans)
-        statistics.prepare(self.shape, self.device, self.model_config.dtype)
-        hidden = self.model(batch.tokens, batch.positions, batch, statistics)
-        logits = self.model.compute_logits(hidden)
-        sums = statistics.partial_sums()
-        sums.add_up()
-        if not ranks.reports():
+        statistics.before(self.model_config.dtype)
+        hidden = self._executor.run(rows, statistics.recorder)
+        candidates = head.predict(self.model, hidden)
+        statistics.after()
+        if candidates is None:
             return None
-        # A mask that was committed would leave its position undecided.
-        logits[:, self.mask_token_id] = float("-inf")
-        raw: dict[
-            int, tuple[torch.Tensor, int]
-        ] = {}  # log probabilities are of what the model says
-        for index, rows in enumerate(_window_slices(plans)):
-            sampling = plans[index].sampling
-            if sampling is not None and sampling.num_logprobs is not None:
-                raw[index] = logits[rows].clone(), sampling.num_logprobs
-        self._constrain(plans, logits)
-        token_ids, probabilities = most_probable(logits)
-        self._sample(plans, logits, token_ids, probabilities)
-        tokens_np = token_ids.to(torch.int32).cpu().numpy()
-        probabilities_np = probabilities.cpu().numpy()
-        results = []
-        measured = sums.measure()
-        for index, rows in enumerate(_window_slices(plans)):
-            logprobs = None
-            if index in raw:
-                raw_logits, count = raw[index]
-                logprobs = logprobs_of(raw_logits, token_ids[rows], count)
-            results.append(
-                PassResult(
-                    tokens_np[rows],
-                    probabilities_np[rows],
-                    logprobs=logprobs,
-                    **measured[index],
-                )
+        # Back.
+        download = Download()
+        found = download.of(_pair, candidates.token_ids, candidates.probabilities)
+        measured = statistics.results(download)
+        download.run()
+        token_ids, probabilities = found.get()
+        return [
+            PassResult(
+                token_ids[own],
+                probabilities[own],
+                logprobs=candidates.logprobs.get(index),
+                measured=measured[index].get() if index in measured else None,
             )
-        return results
-
-    def _constrain(self, plans: list[PassPlan], logits: torch.Tensor) -> None:
-        for plan, rows in zip(plans, _window_slices(plans), strict=True):
-            if plan.sampling is not None:
-                positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
-                constrain(logits[rows], plan.sampling, positions)
-
-    def _sample(
-        self,
-        plans: list[PassPlan],
-        logits: torch.Tensor,
-        token_ids: torch.Tensor,
-        probabilities: torch.Tensor,
-    ) -> None:
-        """Replace the most probable token where a request wants a random one; put ends last."""
-        for plan, rows in zip(plans, _window_slices(plans), strict=True):
-            if plan.sampling is not None and plan.sampling.temperature > 0:
-                positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
-                token_ids[rows], probabilities[rows] = sampled(
-                    logits[rows], plan.sampling, plan.denoising_step, positions
-                )
-            if plan.sampling is not None and plan.sampling.last_token_ids:
-                postpone(token_ids[rows], probabilities[rows], plan.sampling.last_token_ids)
+            for index, own in enumerate(head.slices)
+        ]
 
     def _clear_padding(self, plans: list[PassPlan]) -> None:
         """Zero the block that a fresh canvas fills only in part.
@@ -263,40 +205,10 @@ class ElasticRunner:
         Attention kernels multiply a whole block by probabilities that are 0 beyond T, and a NaN
         that an earlier owner left there would survive that.
         """
-        padded = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.block_size]
-        if padded:
-            self.shape.key_cache[:, torch.tensor(padded, device=self.device)] = 0
-
-    def _make_block_table(self, plans: list[PassPlan]) -> np.ndarray:
-        table = np.zeros((len(plans), max(len(p.block_ids) for p in plans)), dtype=np.int32)
-        for row, plan in zip(table, plans, strict=True):
-            row[: len(plan.block_ids)] = plan.block_ids
-        return table
-
-    def _build_metadata(self, pieces: list[tuple[int, int]]) -> Any:
-        """Attention metadata of a chunk: each piece is one sequence of T keys, not causal."""
-        owners = np.array([index for index, _ in pieces])
-        lengths = np.array([length for _, length in pieces], dtype=np.int32)
-        starts = np.zeros(len(pieces) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        keys = np.array([len(self._plans[i].tokens) for i in owners], dtype=np.int32)
-        starts_cpu = torch.from_numpy(starts)
-        keys_cpu = torch.from_numpy(keys)
-        common = CommonAttentionMetadata(
-            query_start_loc=starts_cpu.to(self.device),
-            query_start_loc_cpu=starts_cpu,
-            seq_lens=keys_cpu.to(self.device),
-            seq_lens_cpu_upper_bound=keys_cpu,
-            num_reqs=len(pieces),
-            num_actual_tokens=int(lengths.sum()),
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(keys.max()),
-            block_table_tensor=torch.from_numpy(self._block_table[owners]).to(self.device),
-            # Writes go through LLaDAAttention.write with the batch's own slots.
-            slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
-            causal=False,
-        )
-        return self._attention_group.build_metadata(common)
+        last = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.cache.block_size]
+        if last:
+            blocks = torch.tensor(self.cache.kernel_blocks(last), device=self.device)
+            self.cache.keys[:, blocks] = 0
 
     # Asked by vLLM's worker now and then.
 
@@ -335,24 +247,5 @@ class ElasticRunner:
         self.kv_caches.clear()
 
 
-def _window_slices(plans: list[PassPlan]) -> list[slice]:
-    """Each plan's rows among the window rows of all."""
-    ends = np.cumsum([len(plan.window) for plan in plans]).tolist()
-    return [slice(end - len(p.window), end) for p, end in zip(plans, ends, strict=True)]
-
-
-def _stack_views(views: list[torch.Tensor]) -> torch.Tensor:
-    """Per-layer views as one [L, ...] view without a copy.
-
-    vLLM lays the layers out at a constant stride in one allocation.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    first = views[0]
-    offsets = [view.storage_offset() for view in views]
-    stride = offsets[1] - offsets[0] if len(offsets) > 1 else 0
-    same_storage = {view.untyped_storage().data_ptr() for view in views}
-    if len(same_storage) != 1 or offsets != [offsets[0] + i * stride for i in range(len(offsets))]:
-        raise RuntimeError("the layers' KV caches are not at a constant stride in one allocation")
-    return first.as_strided((len(views), *first.shape), (stride, *first.stride()), offsets[0])
+def _pair(token_ids: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return token_ids, probabilities

@@ -9,27 +9,28 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import Positions
-from vllm_elastic.decoding.plan import NO_POSITIONS, PassPlan, PassResult
+from vllm_elastic.decoding.measurement import Measure, Measured
+from vllm_elastic.decoding.plan import PassPlan, StepState
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
     from vllm_elastic.decoding.request import DenoisingRequest
 
+Stale = npt.NDArray[np.int16] | int
+"""From which layer on blocks are stale: int16 [blocks], or one layer for all of them."""
+
 
 class RefreshPolicy:
     """Decides what a step recomputes. Reads the request, changes only its block validity.
 
+    The hooks stand in the order in which a step calls them.
+
     Attributes:
         name: what ``policy`` in the config calls it.
-        measures: whether passes report the attention's drift and the most attended positions
-            (tracked positions, similarities).
-        probes_blocks: whether passes report the attention of blocks and the drift of probes.
         refresh, reach: where the config does not say (see ``ElasticConfig``).
     """
 
     name: ClassVar[str]
-    measures: ClassVar[bool] = False
-    probes_blocks: ClassVar[bool] = False
     refresh: ClassVar[str] = "replay"
     reach: ClassVar[int] = 0
 
@@ -48,24 +49,31 @@ class RefreshPolicy:
         """
         return window
 
-    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        """Positions recomputed from layer 0 whether their block is stale or not.
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        """Positions recomputed from layer 0 whether their block is stale or not, ascending.
 
-        ``window``: the positions predicted. Not asked for a widened pass, whose rows are these.
+        ``window_rows``: the rows that the predictions are read from. Not asked for a widened
+        pass, whose rows are these.
         """
-        return window
+        return window_rows
 
-    def probes(self, request: DenoisingRequest) -> Positions:
-        """Positions among ``rows`` whose drift the coming pass is to report, ascending."""
-        return NO_POSITIONS
+    def measure(
+        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+    ) -> Measure | None:
+        """What the coming pass, planned but for this, is to measure.
 
-    def judge(
-        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
-    ) -> npt.NDArray[np.int16] | int | None:
-        """After every pass but a replay: from which layer blocks turned out to be stale.
-
-        A widened pass has measured neither blocks nor drift.
-
-        One layer for all blocks, int16 [blocks], or None: the pass stands.
+        ``rows``: what ``rows`` said, or a widened pass's own.
         """
         return None
+
+    def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
+        """After a step's first pass, where it measured something: what turned out to be stale.
+
+        None: the pass stands.
+        """
+        return None
+
+    def pass_done(
+        self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
+    ) -> None:
+        """After every pass, whatever becomes of it."""

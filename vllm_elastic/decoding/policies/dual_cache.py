@@ -35,5 +35,7 @@ class DualCache(RefreshPolicy):
             self._refreshed_for = start
             request.validity.invalidate(0)
 
-    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return np.arange(*text_block(request.canvas, self.config.block_length), dtype=np.int32)
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        start, stop = text_block(request.canvas, self.config.block_length)
+        # With shifted logits the block's first position is predicted by the row before it.
+        return np.arange(start - request.traits.logits_shift, stop, dtype=np.int32)

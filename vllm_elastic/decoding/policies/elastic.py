@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions, merged
-from vllm_elastic.decoding.plan import PassPlan, PassResult
-from vllm_elastic.decoding.policies.base import RefreshPolicy
+from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
+from vllm_elastic.decoding.measurement import DriftTest, Measured, MeasuredDrift
+from vllm_elastic.decoding.plan import PassPlan, StepState
+from vllm_elastic.decoding.policies.base import RefreshPolicy, Stale
 
 if TYPE_CHECKING:
+    from vllm_elastic.config import ElasticConfig
     from vllm_elastic.decoding.request import DenoisingRequest
 
 
@@ -21,19 +23,52 @@ class Elastic(RefreshPolicy):
 
     The first layer l* whose similarity is below gamma makes every block stale from l* + 1: the
     drift grows with depth. A trigger in the last layer leaves nothing to recompute.
+
+    Attributes:
+        tracked: positions whose attention this step's drift test watches, ascending.
     """
 
     name = "elastic"
-    measures = True
 
-    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return merged(request.canvas.length, window, request.near_commits(), request.tracked)
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__(config)
+        self.tracked: Positions = NO_POSITIONS
+        self._most_attended: npt.NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
 
-    def judge(
-        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
-    ) -> npt.NDArray[np.int16] | int | None:
-        if result.similarities is None:
+    def begin_step(self, request: DenoisingRequest) -> None:
+        """Track the union over layers of what the last step attended to most."""
+        union = np.unique(self._most_attended)
+        self.tracked = union[union >= 0].astype(np.int32)
+
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        return merged(request.canvas.length, window_rows, request.near_commits(), self.tracked)
+
+    def measure(
+        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+    ) -> DriftTest:
+        compared = state is StepState.FIRST_PASS and not request.validity.all_stale
+        return DriftTest(
+            tested=self.tracked if compared else NO_POSITIONS,
+            tested_layers=request.validity.first_stale_layer,
+            trackable=~request.canvas.masked,
+            track_num=self.config.track_num,
+            statistic=self.config.statistic,
+        )
+
+    def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
+        assert isinstance(measured, MeasuredDrift)
+        if measured.similarities is None:
             return None
-        similarities = result.similarities[: request.num_layers - 1]
+        similarities = measured.similarities[: request.num_layers - 1]
         drifted = np.flatnonzero(similarities < self.config.gamma)
         return int(drifted[0]) + 1 if drifted.size else None
+
+    def pass_done(
+        self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
+    ) -> None:
+        assert isinstance(measured, MeasuredDrift)
+        # A replay measures the layers that it recomputes; the others are as they were.
+        own = measured.most_attended
+        if plan.start_layer:
+            own = np.concatenate([self._most_attended[: plan.start_layer], own])
+        self._most_attended = own

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions, merged
-from vllm_elastic.decoding.plan import NO_POSITIONS, PassPlan, PassResult
-from vllm_elastic.decoding.policies.base import RefreshPolicy
+from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
+from vllm_elastic.decoding.measurement import BlockProbe, Measured, MeasuredBlocks
+from vllm_elastic.decoding.plan import PassPlan, StepState
+from vllm_elastic.decoding.policies.base import RefreshPolicy, Stale
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
@@ -40,7 +41,6 @@ class ElasticBlock(RefreshPolicy):
     """
 
     name = "elastic-block"
-    probes_blocks = True
     refresh = "next"
     reach = 4
 
@@ -65,32 +65,45 @@ class ElasticBlock(RefreshPolicy):
         chosen[best] = True
         return window[chosen] if chosen.any() else window
 
-    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return merged(request.canvas.length, window, request.near_commits(), self._probes)
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        return merged(request.canvas.length, window_rows, request.near_commits(), self._probes)
 
-    def probes(self, request: DenoisingRequest) -> Positions:
-        return self._probes
+    def measure(
+        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+    ) -> BlockProbe | None:
+        if state is not StepState.FIRST_PASS:  # the step's first pass has measured
+            return None
+        everything = plan.computes_everything
+        # What the next step computes in any case is not looked after by blocks.
+        watched = np.ones(request.canvas.length, dtype=np.bool_)
+        watched[plan.window_rows if everything else rows] = False
+        return BlockProbe(
+            probes=NO_POSITIONS if everything else self._probes,
+            watched=watched,
+            block_size=request.validity.block_size,
+            attention_stride=self.config.attention_stride,
+        )
 
-    def judge(
-        self, request: DenoisingRequest, plan: PassPlan, result: PassResult
-    ) -> npt.NDArray[np.int16] | int | None:
+    def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
+        assert isinstance(measured, MeasuredBlocks)
         step = plan.denoising_step
         if plan.computes_everything:
             self._start_over(request, step)
-        self._take_probes(request, plan, result, step)
-        for segment in plan.segments:
-            self._written_at[segment.positions] = step
-        if result.block_mass is None:  # a widened pass: the step's first has measured
-            return None
-        stale = self._verdict(request, step + 1, result.block_mass)
+        self._take_probes(request, plan, measured, step)
+        stale = self._verdict(request, step + 1, measured.mass)
         if stale is not None:
             refreshed = stale < request.num_layers
             self._refreshed_at[refreshed] = step + (request.refresh == "next")
-            if request.refresh == "replay":  # no verdict follows a replay
-                size, length = request.validity.block_size, request.canvas.length
-                self._written_at[np.repeat(refreshed, size)[:length]] = step
-        self._choose_probes(request, result, step)
+        self._choose_probes(measured, step)
         return stale
+
+    def pass_done(
+        self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
+    ) -> None:
+        if plan.kind == "widened" and plan.computes_everything:
+            self._start_over(request, plan.denoising_step)  # all blocks were found stale
+        for segment in plan.segments:
+            self._written_at[segment.positions] = plan.denoising_step
 
     def _start_over(self, request: DenoisingRequest, step: int) -> None:
         """All blocks are as of this step."""
@@ -102,15 +115,15 @@ class ElasticBlock(RefreshPolicy):
             self._rate = np.zeros((blocks, request.num_layers), dtype=np.float32)
 
     def _take_probes(
-        self, request: DenoisingRequest, plan: PassPlan, result: PassResult, step: int
+        self, request: DenoisingRequest, plan: PassPlan, measured: MeasuredBlocks, step: int
     ) -> None:
         """Drift of a block per step^GROWTH, from the change since its probe was stored."""
-        if result.probe_drift is None:
+        if measured.probe_drift is None:
             return
         assert self._rate is not None
         blocks = plan.probes // request.validity.block_size  # no two are of one block
         age = np.maximum(step - self._written_at[plan.probes], 1)
-        self._rate[blocks] = result.probe_drift / (age**GROWTH)[:, None]
+        self._rate[blocks] = measured.probe_drift / (age**GROWTH)[:, None]
         self._probed_at[blocks] = step
 
     def _verdict(
@@ -135,10 +148,10 @@ class ElasticBlock(RefreshPolicy):
             stale[block] = max(0, first - 1)
         return stale
 
-    def _choose_probes(self, request: DenoisingRequest, result: PassResult, step: int) -> None:
+    def _choose_probes(self, measured: MeasuredBlocks, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        assert result.block_mass is not None and result.block_probes is not None
-        known = result.block_probes >= 0
-        due = result.block_mass * np.maximum(step + 1 - self._probed_at, 0) * known
+        known = measured.most_attended >= 0
+        due = measured.mass * np.maximum(step + 1 - self._probed_at, 0) * known
         ranked = np.argsort(-due, kind="stable")[: self.config.probes]
-        self._next_probes = np.sort(result.block_probes[ranked[due[ranked] > 0]]).astype(np.int32)
+        chosen = measured.most_attended[ranked[due[ranked] > 0]]
+        self._next_probes = np.sort(chosen).astype(np.int32)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.canvas import Positions, merged
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
 if TYPE_CHECKING:
@@ -23,5 +21,5 @@ class Interval(RefreshPolicy):
         if request.record.denoising_steps % self.config.interval == 0:
             request.validity.invalidate(0)
 
-    def rows(self, request: DenoisingRequest, window: Positions) -> Positions:
-        return np.union1d(window, request.just_committed).astype(np.int32)
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        return merged(request.canvas.length, window_rows, request.just_committed)

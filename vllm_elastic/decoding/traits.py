@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that decoding has to know of an architecture: one value, found once for each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingTraits:
+    """What admission, the scheduler and the runner read instead of the model's configuration.
+
+    Attributes:
+        num_layers: L.
+        vocab_size: token ids are 0 .. vocab_size - 1.
+        mask_token_id: what an undecided position holds.
+        text_end_ids: end-of-text, then end-of-turn where the model has one.
+        never_chosen: ids that no candidate may be; the mask is one of them.
+        logits_shift: the logits of position p are those of row p - logits_shift: 0, or 1 for a
+            model that was trained on from one that predicts the next token (Dream).
+    """
+
+    num_layers: int
+    vocab_size: int
+    mask_token_id: int
+    text_end_ids: tuple[int, ...] = ()
+    never_chosen: tuple[int, ...] = ()
+    logits_shift: int = 0

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's forward is given: the rows of a pass on the device, layer by layer.
+
+A pass has few different shapes: rows are filled up to a ``bucket``. Rows that fill up read
+position 0 and write vLLM's null block, which no request owns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+_STEPS = ((64, 8), (128, 16), (1024, 32), (1 << 62, 256))
+"""Up to so many rows, to a multiple of this: 40 numbers of rows up to 1,024, and from 33 rows on
+less than a quarter of filling (a product's time is proportional to its rows)."""
+
+
+def bucket(count: int) -> int:
+    """How many rows a pass of ``count`` rows is filled up to.
+
+    Plans have another number of rows at nearly every step. oneDNN compiles a product for each
+    number that it has not seen, and a CUDA graph is captured for one.
+    """
+    step = next(step for most, step in _STEPS if count <= most)
+    return -(-count // step) * step
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """Rows [start, stop) that one call of the attention backend works on."""
+
+    start: int
+    stop: int
+    metadata: Any
+
+
+def chunks(calls: list[AttentionCall], total: int) -> list[tuple[int, int]]:
+    """The calls' rows, the last one's stretched to ``total``: what fills up is in the last."""
+    return list(pairwise([*(call.start for call in calls), total]))
+
+
+@dataclass(slots=True)
+class LayerRows:
+    """The rows that are active in a layer; layers between two join layers share one.
+
+    Attributes:
+        num_rows: rows [0, num_rows) of the pass are active.
+        num_finished: the same, filled up.
+        positions, slots: int64 [P], canvas position and slot of the paged cache of every row
+            that is projected: the active ones, tested ones once more as they were stored, and
+            what fills up. P >= num_finished, equal where nothing is tested.
+        num_queries: how many of the recorder's query rows are active.
+        calls: over the active rows. More than one: the canvas exceeds the row budget and is
+            worked on in these row chunks.
+    """
+
+    num_rows: int
+    num_finished: int
+    positions: torch.Tensor
+    slots: torch.Tensor
+    num_queries: int
+    calls: list[AttentionCall]
+
+
+@dataclass(slots=True)
+class WindowRows:
+    """The rows whose candidates are wanted, all that the last layer has to finish.
+
+    Attributes:
+        rows: int64 [W filled up], plan by plan; calls: over the W rows.
+    """
+
+    rows: torch.Tensor
+    calls: list[AttentionCall]
+
+
+@dataclass(slots=True)
+class PassRows:
+    """A pass on the device.
+
+    Attributes:
+        tokens: int64 [R0 filled up], of the rows that join at layer 0; empty where none does.
+        layers: what is active in each layer; None before the first join layer.
+        window: rows whose candidates are wanted.
+        num_window_rows: W.
+    """
+
+    tokens: torch.Tensor
+    layers: list[LayerRows | None]
+    window: WindowRows
+    num_window_rows: int
+
+
+class Recorder(Protocol):
+    """Keeps, while a pass runs, what its measurements need.
+
+    Attributes:
+        tested_rows: int64 [M], rows of the pass whose attention is compared.
+        old_inputs: [stored, M, d], their inputs of the layers that store them, as they were
+            before the pass; None: nothing is tested.
+    """
+
+    tested_rows: torch.Tensor
+    old_inputs: torch.Tensor | None
+
+    def save_queries(self, layer: int, rows: LayerRows, q: torch.Tensor) -> None:
+        """Called in each layer with the rotated queries [P, Hq, D] of all projected rows."""
+        ...

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward of every family: the only file that knows rows, join layers and the hidden store.
+
+It branches on the plan and never on data. Attention is bidirectional and independent for each
+query row once a layer's new keys and values are written, so rows of one request that join at
+different layers need no merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.models.hidden_states import HiddenStateCache
+from vllm_elastic.models.layers import PreNormBlock
+from vllm_elastic.models.rows import (
+    AttentionCall,
+    LayerRows,
+    PassRows,
+    Recorder,
+    WindowRows,
+    chunks,
+)
+
+Stacked = Mapping[str, tuple[str, str | int]]
+"""A checkpoint's name of a part of a fused weight -> the weight, and which part it is."""
+
+
+class DiffusionTransformer(nn.Module):
+    """Embedding, blocks, norm and head, with paged keys, values and hidden states.
+
+    A family is a subclass that makes its blocks and names its weights.
+
+    Args:
+        make_block: a block by the prefix of its name.
+        norm: before the head.
+        rows_of_embedding: rows of the embedding and of the head.
+        tied: the head is the embedding.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        width: int,
+        num_layers: int,
+        vocab_size: int,
+        rows_of_embedding: int,
+        tied: bool,
+        norm: nn.Module,
+        make_block: Callable[[str], PreNormBlock],
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.num_layers = num_layers
+        self.tied = tied
+        self.embed_tokens = VocabParallelEmbedding(rows_of_embedding, width)
+        self.blocks = nn.ModuleList(
+            make_block(maybe_prefix(prefix, f"blocks.{i}")) for i in range(num_layers)
+        )
+        # Layer 0's input is the embedding of the canvas; it needs no storage.
+        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        self.hidden_stride = elastic.hidden_stride
+        self.hidden_states = nn.ModuleList(
+            HiddenStateCache(width, vllm_config, maybe_prefix(prefix, f"hidden_states.{i}"))
+            for i in range(self.hidden_stride, num_layers, self.hidden_stride)
+        )
+        self.norm = norm
+        self.lm_head = ParallelLMHead(
+            rows_of_embedding,
+            width,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if tied:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(vocab_size)
+
+    @property
+    def attention_layers(self) -> list[Attention]:
+        """vLLM's attention layers, first to last."""
+        return [block.attn for block in self.blocks]
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """vLLM takes a class for a language model by these two names. Ours is run by ``run``."""
+        raise NotImplementedError("a pass over rows and join layers is run by `run`")
+
+    def run(self, rows: PassRows, recorder: Recorder | None = None) -> torch.Tensor:
+        """Run a pass.
+
+        Args:
+            recorder: keeps what the pass's measurements need; None: it measures nothing.
+
+        Returns:
+            [W, d] final normed hidden states of the rows whose candidates are wanted.
+
+        Raises:
+            RuntimeError: rows join at a layer whose input is not stored.
+        """
+        x = self._embed(rows.tokens)
+        before: LayerRows | None = None
+        for layer, block in enumerate(self.blocks):
+            now = rows.layers[layer]
+            if now is None:
+                continue
+            if layer:
+                x = self._store_and_join(layer, x, before, now)
+            q, k, v = self._project(block, self._with_old(layer, x, now, recorder), now)
+            if recorder is not None:
+                recorder.save_queries(layer, now, q)
+            _write(block.attn, k, v, now.slots)
+            if layer == self.num_layers - 1:
+                x = self._finish_window(block, x, q, k, v, rows.window)
+            else:
+                x = self._finish(block, x, q, k, v, now)
+            before = now
+        return self.norm(x)[: rows.num_window_rows]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [W, vocab_size] of rows [W, d], on all ranks."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    # One layer of a pass, in order.
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        # A pass without rows at layer 0 (a replay) spares the ranks a reduction of nothing.
+        if len(tokens):
+            return self.embed_tokens(tokens)
+        return self.embed_tokens.weight.new_empty(0, self.width)
+
+    def _store_and_join(
+        self, layer: int, x: torch.Tensor, before: LayerRows | None, now: LayerRows
+    ) -> torch.Tensor:
+        """Store the layer's input, and put the rows that join here behind those that are on."""
+        nth, between = divmod(layer, self.hidden_stride)
+        if between:
+            if now is not before:
+                raise RuntimeError(f"rows join at layer {layer}, whose input is not stored")
+            return x
+        store = self.hidden_states[nth - 1]
+        num_on = 0
+        if before is not None:
+            num_on = before.num_rows
+            store.write(x, before.slots[: before.num_finished])
+        if now is before:
+            return x
+        joining = store.read(now.slots[num_on : now.num_rows])
+        filling = x.new_zeros(now.num_finished - now.num_rows, self.width)
+        return torch.cat([x[:num_on], joining, filling])
+
+    def _with_old(
+        self, layer: int, x: torch.Tensor, now: LayerRows, recorder: Recorder | None
+    ) -> torch.Tensor:
+        """The layer's input, and behind the active rows the tested ones' as it was stored."""
+        nth, between = divmod(layer, self.hidden_stride)
+        if recorder is None or recorder.old_inputs is None or between:
+            return x
+        # A tested position's token has not changed: its embedding is its old input.
+        old = recorder.old_inputs[nth - 1] if nth else x[recorder.tested_rows]
+        filling = x.new_zeros(len(now.positions) - now.num_rows - len(old), self.width)
+        return torch.cat([x[: now.num_rows], old, filling])
+
+    @staticmethod
+    def _project(
+        block: PreNormBlock, x: torch.Tensor, now: LayerRows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
+        positions = now.positions[: len(x)]
+        if len(now.calls) == 1:
+            return block.project(x, positions)
+        parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(now.calls, len(x))]
+        q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+        return q, k, v
+
+    @staticmethod
+    def _finish(
+        block: PreNormBlock,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        now: LayerRows | WindowRows,
+    ) -> torch.Tensor:
+        """The layer's output [R filled up, d]."""
+        attended = _attend(block.attn, q[: len(x)], k[: len(x)], v[: len(x)], now.calls)
+        if len(now.calls) == 1:
+            return block.finish(x, attended)
+        return torch.cat(
+            [block.finish(x[a:b], attended[a:b]) for a, b in chunks(now.calls, len(x))]
+        )
+
+    def _finish_window(
+        self,
+        block: PreNormBlock,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: WindowRows,
+    ) -> torch.Tensor:
+        """The last layer's output [W filled up, d], of the window's rows alone."""
+        # The backends attend to the paged keys; of the rows' own they take the number.
+        return self._finish(block, x[window.rows], q[window.rows], k, v, window)
+
+    # Memory and weights.
+
+    def run_without_cache(self, num_rows: int) -> torch.Tensor:
+        """What a pass of so many rows allocates at its peak, for vLLM's memory profiling.
+
+        One block is enough, all are alike; attention itself is left out, there is no cache yet.
+
+        Returns:
+            [num_rows, d] of no meaning.
+        """
+        positions = torch.zeros(num_rows, dtype=torch.int64, device=self.embed_tokens.weight.device)
+        x = self.embed_tokens(positions)
+        q, _, _ = self.blocks[0].project(x, positions)
+        return self.norm(self.blocks[0].finish(x, q.reshape(num_rows, -1)))
+
+    def load_named(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        name_of: Callable[[str], str | None],
+        stacked: Stacked,
+    ) -> set[str]:
+        """Load a checkpoint's tensors; returns the parameters that were filled.
+
+        Args:
+            name_of: our name of a tensor by the checkpoint's, a part of a fused weight under the
+                part's name; None: not needed.
+            stacked: parts of fused weights, by their module's name.
+
+        Raises:
+            ValueError: a tensor that the model does not have.
+        """
+        params = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for full_name, weight in weights:
+            name, shard = name_of(full_name), None
+            if name is None:
+                continue
+            path, _, suffix = name.rpartition(".")
+            parent, _, module = path.rpartition(".")
+            if module in stacked:
+                fused, shard = stacked[module]
+                name = f"{parent}.{fused}.{suffix}"
+            if name not in params:
+                raise ValueError(
+                    f"{type(self).__name__} has no tensor {full_name!r} (looked for {name!r})."
+                )
+            param = params[name]
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, weight) if shard is None else loader(param, weight, shard)
+            loaded.add(name)
+        if self.tied:
+            loaded.add("lm_head.weight")
+        return loaded
+
+
+def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """Put keys and values [P, Hkv, D] into their slots [>= P] of the paged cache."""
+    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, slots[: len(k)])
+
+
+def _attend(
+    attn: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    calls: list[AttentionCall],
+) -> torch.Tensor:
+    """Attention output [R, Hq * D] of the queries [R, Hq, D]; 0 in rows of no call."""
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output[calls[-1].stop :] = 0
+    for call in calls:
+        own = slice(call.start, call.stop)
+        attn.impl.forward(attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own])
+    return output.view(len(q), -1)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the order of a pass's rows to what the model's forward is given: ``PassRows``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.models.rows import AttentionCall, LayerRows, PassRows, WindowRows, bucket
+from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.row_order import IntArray, RowOrder
+from vllm_elastic.runner.upload import Upload
+
+Piece = tuple[int, int, int]
+"""Plan, first and end row of neighbours that attend to the same canvas."""
+
+
+class BatchBuilder:
+    """Builds the rows of one pass.
+
+    Args:
+        cache: whose blocks the plans name.
+        max_chunk_rows: rows that are worked on at a time; more go chunk by chunk.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[PassPlan],
+        order: RowOrder,
+        upload: Upload,
+        attention_group: AttentionGroup,
+        cache: CacheView,
+        max_chunk_rows: int,
+    ) -> None:
+        self._plans, self._order, self._upload = plans, order, upload
+        self._attention_group = attention_group
+        self._null_slots = cache.block_size  # vLLM's null block is the first one
+        self._max_chunk_rows = max_chunk_rows
+        self._calls: list[tuple[AttentionCall, CommonAttentionMetadata]] = []
+        self._block_table = _block_table([cache.kernel_blocks(plan.block_ids) for plan in plans])
+        self._lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
+
+    def lay_out(
+        self, num_layers: int, tested_positions: IntArray, query_rows: IntArray
+    ) -> PassRows:
+        """Put everything into the upload; the rows are of use after ``finish``.
+
+        Args:
+            tested_positions: int64 [M], projected once more in every layer.
+            query_rows: int64 [S] ascending, rows whose queries the recorder keeps.
+        """
+        order = self._order
+        layers: list[LayerRows | None] = [None] * num_layers
+        for join_layer in sorted({span.join_layer for span in order.spans}):
+            active = self._layer_rows(join_layer, tested_positions, query_rows)
+            layers[join_layer:] = [active] * (num_layers - join_layer)
+        num_embedded = len(order.tokens)
+        tokens = np.zeros(bucket(num_embedded), dtype=np.int64)
+        tokens[:num_embedded] = order.tokens
+        window_rows = [order.row_of[i][plan.window_rows] for i, plan in enumerate(self._plans)]
+        return PassRows(
+            tokens=self._upload.put(tokens),
+            layers=layers,
+            window=self._window(window_rows),
+            num_window_rows=sum(map(len, window_rows)),
+        )
+
+    def finish(self) -> None:
+        """After the upload was sent: build the attention metadata, which may read it."""
+        for call, common in self._calls:
+            # By the builder itself: the group maps block tables in a buffer of one row a request.
+            builder = self._attention_group.get_metadata_builder()
+            call.metadata = builder.build(common_prefix_len=0, common_attn_metadata=common)
+
+    def _layer_rows(
+        self, join_layer: int, tested_positions: IntArray, query_rows: IntArray
+    ) -> LayerRows:
+        order = self._order
+        spans = [span for span in order.spans if span.join_layer <= join_layer]
+        num_rows = spans[-1].stop
+        num_projected = bucket(num_rows + len(tested_positions))
+        positions = np.zeros(num_projected, dtype=np.int64)
+        positions[:num_rows] = order.positions[:num_rows]
+        positions[num_rows : num_rows + len(tested_positions)] = tested_positions
+        # What is not written for good goes to the null block.
+        slots = np.arange(num_projected, dtype=np.int64) % self._null_slots
+        slots[:num_rows] = order.slots[:num_rows]
+        return LayerRows(
+            num_rows=num_rows,
+            num_finished=bucket(num_rows),
+            positions=self._upload.put(positions),
+            slots=self._upload.put(slots),
+            num_queries=int(np.searchsorted(query_rows, num_rows)),
+            calls=self._chunked([(span.plan, span.start, span.stop) for span in spans]),
+        )
+
+    def _window(self, window_rows: list[IntArray]) -> WindowRows:
+        ends = np.cumsum([len(rows) for rows in window_rows]).tolist()
+        starts = [0, *ends[:-1]]
+        rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
+        rows[: ends[-1]] = np.concatenate(window_rows)
+        return WindowRows(
+            rows=self._upload.put(rows),
+            calls=self._chunked(list(zip(range(len(ends)), starts, ends, strict=True))),
+        )
+
+    def _chunked(self, pieces: list[Piece]) -> list[AttentionCall]:
+        """Cut rows into calls of at most the row budget."""
+        calls = []
+        num_rows = pieces[-1][2]
+        for start in range(0, num_rows, self._max_chunk_rows):
+            stop = min(start + self._max_chunk_rows, num_rows)
+            owners = [index for index, first, last in pieces if first < stop and last > start]
+            lengths = [
+                min(last, stop) - max(first, start)
+                for _, first, last in pieces
+                if first < stop and last > start
+            ]
+            call = AttentionCall(start, stop, None)
+            self._calls.append((call, self._common_metadata(owners, lengths)))
+            calls.append(call)
+        return calls
+
+    def _common_metadata(self, owners: list[int], lengths: list[int]) -> CommonAttentionMetadata:
+        """Each piece is one sequence of T keys, not causal.
+
+        Args:
+            owners: plan of each piece; lengths: its rows.
+        """
+        put = self._upload.put
+        starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        keys = self._lengths[owners]
+        return CommonAttentionMetadata(
+            query_start_loc=put(starts),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=put(keys),
+            seq_lens_cpu_upper_bound=torch.from_numpy(keys),
+            num_reqs=len(owners),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(lengths),
+            max_seq_len=int(keys.max()),
+            block_table_tensor=put(self._block_table[owners]),
+            # Writes go by the slots of the pass's own rows.
+            slot_mapping=put(np.empty(0, dtype=np.int64)),
+            causal=False,
+        )
+
+
+def _block_table(blocks: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
+    """int32 [plans, most blocks], filled up with the null block."""
+    table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int32)
+    for row, own in zip(table, blocks, strict=True):
+        row[: len(own)] = own
+    return table

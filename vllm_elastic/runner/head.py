@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the window rows' hidden states to candidates, so many logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_elastic.decoding.plan import Logprobs, PassPlan
+from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.models import ranks
+from vllm_elastic.runner.candidates import (
+    constrain,
+    logprobs_of,
+    most_probable,
+    postpone,
+    sampled,
+)
+from vllm_elastic.runner.upload import Upload
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that exist at a time (``bench plan`` counts on it): however wide the windows are and
+however many requests share a pass, the head takes no more memory than this many."""
+
+
+@dataclass(slots=True)
+class Candidates:
+    """Of all window rows of a pass, plan by plan.
+
+    Attributes:
+        token_ids: int32 [W]; probabilities: float64 [W]; both on the device.
+        logprobs: of the plans that asked, by their index.
+    """
+
+    token_ids: torch.Tensor
+    probabilities: torch.Tensor
+    logprobs: dict[int, Logprobs]
+
+
+class Head:
+    """Chooses the candidates of one pass."""
+
+    def __init__(self, plans: Sequence[PassPlan], traits: DecodingTraits, upload: Upload) -> None:
+        self._plans, self._traits = plans, traits
+        ends = np.cumsum([len(plan.window) for plan in plans]).tolist()
+        self.slices = [
+            slice(end - len(plan.window), end) for plan, end in zip(plans, ends, strict=True)
+        ]
+        self._positions = upload.put(
+            np.concatenate([plan.window for plan in plans]).astype(np.int64)
+        )
+
+    def predict(self, model: Any, hidden: torch.Tensor) -> Candidates | None:
+        """Candidates of final hidden states [W, d]; None on ranks that do not report.
+
+        All ranks take part: each has a part of the vocabulary.
+        """
+        token_ids, probabilities = [], []
+        logprobs: dict[int, Logprobs] = {}
+        count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
+        for start in range(0, len(hidden), count):
+            rows = slice(start, min(start + count, len(hidden)))
+            logits = model.compute_logits(hidden[rows])
+            if not ranks.reports():
+                continue
+            ids, confidence = self._choose(logits, rows, logprobs)
+            token_ids.append(ids)
+            probabilities.append(confidence)
+        if not ranks.reports():
+            return None
+        return Candidates(torch.cat(token_ids).to(torch.int32), torch.cat(probabilities), logprobs)
+
+    def _choose(
+        self, logits: torch.Tensor, rows: slice, logprobs: dict[int, Logprobs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and probabilities of some of the window rows, from their logits.
+
+        Args:
+            logprobs: filled in where asked for; they are of what the model says, not of what a
+                request's constraints leave of it.
+        """
+        logits[:, list(self._traits.never_chosen)] = float("-inf")
+        raw = {}
+        for index, own, at in self._wishes(rows):
+            sampling = self._plans[index].sampling
+            assert sampling is not None
+            if sampling.num_logprobs is not None:
+                raw[index] = logits[own].clone()
+            constrain(logits[own], sampling, self._positions[at])
+        token_ids, confidence = most_probable(logits)
+        for index, own, at in self._wishes(rows):
+            plan, sampling = self._plans[index], self._plans[index].sampling
+            assert sampling is not None
+            if sampling.temperature > 0:
+                token_ids[own], confidence[own] = sampled(
+                    logits[own], sampling, plan.denoising_step, self._positions[at]
+                )
+            if sampling.last_token_ids:
+                postpone(token_ids[own], confidence[own], sampling.last_token_ids)
+            if index in raw:
+                assert sampling.num_logprobs is not None
+                found = logprobs_of(raw[index], token_ids[own], sampling.num_logprobs)
+                before = logprobs.get(index)
+                logprobs[index] = found if before is None else before.followed_by(found)
+        return token_ids, confidence
+
+    def _wishes(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
+        """Plans that want more than the most probable token, of which some rows are here.
+
+        Yields:
+            the plan's index, its rows among ``rows``, the same among all window rows.
+        """
+        for index, own in enumerate(self.slices):
+            first, last = max(own.start, rows.start), min(own.stop, rows.stop)
+            if self._plans[index].sampling is not None and first < last:
+                here = slice(first - rows.start, last - rows.start)
+                yield index, here, slice(first, last)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes of ``BlockProbe``: attention by blocks, and how far probes have drifted."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_elastic.attention import attention_statistics as ops
+from vllm_elastic.decoding.measurement import BlockProbe
+from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.statistics.flags import flags_on
+from vllm_elastic.runner.statistics.saved_rows import OwnRows
+
+
+class BlockTotals:
+    """Of all plans with a ``BlockProbe``, filled in on every rank and added up once.
+
+    The plans share one tensor, with canvases of the longest one's length, so that the blocks of
+    all of them are found together.
+    """
+
+    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, device: torch.device) -> None:
+        self._owners, self._cache, self._device = owners, cache, device
+        self._nth = {index: nth for nth, index in enumerate(owners)}
+        longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
+        self._mass = torch.zeros(len(owners), longest, device=device)
+        self._probes: list[torch.Tensor] = []
+
+    def add_mass(self, indices: list[int], mass: torch.Tensor) -> None:
+        """The attention [layers, plans, T] that some plans' windows pay each position."""
+        places = [self._nth[index] for index in indices]
+        # Summed over layers already: a layer's own mass would be L times as much to send.
+        self._mass[places, : mass.shape[-1]] = mass.sum(dim=0)
+
+    def add_probes(self, change: torch.Tensor, before: torch.Tensor) -> None:
+        """Squared norms [stored, probes of all plans], plan by plan, of the stored inputs."""
+        self._probes = [change, before]
+
+    def parts(self) -> list[torch.Tensor]:
+        """Views of what adds up over ranks, without what fills up the shorter canvases."""
+        mass = [
+            self._mass[self._nth[index], : len(own.plan.tokens)]
+            for index, own in self._owners.items()
+        ]
+        return mass + self._probes
+
+    def blocks(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """float32 [blocks] mass and int32 [blocks] most attended position of each plan."""
+        if not self._owners:
+            return {}
+        measures = {index: self._measure(index) for index in self._owners}
+        watched = flags_on(
+            self._device, [measure.watched for measure in measures.values()], self._mass.shape[-1]
+        )
+        # The norm is the whole canvas's attention, whether it is watched or not.
+        share = self._mass / self._mass.sum(dim=-1, keepdim=True)
+        found = {}
+        for block_size in {measure.block_size for measure in measures.values()}:
+            alike = [i for i, measure in measures.items() if measure.block_size == block_size]
+            rows = [self._nth[index] for index in alike]
+            mass, best = ops.attended_blocks(share[rows], watched[rows], block_size)
+            best = best.to(torch.int32)
+            for nth, index in enumerate(alike):
+                own = slice(-(-len(self._owners[index].plan.tokens) // block_size))
+                found[index] = mass[nth, own], best[nth, own]
+        return found
+
+    def probe_drift(self) -> dict[int, torch.Tensor]:
+        """float32 [probes, L] of each plan that probes."""
+        if not self._probes:
+            return {}
+        change, before = self._probes
+        stride = self._cache.hidden_stride
+        drift = change.new_zeros(change.shape[1], self._cache.num_layers)
+        drift[:, stride::stride] = (change.sqrt() / before.sqrt().clamp_min(ops.NORM_FLOOR)).T
+        probing = [index for index in self._owners if self._measure(index).probes.size]
+        counts = [self._measure(index).probes.size for index in probing]
+        return dict(zip(probing, drift.split(counts), strict=True))
+
+    def _measure(self, index: int) -> BlockProbe:
+        measure = self._owners[index].measure
+        assert isinstance(measure, BlockProbe)
+        return measure

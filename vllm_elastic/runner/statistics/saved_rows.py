@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows' queries and old states a pass keeps for its measurements, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_elastic.decoding.measurement import Measure
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
+from vllm_elastic.runner.upload import Upload
+
+
+@dataclass(slots=True)
+class OwnRows:
+    """One plan's places in what is saved.
+
+    Invariant: the window's and the tested rows join with the plan's first segment, so in the pass
+    they are neighbours, and so are their saved queries.
+
+    Attributes:
+        queries: into the saved queries, by ascending position.
+        in_window: bool, of these queries.
+        tested: into these queries.
+        old_queries, old_keys: into the saved old queries and old keys.
+        written: canvas positions of these keys.
+        tested_on_device, written_on_device: the same, in the upload.
+    """
+
+    plan: PassPlan
+    measure: Measure
+    queries: slice
+    in_window: npt.NDArray[np.bool_]
+    tested: IntArray
+    old_queries: slice
+    old_keys: slice
+    written: IntArray
+    tested_on_device: torch.Tensor
+    written_on_device: torch.Tensor
+
+
+class SavedRows:
+    """Everything that is saved, of all plans that measure; indices are put into the upload.
+
+    Attributes:
+        owners: by the plan's index.
+        query_rows: int64 [S] ascending, rows whose queries are kept.
+        tested_positions: int64 [M], canvas positions of the tested rows, plan by plan.
+        num_old_keys: K, rows whose keys are kept as they were before the pass.
+        num_probes: rows whose stored inputs are kept as they were.
+    """
+
+    def __init__(self, plans: Sequence[PassPlan], order: RowOrder, upload: Upload) -> None:
+        self.owners: dict[int, OwnRows] = {}
+        measuring = [index for index, plan in enumerate(plans) if plan.measure is not None]
+        queries = {index: plans[index].queries for index in measuring}
+        self.query_rows: IntArray = np.sort(
+            np.concatenate([NO_ROWS, *(order.row_of[i][rows] for i, rows in queries.items())])
+        )
+        tested_rows, old_key_rows, probe_rows = [NO_ROWS], [NO_ROWS], [NO_ROWS]
+        num_tested = self.num_old_keys = 0
+        for index in measuring:
+            plan, row_of = plans[index], order.row_of[index]
+            written = NO_ROWS
+            if plan.tested.size:
+                written = plan.segments[0].positions.astype(np.int64)
+            self.owners[index] = self._own(
+                plan, queries[index], row_of, written, num_tested, upload
+            )
+            tested_rows.append(row_of[plan.tested])
+            old_key_rows.append(row_of[written])
+            probe_rows.append(row_of[plan.probes])
+            num_tested += plan.tested.size
+            self.num_old_keys += written.size
+        tested = np.concatenate(tested_rows)
+        self.tested_positions: IntArray = order.positions[tested]
+        self.num_probes = sum(map(len, probe_rows))
+        # On the device, by row and by slot.
+        self.queries_on_device = upload.put(self.query_rows)
+        self.tested_on_device = upload.put(tested)
+        self.tested_slots = upload.put(order.slots[tested])
+        self.old_key_slots = upload.put(order.slots[np.concatenate(old_key_rows)])
+        self.probe_slots = upload.put(order.slots[np.concatenate(probe_rows)])
+
+    def _own(
+        self,
+        plan: PassPlan,
+        positions: npt.NDArray[np.int32],
+        row_of: IntArray,
+        written: IntArray,
+        num_tested: int,
+        upload: Upload,
+    ) -> OwnRows:
+        assert plan.measure is not None
+        in_window = np.ones(len(positions), dtype=np.bool_)
+        if plan.tested.size:
+            in_window = np.isin(positions, plan.window_rows)
+        first = int(np.searchsorted(self.query_rows, row_of[positions[0]]))
+        tested = np.searchsorted(positions, plan.tested)
+        return OwnRows(
+            plan=plan,
+            measure=plan.measure,
+            queries=slice(first, first + len(positions)),
+            in_window=in_window,
+            tested=tested,
+            old_queries=slice(num_tested, num_tested + plan.tested.size),
+            old_keys=slice(self.num_old_keys, self.num_old_keys + written.size),
+            written=written,
+            tested_on_device=upload.put(tested),
+            written_on_device=upload.put(written),
+        )

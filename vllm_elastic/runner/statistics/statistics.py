@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pass's measurements, in the order in which they are made.
+
+``__init__`` chooses what to keep, ``before`` keeps what the pass overwrites, the pass fills the
+recorder, ``after`` works out the sums of this rank's heads and adds them up over ranks, ``results``
+turns the totals into what the policies asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from vllm_elastic.decoding.measurement import (
+    BlockProbe,
+    DriftTest,
+    Measured,
+    MeasuredBlocks,
+    MeasuredDrift,
+)
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.models import ranks
+from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.download import Download, Fetched
+from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.statistics.attention import AttentionReader
+from vllm_elastic.runner.statistics.blocks import BlockTotals
+from vllm_elastic.runner.statistics.drift import DriftTotals
+from vllm_elastic.runner.statistics.recorder import PassRecorder
+from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
+from vllm_elastic.runner.upload import Upload
+
+_NUMBERS_AT_ONCE = (1 << 26, 1 << 19)
+"""Keys and attention rows that are at hand at a time, in numbers: on a GPU, on a CPU."""
+
+
+class Statistics:
+    """Of one pass.
+
+    Attributes:
+        saved: which rows are kept.
+        recorder: filled by the pass; None: no plan measures anything.
+    """
+
+    def __init__(
+        self, plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
+    ) -> None:
+        self.saved = SavedRows(plans, order, upload)
+        self.recorder: PassRecorder | None = None
+        self._cache = cache
+        owners, device = self.saved.owners, cache.keys.device
+        self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, device)
+        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, device)
+
+    def before(self, dtype: torch.dtype) -> None:
+        """Once the upload was sent: read what the pass is going to overwrite."""
+        if self.saved.owners:
+            self.recorder = PassRecorder(self.saved, self._cache, dtype)
+
+    def after(self) -> None:
+        """Once the pass is over, on every rank: sums over its heads, then over all ranks."""
+        if self.recorder is None:
+            return
+        for layers, alike in self._alike():
+            self._add_attention(alike, layers)
+        if self.recorder.old_probes is not None:
+            self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
+        if ranks.count() > 1:
+            parts = self._drift.parts() + self._blocks.parts()
+            for part, total in zip(parts, ranks.add_up(parts), strict=True):
+                part.copy_(total)
+
+    def results(self, download: Download) -> dict[int, Fetched[Measured]]:
+        """What each plan that measures asked for, once the download has arrived."""
+        fetched: dict[int, Fetched[Measured]] = {}
+        similarities = self._drift.similarities()
+        for index, best in self._drift.most_attended().items():
+            fetched[index] = download.of(MeasuredDrift, best, similarities.get(index))
+        probe_drift = self._blocks.probe_drift()
+        for index, (mass, best) in self._blocks.blocks().items():
+            fetched[index] = download.of(MeasuredBlocks, mass, best, probe_drift.get(index))
+        return fetched
+
+    def _alike(self) -> Iterator[tuple[range, list[int]]]:
+        """Layers, and the plans of one kind whose attention is read in these.
+
+        A plan that tests stays alone: it reads every layer, and no two have as many rows.
+        """
+        last = self._cache.num_layers - 1
+        alike: dict[tuple[type, range], list[int]] = {}
+        for index, own in self.saved.owners.items():
+            start, stride = own.plan.start_layer, own.plan.attention_stride
+            # From the start layer on, counted down from the last.
+            layers = range(start + (last - start) % stride, last + 1, stride)
+            if own.tested.size:
+                yield layers, [index]
+            else:
+                alike.setdefault((type(own.measure), layers), []).append(index)
+        for (_, layers), indices in alike.items():
+            yield layers, indices
+
+    def _add_attention(self, indices: list[int], layers: range) -> None:
+        """Work out these plans' attention in these layers and add it to the totals.
+
+        As many plans and layers at a time as a CPU's cache, or a GPU's spare memory, has room for.
+        """
+        assert self.recorder is not None
+        reader, owners = AttentionReader(self._cache, self.recorder), self.saved.owners
+        room = _NUMBERS_AT_ONCE[self.recorder.queries.is_cpu]
+        room //= max(reader.numbers_at_hand(owners[index]) for index in indices)
+        num_plans, num_layers = max(1, room // len(layers)), max(1, room)
+        # Neighbours in length: the shorter ones are filled up.
+        indices = sorted(indices, key=lambda index: len(owners[index].plan.tokens))
+        for first in range(0, len(indices), num_plans):
+            some = indices[first : first + num_plans]
+            parts = [
+                reader.sums([owners[index] for index in some], layers[i : i + num_layers])
+                for i in range(0, len(layers), num_layers)
+            ]
+            mass, *drift = (torch.cat(part) for part in zip(*parts, strict=True))
+            if isinstance(owners[some[0]].measure, BlockProbe):
+                self._blocks.add_mass(some, mass)
+                continue
+            self._drift.add_mass(some, layers, mass)
+            if drift:  # of a plan that is alone
+                self._drift.add_drift(some[0], drift)
+
+    def _probe_sums(self, old_probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
+        old = old_probes.float()
+        new = self._cache.hidden[:, self.saved.probe_slots].float()
+        # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
+        return (new - old).norm(dim=-1).square(), old.norm(dim=-1).square()
+
+
+def _of_kind(owners: dict[int, OwnRows], kind: type) -> dict[int, OwnRows]:
+    return {index: own for index, own in owners.items() if isinstance(own.measure, kind)}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pass's numbers on their way to the device: packed into one buffer, copied once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_ALIGNMENT = 16
+"""Bytes: no array of numbers starts inside another one's word."""
+
+_FIRST_CAPACITY = 1 << 16
+
+
+class Upload:
+    """Host arrays put into one (pinned) buffer, and views of its twin on the device.
+
+    The buffers stay from pass to pass, so a view's address depends on what was put before it in
+    the same pass and on nothing else. On a CPU host and device share one buffer.
+
+    Invariant: what ``put`` returned holds its numbers from ``send`` on, until the next ``start``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._used = 0
+        self._sent: torch.cuda.Event | None = None
+        self._allocate(_FIRST_CAPACITY)
+
+    def start(self) -> None:
+        """A new pass: what was put before is no longer needed."""
+        if self._sent is not None:  # the copy of the pass before may still be reading
+            self._sent.synchronize()
+            self._sent = None
+        if self._outgrown:
+            self._allocate(2 * (self._used + sum(host.numel() for host, _ in self._outgrown)))
+        self._used = 0
+
+    def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """An array's view on the device, of the same shape and type."""
+        array = np.ascontiguousarray(array)
+        if self._used + array.nbytes > self._host.numel():
+            self._grow(array.nbytes)
+        start, stop = self._used, self._used + array.nbytes
+        self._used = -(-stop // _ALIGNMENT) * _ALIGNMENT
+        self._host_np[start:stop] = array.reshape(-1).view(np.uint8)
+        dtype = torch.from_numpy(array[:0] if array.ndim else array.reshape(1)[:0]).dtype
+        return self._on_device[start:stop].view(dtype).view(array.shape)
+
+    def send(self) -> None:
+        """Copy all that was put: one copy, but in the pass in which the buffer had to grow."""
+        if self._host is self._on_device:
+            return
+        for host, on_device in [*self._outgrown, (self._host[: self._used], self._on_device)]:
+            on_device[: host.numel()].copy_(host, non_blocking=True)
+        if self._device.type == "cuda":
+            self._sent = torch.cuda.Event()
+            self._sent.record()
+
+    def _grow(self, num_bytes: int) -> None:
+        """Go on in new buffers; the views that were handed out keep the old ones."""
+        outgrown = [*self._outgrown, (self._host[: self._used], self._on_device)]
+        self._allocate(max(2 * self._host.numel(), num_bytes))
+        self._outgrown = outgrown
+        self._used = 0
+
+    def _allocate(self, num_bytes: int) -> None:
+        pinned = self._device.type == "cuda"
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._host_np = self._host.numpy()
+        self._on_device = self._host
+        if self._device.type != "cpu":
+            self._on_device = torch.zeros_like(self._host, device=self._device)
+        self._outgrown: list[tuple[torch.Tensor, torch.Tensor]] = []
