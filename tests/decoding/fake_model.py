@@ -15,9 +15,17 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.measurement import (
+    BlockProbe,
+    DriftTest,
+    Measured,
+    MeasuredBlocks,
+    MeasuredDrift,
+)
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies import POLICIES
 from vllm_elastic.decoding.request import DenoisingRequest
+from vllm_elastic.decoding.traits import DecodingTraits
 
 MASK = 99
 PROMPT_TOKEN = 50
@@ -34,6 +42,7 @@ class Scenario:
     max_tokens: int = 8
     num_layers: int = 3
     block_size: int = 4
+    logits_shift: int = 0
     end_tokens: frozenset[int] = frozenset()
     drift_rate: float = 0.3
     restart_rate: float = 0.0
@@ -62,9 +71,8 @@ class Scenario:
             [PROMPT_TOKEN] * self.prompt_length,
             self.max_tokens,
             self.config,
-            mask_token_id=MASK,
+            DecodingTraits(self.num_layers, MASK + 1, MASK, logits_shift=self.logits_shift),
             end_token_ids=self.end_tokens,
-            num_layers=self.num_layers,
             block_size=self.block_size,
         )
 
@@ -103,6 +111,7 @@ def scenarios(
         max_tokens=st.integers(1, 24),
         num_layers=st.integers(1, 5),
         block_size=st.sampled_from([1, 2, 4, 32]),
+        logits_shift=st.sampled_from([0, 1]),
         end_tokens=st.sampled_from([frozenset(), frozenset(END_TOKENS[:1]), frozenset(END_TOKENS)]),
         drift_rate=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
         restart_rate=st.sampled_from(restart_rates),
@@ -124,37 +133,50 @@ class FakeModel:
         probabilities = rng.random(count)
         if rng.random() < 0.5:  # ties, and values right at the threshold
             probabilities = rng.choice([0.1, 0.5, 0.9, 1.0], count)
-        result = PassResult(scenario.answer[plan.window - scenario.prompt_length], probabilities)
-        if plan.trackable is not None:
-            candidates = np.flatnonzero(plan.trackable)
-            num_tracked = min(plan.track_num, len(candidates))
-            measured = scenario.num_layers - plan.start_layer
-            result.most_attended = np.full((measured, plan.track_num), -1, dtype=np.int32)
-            for row in result.most_attended:
-                row[:num_tracked] = rng.choice(candidates, num_tracked, replace=False)
-        if plan.tested.size:
-            gamma = scenario.config.gamma
-            result.similarities = np.full(scenario.num_layers, gamma + 0.1, dtype=np.float32)
-            result.similarities[rng.random(scenario.num_layers) < 0.1] = gamma  # no drift
-            drifted = rng.random(scenario.num_layers) < scenario.drift_rate
-            result.similarities[drifted] = gamma - 0.1
-            result.similarities[self.not_stored] = np.nan
-            result.similarities = result.similarities[: plan.tested_layers]
-        if plan.granularity:
-            blocks = np.arange(scenario.length) // plan.granularity
-            result.block_mass = np.zeros(blocks[-1] + 1, dtype=np.float32)
-            result.block_probes = np.full(blocks[-1] + 1, -1, dtype=np.int32)
-            for block in range(blocks[-1] + 1):
-                watched = np.flatnonzero((blocks == block) & plan.watched)
-                if watched.size:
-                    result.block_mass[block] = rng.random()
-                    result.block_probes[block] = rng.choice(watched)
-            if plan.probes.size:
-                shape = (plan.probes.size, scenario.num_layers)
-                result.probe_drift = (2 * scenario.drift_rate * rng.random(shape)).astype("f4")
-                result.probe_drift[:, 0] = 0.0
-                result.probe_drift[:, self.not_stored] = 0.0
-        return result
+        answer = scenario.answer[plan.window - scenario.prompt_length]
+        measured: Measured | None = None
+        if isinstance(plan.measure, DriftTest):
+            measured = self._drift(plan.measure, plan.start_layer)
+        elif isinstance(plan.measure, BlockProbe):
+            measured = self._blocks(plan.measure)
+        return PassResult(answer, probabilities, measured=measured)
+
+    def _drift(self, measure: DriftTest, start_layer: int) -> MeasuredDrift:
+        scenario, rng = self.scenario, self.rng
+        candidates = np.flatnonzero(measure.trackable)
+        num_tracked = min(measure.track_num, len(candidates))
+        shape = scenario.num_layers - start_layer, measure.track_num
+        most_attended = np.full(shape, -1, dtype=np.int32)
+        for row in most_attended:
+            row[:num_tracked] = rng.choice(candidates, num_tracked, replace=False)
+        if not measure.tested.size:
+            return MeasuredDrift(most_attended)
+        gamma = scenario.config.gamma
+        similarities = np.full(scenario.num_layers, gamma + 0.1, dtype=np.float32)
+        similarities[rng.random(scenario.num_layers) < 0.1] = gamma  # no drift
+        drifted = rng.random(scenario.num_layers) < scenario.drift_rate
+        similarities[drifted] = gamma - 0.1
+        similarities[self.not_stored] = np.nan
+        return MeasuredDrift(most_attended, similarities[: measure.tested_layers])
+
+    def _blocks(self, measure: BlockProbe) -> MeasuredBlocks:
+        scenario, rng = self.scenario, self.rng
+        blocks = np.arange(scenario.length) // measure.block_size
+        found = MeasuredBlocks(
+            np.zeros(blocks[-1] + 1, dtype=np.float32),
+            np.full(blocks[-1] + 1, -1, dtype=np.int32),
+        )
+        for block in range(blocks[-1] + 1):
+            watched = np.flatnonzero((blocks == block) & measure.watched)
+            if watched.size:
+                found.mass[block] = rng.random()
+                found.most_attended[block] = rng.choice(watched)
+        if measure.probes.size:
+            shape = (measure.probes.size, scenario.num_layers)
+            found.probe_drift = (2 * scenario.drift_rate * rng.random(shape)).astype("f4")
+            found.probe_drift[:, 0] = 0.0
+            found.probe_drift[:, self.not_stored] = 0.0
+        return found
 
 
 @dataclass
@@ -258,7 +280,8 @@ class CheckedCache:
             stored = above % self.scenario.config.hidden_stride == 0
             if above < self.scenario.num_layers and stored:
                 self.has_hidden[layer + 1, rows] = True
-        assert set(plan.window.tolist()) <= set(rows)
+        assert set(plan.window_rows.tolist()) <= set(rows)
+        assert plan.window_rows.tolist() == [p - plan.logits_shift for p in plan.window.tolist()]
         assert set(plan.tested.tolist()) <= set(plan.segments[0].positions.tolist())
         assert set(plan.probes.tolist()) <= set(plan.segments[0].positions.tolist())
 

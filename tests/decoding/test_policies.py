@@ -12,6 +12,7 @@ import pytest
 
 from tests.decoding.fake_model import END_TOKENS, CheckedCache, Scenario, drive, quiet
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.measurement import DriftTest, MeasuredBlocks, MeasuredDrift
 from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.policies import POLICIES, RefreshPolicy, make_policy
 from vllm_elastic.decoding.request import DenoisingRequest
@@ -31,11 +32,17 @@ def rows_of(scenario: Scenario) -> list[list[tuple[int, list[int]]]]:
 
 def step(request: DenoisingRequest, tokens: dict[int, int]) -> None:
     """Digest a pass that is sure of these positions only; the best others get token 0."""
-    window = request.plan().window.tolist()
+    plan = request.plan()
+    window = plan.window.tolist()
+    measured = None
+    if isinstance(plan.measure, DriftTest):
+        shape = request.num_layers - plan.start_layer, plan.measure.track_num
+        measured = MeasuredDrift(np.full(shape, -1, dtype=np.int32))
     request.digest(
         PassResult(
             np.array([tokens.get(p, 0) for p in window], dtype=np.int32),
             np.array([1.0 if p in tokens else 0.0 for p in window]),
+            measured=measured,
         )
     )
 
@@ -51,9 +58,11 @@ def blocks_of(
     return PassResult(
         np.zeros(count, dtype=np.int32),
         np.array([0.5] + [0.0] * (count - 1)),
-        block_mass=np.array(mass, dtype=np.float32),
-        block_probes=np.array(probes, dtype=np.int32),
-        probe_drift=None if drift is None else np.array(drift, dtype=np.float32),
+        measured=MeasuredBlocks(
+            np.array(mass, dtype=np.float32),
+            np.array(probes, dtype=np.int32),
+            None if drift is None else np.array(drift, dtype=np.float32),
+        ),
     )
 
 
@@ -105,9 +114,9 @@ def test_elastic_verdict(gamma: float, similarities: list[float], expected: int 
     """A refresh would start at the wrong layer, or not at all (paper, algorithm 1)."""
     scenario = quiet({"gamma": gamma}, num_layers=len(similarities))
     request = scenario.make_request()
-    result = PassResult(np.zeros(1, dtype=np.int32), np.ones(1))
-    result.similarities = np.array(similarities, dtype=np.float32)
-    assert request.policy.judge(request, request.plan(), result) == expected
+    nobody = np.full((len(similarities), 1), -1, dtype=np.int32)
+    measured = MeasuredDrift(nobody, np.array(similarities, dtype=np.float32))
+    assert request.policy.judge(request, request.plan(), measured) == expected
 
 
 def test_interval_refreshes_on_schedule() -> None:
@@ -184,10 +193,11 @@ def predict(request: DenoisingRequest, probabilities: list[float]) -> None:
     """Digest a pass of these probabilities that finds no block attended to."""
     count = len(request.plan().window)
     result = PassResult(np.zeros(count, dtype=np.int32), np.array(probabilities))
-    if request.plan().granularity:
+    if request.plan().measure is not None:
         blocks = len(request.validity.stale_from)
-        result.block_mass = np.zeros(blocks, dtype=np.float32)
-        result.block_probes = np.full(blocks, -1, dtype=np.int32)
+        result.measured = MeasuredBlocks(
+            np.zeros(blocks, dtype=np.float32), np.full(blocks, -1, dtype=np.int32)
+        )
     request.digest(result)
 
 

@@ -21,6 +21,7 @@ from tests.decoding.fake_model import (
     quiet,
     scenarios,
 )
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift
 from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
@@ -148,7 +149,7 @@ def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
         if plan.kind == "widened":
             assert before is not None and before.replayed
             assert sorted([*plan.window, *before.plan.window]) == whole
-            assert not plan.granularity and not plan.probes.size
+            assert plan.measure is None
         else:
             reach = near(trace, just_committed)
             sure = sorted(q for q in whole if last.get(q, -1.0) >= config.threshold)
@@ -238,27 +239,27 @@ def test_elastic_rows(scenario: Scenario) -> None:
         tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
         segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
         if plan.kind == "window":
-            rows = set(plan.window.tolist()) | near(trace, just_committed) | tracked
+            rows = set(plan.window_rows.tolist()) | near(trace, just_committed) | tracked
             assert segments == [(0, sorted(rows))]
         elif plan.kind == "replay":
             assert segments == [(join_layer, everything)]
         else:
             assert segments == [(0, everything)]
         assert plan.tested.tolist() == sorted(tracked)
-        assert plan.trackable is not None
-        assert plan.trackable.tolist() == (~p.masked).tolist()
+        assert isinstance(plan.measure, DriftTest)
+        assert plan.measure.trackable.tolist() == (~p.masked).tolist()
         drifted_layer = -1
         if plan.tested.size:
             below = [
                 layer
-                for layer, s in enumerate(p.result.similarities[:-1])
+                for layer, s in enumerate(p.result.measured.similarities[:-1])
                 if s < np.float32(scenario.config.gamma)
             ]
             drifted_layer = below[0] if below else -1
         join_layer = drifted_layer + 1
         join_layer -= join_layer % scenario.config.hidden_stride
         assert p.replayed == (drifted_layer >= 0)
-        measured[plan.start_layer :] = p.result.most_attended
+        measured[plan.start_layer :] = p.result.measured.most_attended
         if not p.replayed:
             just_committed = p.committed
 
@@ -277,13 +278,15 @@ def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
         assert not p.replayed and plan.kind != "replay"
         if plan.kind in ("window", "refresh"):
             assert (plan.kind == "refresh") == (stale_from is not None)
-            assert plan.tested_layers == stale_from
+            assert isinstance(plan.measure, DriftTest)
+            assert plan.measure.tested_layers == stale_from
             if stale_from is not None:
                 everyone = joins[0] + joins.get(stale_from, [])
                 assert sorted(everyone) == list(range(scenario.length))
         stale_from = None
-        if p.result.similarities is not None:
-            tested = p.result.similarities[: scenario.num_layers - 1]
+        assert isinstance(p.result.measured, MeasuredDrift)
+        if p.result.measured.similarities is not None:
+            tested = p.result.measured.similarities[: scenario.num_layers - 1]
             below = np.flatnonzero(tested < np.float32(scenario.config.gamma))
             stale_from = int(below[0]) + 1 if below.size else None
             if stale_from is not None:
@@ -301,7 +304,9 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
         plan = p.plan
         if plan.kind in ("window", "refresh"):
             rows = (
-                set(plan.window.tolist()) | near(trace, just_committed) | set(plan.probes.tolist())
+                set(plan.window_rows.tolist())
+                | near(trace, just_committed)
+                | set(plan.probes.tolist())
             )
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
@@ -314,10 +319,11 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
                 assert members - rows <= homes[0]
             assert plan.probes.size <= scenario.config.probes
         if plan.kind == "widened":
-            assert plan.watched is None
-            assert set(plan.window.tolist()) <= set(plan.segments[0].positions.tolist())
+            assert plan.measure is None
+            assert set(plan.window_rows.tolist()) <= set(plan.segments[0].positions.tolist())
         else:
-            assert plan.watched is not None and not plan.watched[plan.window].any()
+            assert isinstance(plan.measure, BlockProbe)
+            assert not plan.measure.watched[plan.window_rows].any()
         if not p.replayed:
             just_committed = p.committed
 
@@ -440,7 +446,8 @@ def test_similarities_are_kept_only_where_asked_for() -> None:
         trace = drive(drifting({"record": True, "record_similarities": asked}))
         entries = trace.request.record.steps
         kept = [entry for entry in entries if "similarities" in entry]
-        tested = [p for p in trace.passes if p.result.similarities is not None]
+        measured = [p.result.measured for p in trace.passes]
+        tested = [m for m in measured if getattr(m, "similarities", None) is not None]
         assert tested
         assert len(kept) == (len(tested) if asked else 0)
 
@@ -448,7 +455,8 @@ def test_similarities_are_kept_only_where_asked_for() -> None:
 def test_all_at_once_with_an_end_in_the_middle() -> None:
     """Tokens behind the end that were committed in the same step would be emitted."""
     ends = frozenset(END_TOKENS)
-    request = quiet({"threshold": 0.0}, max_tokens=5, end_tokens=ends).make_request()
+    config = {"policy": "none", "threshold": 0.0}
+    request = quiet(config, max_tokens=5, end_tokens=ends).make_request()
     tokens = np.array([7, 6, END_TOKENS[1], 5, END_TOKENS[0]], dtype=np.int32)
     assert request.digest(PassResult(tokens, np.ones(5))) == [7, 6, END_TOKENS[1]]
     assert request.canvas.done

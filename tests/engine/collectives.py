@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vllm_elastic.decoding.measurement import BlockProbe
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.models.rows import bucket
 
 KINDS = ["all_reduce", "all_gather", "all_gatherv", "gather", "reduce_scatter", "reduce_scatterv"]
 KINDS += ["broadcast", "send", "recv"]
@@ -68,7 +70,7 @@ def expected_traffic(
             joining[segment.join_layer] += len(segment.positions)
     window = sum(len(plan.window) for plan in plans)
     if joining[0]:
-        add("all_reduce", joining[0] * d)  # the embedding
+        add("all_reduce", bucket(joining[0]) * d)  # the embedding
     rows = 0
     for layer in range(num_layers):
         rows += joining[layer]
@@ -76,7 +78,7 @@ def expected_traffic(
             add("all_gather", joining[layer] * own_d)
         finished = rows if layer < num_layers - 1 else window
         if rows:
-            add("all_reduce", 2 * finished * d, calls=2 * -(-finished // row_budget))
+            add("all_reduce", 2 * bucket(finished) * d, calls=2 * -(-finished // row_budget))
     tested = sum(plan.tested.size for plan in plans)
     if tested:
         add("all_gather", (num_layers - 1) // hidden_stride * tested * own_d)
@@ -89,14 +91,16 @@ def expected_traffic(
 
 def numbers_reduced(plan: PassPlan, num_layers: int, hidden_stride: int) -> int:
     """Numbers that a plan's statistics add up over ranks."""
-    length = len(plan.tokens)
-    numbers = 0
-    if plan.trackable is not None:
-        numbers += (num_layers - plan.start_layer) * length
-    if plan.granularity:
-        numbers += length + 2 * ((num_layers - 1) // hidden_stride) * plan.probes.size
-    if plan.tested.size:
-        layers = num_layers if plan.tested_layers is None else plan.tested_layers
+    length, measure = len(plan.tokens), plan.measure
+    if isinstance(measure, BlockProbe):
+        return length + 2 * ((num_layers - 1) // hidden_stride) * measure.probes.size
+    if measure is None:
+        return 0
+    numbers = (num_layers - plan.start_layer) * length
+    if measure.tested.size:
+        layers = num_layers if measure.tested_layers is None else measure.tested_layers
         layers = len(range(0, layers, hidden_stride))
-        numbers += layers * (3 * plan.tested.size * length if plan.statistic == "released" else 1)
+        numbers += layers * (
+            3 * plan.tested.size * length if measure.statistic == "released" else 1
+        )
     return numbers

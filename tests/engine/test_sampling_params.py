@@ -10,9 +10,16 @@ import pytest
 from vllm import SamplingParams
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of, text_end_ids_of
+from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
+from vllm_elastic.models.registry import traits_of
 
 END, TURN, MASK = 0, 3, 1
+
+
+def traits(**hf_config: Any) -> DecodingTraits:
+    known = {"architectures": ["LLaDAModelLM"], "num_hidden_layers": 2, "vocab_size": 9}
+    return traits_of(SimpleNamespace(**known, mask_token_id=MASK, **hf_config))
 
 
 def params_of(**values: Any) -> SamplingParams:
@@ -56,15 +63,15 @@ def test_the_set_is_the_caller_s_own() -> None:
     ],
 )
 def test_ends_of_text(hf_config: dict[str, Any], expected: tuple[int, ...]) -> None:
-    assert text_end_ids_of(SimpleNamespace(**hf_config)) == expected
+    assert traits(**hf_config).text_end_ids == expected
 
 
 def test_where_they_go() -> None:
     """The request's ends bind min_tokens; the model's are LLaDA's own switches."""
     config = ElasticConfig(logits_eos_inf=True, confidence_eos_eot_inf=True)
     params = params_of(min_tokens=2, stop_token_ids=[7])
-    ends = text_end_ids_of(SimpleNamespace(eos_token_id=END, eot_token_id=TURN))
-    sampling = sampling_of(params, config, 10, MASK, end_token_ids_of(params), ends)
+    model = traits(eos_token_id=END, eot_token_id=TURN)
+    sampling = sampling_of(params, config, 10, model, end_token_ids_of(params))
     assert sampling is not None
     assert (sampling.end_token_ids, sampling.first_end_position) == ((END, 7), 12)
     assert (sampling.banned_token_ids, sampling.last_token_ids) == ((END,), (END, TURN))

@@ -184,9 +184,9 @@ def test_each_rank_keeps_its_share(served: Served) -> None:
 def bytes_of_a_position(worker: Any) -> float:
     """Runs in a worker: what its paged cache holds, for each slot."""
     runner = worker.model_runner
-    caches = [block.self_attn.attn.kv_cache for block in runner.model.blocks]
+    caches = [layer.kv_cache for layer in runner.model.attention_layers]
     caches += [store.kv_cache for store in runner.model.hidden_states]
-    slots = caches[0].shape[0] * runner.block_size
+    slots = caches[0].shape[0] * runner.cache.block_size
     return sum(cache.nbytes for cache in caches) / slots
 
 

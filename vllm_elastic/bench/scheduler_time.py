@@ -12,6 +12,13 @@ from typing import Any
 import numpy as np
 
 from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.decoding.measurement import (
+    BlockProbe,
+    DriftTest,
+    Measured,
+    MeasuredBlocks,
+    MeasuredDrift,
+)
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 
 _STEPS = 30
@@ -66,22 +73,26 @@ def _result(
 ) -> PassResult:
     """Something that a pass might report: no drift, attention here and there, no end token."""
     count = len(plan.window)
-    result = PassResult(np.full(count, word, dtype=np.int32), generator.random(count))
-    if plan.trackable is not None:
-        places = np.flatnonzero(plan.trackable).astype(np.int32)
-        size = (num_layers - plan.start_layer, plan.track_num)
-        result.most_attended = generator.choice(places, size)
-    if plan.tested.size:
-        tested = num_layers if plan.tested_layers is None else plan.tested_layers
-        result.similarities = np.ones(tested, dtype=np.float32)
-    if plan.granularity:
-        blocks = -(-len(plan.tokens) // plan.granularity)
-        result.block_mass = np.full(blocks, 1 / blocks, dtype=np.float32)
-        result.block_probes = np.arange(blocks, dtype=np.int32) * plan.granularity
-    if plan.probes.size:
-        shape = len(plan.probes), num_layers
-        result.probe_drift = (generator.random(shape) / 100).astype(np.float32)
-    return result
+    measure = plan.measure
+    measured: Measured | None = None
+    if isinstance(measure, DriftTest):
+        places = np.flatnonzero(measure.trackable).astype(np.int32)
+        size = (num_layers - plan.start_layer, measure.track_num)
+        tested = num_layers if measure.tested_layers is None else measure.tested_layers
+        measured = MeasuredDrift(
+            generator.choice(places, size),
+            np.ones(tested, dtype=np.float32) if measure.tested.size else None,
+        )
+    elif isinstance(measure, BlockProbe):
+        blocks, probes = -(-len(plan.tokens) // measure.block_size), len(measure.probes)
+        drift = (generator.random((probes, num_layers)) / 100).astype(np.float32)
+        measured = MeasuredBlocks(
+            np.full(blocks, 1 / blocks, dtype=np.float32),
+            np.arange(blocks, dtype=np.int32) * measure.block_size,
+            drift if probes else None,
+        )
+    predicted = np.full(count, word, dtype=np.int32)
+    return PassResult(predicted, generator.random(count), measured=measured)
 
 
 @contextlib.contextmanager

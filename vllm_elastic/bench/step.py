@@ -21,6 +21,8 @@ from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.scheduler_time import scheduler_seconds
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.canvas import NO_POSITIONS
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest
 from vllm_elastic.decoding.plan import PassPlan, Segment
 
 TRACKED = 4  # tracked and just committed rows beside the window
@@ -87,10 +89,10 @@ def main(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     for batch in args.batch_size:
         passes = {
-            kind: [make_plan(kind, i, join, runner.block_size, args) for i in range(batch)]
+            kind: [make_plan(kind, i, join, runner.cache.block_size, args) for i in range(batch)]
             for kind in ("full", "window", BLOCK_WINDOW, f"from layer {join}")
         }
-        product = runner.model.blocks[0].gate_up_proj
+        product = runner.model.blocks[0].mlp.gate_up_proj
         rates = {
             kind: rate(sum(p.num_rows for p in plans), product, args)
             for kind, plans in passes.items()
@@ -200,14 +202,15 @@ def make_plan(
     )
     if kind == BLOCK_WINDOW:
         knobs = ElasticConfig(policy="elastic-block")
-        plan.probes = tracked[: knobs.probes]
-        plan.granularity = knobs.granularity or block_size
-        plan.attention_stride = knobs.attention_stride
-        plan.watched = ~np.isin(everyone, plan.segments[0].positions)
+        plan.measure = BlockProbe(
+            probes=tracked[: knobs.probes],
+            watched=~np.isin(everyone, plan.segments[0].positions),
+            block_size=knobs.granularity or block_size,
+            attention_stride=knobs.attention_stride,
+        )
     else:
-        plan.trackable = ~masked
-    if kind == "window":
-        plan.tested = tracked
+        tested = tracked if kind == "window" else NO_POSITIONS
+        plan.measure = DriftTest(tested, None, ~masked, track_num=1, statistic="released")
     return plan
 
 
@@ -250,29 +253,33 @@ PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch",
 
 
 def _parts() -> dict[str, list[tuple[Any, str]]]:
+    from vllm_elastic.models import transformer
     from vllm_elastic.models.hidden_states import HiddenStateCache
-    from vllm_elastic.models.llada import LLaDAAttention, LLaDABlock, LLaDAModelLM
-    from vllm_elastic.runner import row_batch, runner
-    from vllm_elastic.runner.statistics.inputs import StatisticsInputs
-    from vllm_elastic.runner.statistics.sums import StatisticSums
+    from vllm_elastic.models.layers import PreNormBlock
+    from vllm_elastic.runner.batch import BatchBuilder
+    from vllm_elastic.runner.head import Head
+    from vllm_elastic.runner.row_order import RowOrder
+    from vllm_elastic.runner.statistics.recorder import PassRecorder
+    from vllm_elastic.runner.statistics.saved_rows import SavedRows
+    from vllm_elastic.runner.statistics.statistics import Statistics
 
     return {
-        "products": [(LLaDAAttention, "project"), (LLaDABlock, "finish")],
-        "attention": [(LLaDAAttention, "attend")],
+        "products": [(PreNormBlock, "project"), (PreNormBlock, "finish")],
+        "attention": [(transformer, "_attend")],
         "cache writes": [
-            (LLaDAAttention, "write"),
+            (transformer, "_write"),
             (HiddenStateCache, "write"),
             (HiddenStateCache, "read"),
         ],
         "statistics": [
-            (StatisticsInputs, "prepare"),
-            (StatisticsInputs, "save_layer"),
-            (StatisticsInputs, "partial_sums"),
-            (StatisticSums, "add_up"),
-            (StatisticSums, "measure"),
+            (SavedRows, "__init__"),
+            (Statistics, "before"),
+            (PassRecorder, "save_queries"),
+            (Statistics, "after"),
+            (Statistics, "results"),
         ],
-        "head": [(LLaDAModelLM, "compute_logits"), (runner, "most_probable")],
-        "batch": [(row_batch.RowLayout, "of"), (row_batch.RowBatch, "build")],
+        "head": [(Head, "predict")],
+        "batch": [(RowOrder, "of"), (BatchBuilder, "lay_out"), (BatchBuilder, "finish")],
     }
 
 

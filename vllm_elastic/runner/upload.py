@@ -28,6 +28,7 @@ class Upload:
         self._device = device
         self._used = 0
         self._sent: torch.cuda.Event | None = None
+        self._outgrown: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._allocate(_FIRST_CAPACITY)
 
     def start(self) -> None:
@@ -37,6 +38,7 @@ class Upload:
             self._sent = None
         if self._outgrown:
             self._allocate(2 * (self._used + sum(host.numel() for host, _ in self._outgrown)))
+            self._outgrown = []
         self._used = 0
 
     def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
@@ -47,7 +49,7 @@ class Upload:
         start, stop = self._used, self._used + array.nbytes
         self._used = -(-stop // _ALIGNMENT) * _ALIGNMENT
         self._host_np[start:stop] = array.reshape(-1).view(np.uint8)
-        dtype = torch.from_numpy(array[:0] if array.ndim else array.reshape(1)[:0]).dtype
+        dtype = torch.from_numpy(array).dtype
         return self._on_device[start:stop].view(dtype).view(array.shape)
 
     def send(self) -> None:
@@ -62,9 +64,8 @@ class Upload:
 
     def _grow(self, num_bytes: int) -> None:
         """Go on in new buffers; the views that were handed out keep the old ones."""
-        outgrown = [*self._outgrown, (self._host[: self._used], self._on_device)]
+        self._outgrown.append((self._host[: self._used], self._on_device))
         self._allocate(max(2 * self._host.numel(), num_bytes))
-        self._outgrown = outgrown
         self._used = 0
 
     def _allocate(self, num_bytes: int) -> None:
@@ -74,4 +75,3 @@ class Upload:
         self._on_device = self._host
         if self._device.type != "cpu":
             self._on_device = torch.zeros_like(self._host, device=self._device)
-        self._outgrown: list[tuple[torch.Tensor, torch.Tensor]] = []

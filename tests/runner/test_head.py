@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates of many window rows, some logits at a time: the same as all at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.runner import head as module
+from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.upload import Upload
+
+VOCABULARY, MASK, NEVER = 23, 22, 5
+TRAITS = DecodingTraits(1, VOCABULARY, MASK, never_chosen=(MASK, NEVER))
+WISHES = [
+    None,
+    Sampling(temperature=0.7, top_p=0.8, seed=3),
+    Sampling(num_logprobs=2, banned_token_ids=(1, 2, 3)),
+    Sampling(temperature=1.3, seed=9, num_logprobs=1),
+]
+
+
+def plan(first: int, count: int, sampling: Sampling | None) -> PassPlan:
+    window = np.arange(first, first + count, dtype=np.int32)
+    return PassPlan("", "window", 2, [], np.zeros(99, np.int32), window, sampling=sampling)
+
+
+def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Head, list[int]]:
+    """Candidates of 4 + 9 + 5 + 7 rows, and how many rows each call of the head had."""
+    monkeypatch.setattr(module.ranks, "reports", lambda: True)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows_at_once * VOCABULARY)
+    plans = [plan(10 + i, n, w) for i, (n, w) in enumerate(zip((4, 9, 5, 7), WISHES, strict=True))]
+    upload = Upload(torch.device("cpu"))
+    head = Head(plans, TRAITS, upload)
+    upload.send()
+    calls: list[int] = []
+
+    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden))
+        return hidden.clone()
+
+    logits = torch.randn(25, VOCABULARY, generator=torch.Generator().manual_seed(4))
+    logits[:, [MASK, NEVER]] = 50.0  # what may not be chosen is what the model would choose
+    return head.predict(SimpleNamespace(compute_logits=compute_logits), logits), head, calls
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 7, 24])
+def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request cut in two would lose its positions, its random numbers or its constraints; and
+    a pass with wide windows would hold all logits at once."""
+    whole, _, calls = predicted(25, monkeypatch)
+    assert calls == [25]
+    parts, head, calls = predicted(rows_at_once, monkeypatch)
+    assert max(calls) == rows_at_once and sum(calls) == 25
+    assert torch.equal(parts.token_ids, whole.token_ids)
+    torch.testing.assert_close(parts.probabilities, whole.probabilities)
+    assert parts.logprobs.keys() == whole.logprobs.keys() == {2, 3}
+    for index, found in parts.logprobs.items():
+        wanted = whole.logprobs[index]
+        assert found.token_ids.tolist() == wanted.token_ids.tolist()
+        assert found.ranks.tolist() == wanted.ranks.tolist()
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs)
+        assert len(found.ranks) == len(range(25)[head.slices[index]])
+    assert not set(whole.token_ids.tolist()) & {MASK, NEVER}
+
+
+def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A banned token would vanish from the alternatives, and the rest be renormalised."""
+    whole, head, _ = predicted(25, monkeypatch)
+    assert not set(whole.token_ids[head.slices[2]].tolist()) & {1, 2, 3}
+    shown = whole.logprobs[2].token_ids[:, 1:]
+    assert set(shown.ravel().tolist()) & {1, 2, 3}, "the seed shows nothing"
