@@ -125,7 +125,7 @@ def test_not_finite_request_fails_alone(policy: str, driver: Driver) -> None:
     runner, scheduler = driver.engine.runner, driver.engine.scheduler
     request = next(r for r in scheduler.running if r.request_id.startswith(sick))
     (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-    runner.shape.key_cache[:, blocks[0]] = float("nan")
+    runner.cache.keys[:, blocks[0]] = float("nan")
     driver.run()
     assert driver.finished[sick] == "error"
     alone = driver.add(prompt_of(12, 1), 24, **knobs, window=5)
