@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -30,10 +32,8 @@ def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     best, token_ids = logits.max(dim=-1)
     total = best.new_empty(len(logits), dtype=torch.float64)
-    count = max(1, _NUMBERS_AT_ONCE[logits.is_cpu] // logits.shape[-1])
-    for start in range(0, len(logits), count):
-        rows = slice(start, start + count)
-        wide = logits[rows].double().sub_(best[rows].double()[:, None]).exp_()
+    for rows in _some_at_once(logits):
+        wide = logits[rows].to(torch.float64, copy=True).sub_(best[rows].double()[:, None]).exp_()
         total[rows] = wide.sum(dim=-1)
         del wide  # before the next ones are made
     return token_ids, 1.0 / total
@@ -79,13 +79,34 @@ def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor)
         logits[:, ends] = torch.where(early, _NEVER, logits[:, ends])
 
 
-def postpone(token_ids: torch.Tensor, confidence: torch.Tensor, last: tuple[int, ...]) -> None:
-    """Lower the confidence [W] of predictions [W] among ``last`` by 1, in place.
+def leave_out_of_confidence(
+    confidence: torch.Tensor,
+    token_ids: torch.Tensor,
+    logits: torch.Tensor,
+    unconfident: tuple[int, ...],
+) -> None:
+    """Read the confidence again, in place, as if the logits of some tokens were -inf.
 
-    All of them then rank behind every other prediction and keep their order (LLaDA's generation
-    code sets them to -inf, which leaves the order open).
+    LLaDA's ``confidence_eos_eot_inf``: its generation code sets the logits of the end of text and
+    of turn to -inf after the predictions are taken and before the softmax, so a predicted end has
+    confidence 0, and the others have their share of what is left. (At a temperature above 0 its
+    code reaches the end of turn only: the end of text's -inf goes to the copy with the noise, which
+    nothing reads any more. Here both, at any temperature, as its documentation says.)
+
+    Args:
+        confidence: float64 [W] of the predictions int64 [W]; a NaN stays.
+        logits: [W, V], constrained already, without noise.
+        unconfident: token ids; some may lie beyond the vocabulary.
     """
-    confidence -= torch.isin(token_ids, torch.tensor(last, device=token_ids.device)).double()
+    known = [token_id for token_id in unconfident if token_id < logits.shape[-1]]
+    ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
+    for rows in _some_at_once(logits):
+        wide = logits[rows].to(torch.float64, copy=True).index_fill_(-1, ids, _NEVER)
+        left = wide.softmax(dim=-1).gather(-1, token_ids[rows, None])[:, 0]
+        del wide
+        # Not left: where a request allows nothing but ends, that is 0 / 0.
+        ends = torch.isin(token_ids[rows], ids)
+        confidence[rows] = torch.where(ends, 0.0 * confidence[rows], left)
 
 
 def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
@@ -103,6 +124,13 @@ def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Lo
         logprobs=torch.cat([chosen, top], dim=-1).cpu().numpy(),
         ranks=ranks.to(torch.int32).cpu().numpy(),
     )
+
+
+def _some_at_once(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows of [W, V] whose softmax is worked out together, ``_NUMBERS_AT_ONCE``."""
+    count = max(1, _NUMBERS_AT_ONCE[logits.is_cpu] // logits.shape[-1])
+    for start in range(0, len(logits), count):
+        yield slice(start, start + count)
 
 
 def _filtered(tempered: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -33,9 +33,9 @@ from vllm_elastic.models import ranks
 from vllm_elastic.runner.attention_shape import AttentionShape
 from vllm_elastic.runner.candidates import (
     constrain,
+    leave_out_of_confidence,
     logprobs_of,
     most_probable,
-    postpone,
     sampled,
 )
 from vllm_elastic.runner.row_batch import RowBatch, RowLayout
@@ -247,15 +247,20 @@ class ElasticRunner:
         token_ids: torch.Tensor,
         probabilities: torch.Tensor,
     ) -> None:
-        """Replace the most probable token where a request wants a random one; put ends last."""
+        """Replace the most probable token where a request wants a random one; mistrust ends."""
         for plan, rows in zip(plans, _window_slices(plans), strict=True):
             if plan.sampling is not None and plan.sampling.temperature > 0:
                 positions = torch.from_numpy(plan.window.astype(np.int64)).to(self.device)
                 token_ids[rows], probabilities[rows] = sampled(
                     logits[rows], plan.sampling, plan.denoising_step, positions
                 )
-            if plan.sampling is not None and plan.sampling.last_token_ids:
-                postpone(token_ids[rows], probabilities[rows], plan.sampling.last_token_ids)
+            if plan.sampling is not None and plan.sampling.unconfident_token_ids:
+                leave_out_of_confidence(
+                    probabilities[rows],
+                    token_ids[rows],
+                    logits[rows],
+                    plan.sampling.unconfident_token_ids,
+                )
 
     def _clear_padding(self, plans: list[PassPlan]) -> None:
         """Zero the block that a fresh canvas fills only in part.
