@@ -134,8 +134,9 @@ class ElasticConfig:
             ``random`` ones.
         logits_eos_inf: end-of-text is never predicted, so the answer fills the canvas. This name
             and the next are those of LLaDA's generation code.
-        confidence_eos_eot_inf: a predicted end-of-text or end-of-turn is committed only when
-            nothing else is left to commit in a step.
+        confidence_eos_eot_inf: end-of-text and end-of-turn have no part in the confidences: a
+            predicted one has confidence 0, and is committed only where a step has nothing else
+            to commit (by threshold, then one a step).
         canvas: infilling, of a request only: the answer's token ids, with the mask's id where
             text is wanted; decoded in place. None: the answer is all masks.
         hidden_stride: the input of every so manyth layer is kept, of layers s, 2 s, ...; a refresh

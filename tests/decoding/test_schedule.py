@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.golden import fixed_steps
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas
 from vllm_elastic.decoding.schedule import FixedSteps, make_schedule
@@ -43,6 +44,37 @@ def test_fixed_steps_takes_as_many_and_stays_in_its_blocks(
         block, inside = divmod(number, share)
         assert len(committed) == base + (inside < rest)
         assert all((position - 3) // length == block for position in committed)
+
+
+def golden_decode(steps: int, block_length: int, remasking: str) -> list[list[int]]:
+    """Answer positions committed in each step, with the golden file's confidences."""
+    values = {"steps": steps, "block_length": block_length, "remasking": remasking}
+    confidence = np.array(fixed_steps.CONFIDENCE)
+    prompt = fixed_steps.PROMPT_LENGTH
+    canvas = Canvas([1] * prompt, len(confidence), 99)
+    schedule = make_schedule(ElasticConfig.from_dict(values), len(confidence), 0)
+    committed = []
+    while not canvas.done:
+        window = schedule.window(canvas)
+        chosen = schedule.choose(canvas, window, confidence[window - prompt], len(committed))
+        canvas.commit(window[chosen], np.full(len(chosen), 5, dtype=np.int32))
+        committed.append((window[chosen] - prompt).tolist())
+    return committed
+
+
+@pytest.mark.parametrize(("steps", "block_length", "committed"), fixed_steps.LOW_CONFIDENCE)
+def test_low_confidence_by_hand(steps: int, block_length: int, committed: list[list[int]]) -> None:
+    assert golden_decode(steps, block_length, "low_confidence") == committed
+
+
+@pytest.mark.parametrize(("steps", "block_length", "shares"), fixed_steps.RANDOM)
+def test_random_remasking_by_hand(
+    steps: int, block_length: int, shares: list[tuple[int, int]]
+) -> None:
+    committed = golden_decode(steps, block_length, "random")
+    assert [(len(c), c[0] // block_length) for c in committed] == shares
+    assert all(p // block_length == c[0] // block_length for c in committed for p in c)
+    assert sorted(p for c in committed for p in c) == list(range(len(fixed_steps.CONFIDENCE)))
 
 
 def test_random_remasking_depends_on_the_seed_only() -> None:

@@ -125,7 +125,7 @@ def ask_oracle(served: Served, prompt: list[int], max_tokens: int, config: dict[
     if options.pop("logits_eos_inf", False):
         options["never"] = (EOS,)
     if options.pop("confidence_eos_eot_inf", False):
-        options["last"] = (EOS,)
+        options["unconfident"] = (EOS,)
     if policy == "none":
         return decode(served.oracle, prompt, max_tokens, DecodingOptions(**options))
     if policy == "dual-cache":

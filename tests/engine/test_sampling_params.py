@@ -74,4 +74,4 @@ def test_where_they_go() -> None:
     sampling = sampling_of(params, config, 10, model, end_token_ids_of(params))
     assert sampling is not None
     assert (sampling.end_token_ids, sampling.first_end_position) == ((END, 7), 12)
-    assert (sampling.banned_token_ids, sampling.last_token_ids) == ((END,), (END, TURN))
+    assert (sampling.banned_token_ids, sampling.unconfident_token_ids) == ((END,), (END, TURN))

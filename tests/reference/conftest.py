@@ -22,7 +22,9 @@ SHAPES = {
 
 
 @cache
-def random_llada(shape: str = "mha", seed: int = 0, vocab: int = 14, layers: int = 4) -> LLaDA:
+def random_llada(
+    shape: str = "mha", seed: int = 0, vocab: int = 14, layers: int = 4, shift: int = 0
+) -> LLaDA:
     """Mask: the last token. EOS: the one before. Two rows of padding in the embedding."""
     heads, kv_heads, tied = SHAPES[shape]
     config = LLaDAConfig(
@@ -39,6 +41,7 @@ def random_llada(shape: str = "mha", seed: int = 0, vocab: int = 14, layers: int
         weight_tying=tied,
         mask_token_id=vocab - 1,
         eos_token_id=vocab - 2,
+        logits_shift=shift,
     )
     return LLaDA.random(config, seed=seed)
 

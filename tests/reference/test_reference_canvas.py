@@ -7,15 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.golden import commit_rule, end_options
+from vllm_elastic.reference import margin
 from vllm_elastic.reference.canvas import Canvas
-from vllm_elastic.reference.commit import at_threshold, candidates, choose, most_confident
-
-confidences = st.lists(
-    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]), min_size=1, max_size=12
-)
+from vllm_elastic.reference.commit import candidates, choose
 
 
 def tensor(*values: int) -> torch.Tensor:
@@ -87,9 +83,10 @@ def test_without_an_eos_nothing_is_dropped(endless):
         ([1], 96, "97 positions is beyond the model's 96"),
     ],
 )
-def test_impossible_canvases_are_refused(llada, prompt, max_tokens, message):
+@pytest.mark.parametrize("shift", [0, 1])
+def test_impossible_canvases_are_refused(llada, prompt, max_tokens, message, shift):
     with pytest.raises(ValueError, match=message):
-        Canvas(llada(), prompt, max_tokens)
+        Canvas(llada(shift=shift), prompt, max_tokens)
 
 
 def test_the_mask_is_no_candidate_and_takes_no_probability():
@@ -114,19 +111,39 @@ def test_confidences_are_told_apart_beyond_float32():
     assert confidence[0] < confidence[1] < 1
 
 
-@settings(derandomize=True)
-@given(confidences, st.sampled_from([0.0, 0.3, 0.9, 1.0, 1.5]))
-def test_threshold_commits_the_best_and_all_above(values, threshold):
-    chosen = at_threshold(torch.tensor(values, dtype=torch.float64), threshold).tolist()
-    assert chosen == [v >= threshold or v == max(values) for v in values]
-    assert any(chosen)
-    assert choose(torch.tensor(values), threshold, None).tolist() == chosen
+@pytest.mark.parametrize(("logits_eos_inf", "confidence_eos_eot_inf"), list(end_options.CANDIDATES))
+def test_lladas_end_options_by_hand(logits_eos_inf, confidence_eos_eot_inf):
+    expected = end_options.CANDIDATES[logits_eos_inf, confidence_eos_eot_inf]
+    token_ids, confidence = end_candidates(logits_eos_inf, confidence_eos_eot_inf)
+    assert token_ids.tolist() == [token for token, _ in expected]
+    assert confidence.tolist() == pytest.approx([p for _, p in expected], abs=1e-12)
+    assert all(c == 0 for c, (_, p) in zip(confidence, expected, strict=True) if p == 0)
 
 
-@settings(derandomize=True)
-@given(confidences, st.integers(1, 15))
-def test_top_k_commits_k_and_prefers_the_earlier(values, k):
-    chosen = most_confident(torch.tensor(values, dtype=torch.float64), k).nonzero().flatten()
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    assert chosen.tolist() == sorted(ranked[:k])
-    assert choose(torch.tensor(values), 0.0, k).nonzero().flatten().tolist() == chosen.tolist()
+@pytest.mark.parametrize(
+    ("never", "unconfident", "threshold", "count", "rows"), end_options.COMMITS
+)
+def test_what_is_committed_with_lladas_end_options(never, unconfident, threshold, count, rows):
+    _, confidence = end_candidates(never, unconfident)
+    assert choose(confidence, threshold, count).nonzero().flatten().tolist() == rows
+
+
+def end_candidates(logits_eos_inf: bool, confidence_eos_eot_inf: bool):
+    return candidates(
+        torch.tensor(end_options.ODDS, dtype=torch.float64).log(),
+        mask_token_id=99,
+        never=(end_options.EOS,) if logits_eos_inf else (),
+        unconfident=(end_options.EOS, end_options.EOT) if confidence_eos_eot_inf else (),
+    )
+
+
+@pytest.mark.parametrize(("values", "threshold", "count", "rows"), commit_rule.COMMITS)
+def test_commit_rule_by_hand(values, threshold, count, rows):
+    confidence = torch.tensor(values, dtype=torch.float64)
+    assert choose(confidence, threshold, count).nonzero().flatten().tolist() == rows
+
+
+def test_the_order_of_zeros_is_no_near_tie():
+    """Two implementations that part there cannot blame rounding."""
+    assert margin.of_ranking([0.5, 0.0, 0.0], 2) == math.inf
+    assert margin.of_ranking([0.5, 0.25, 0.25], 2) == 0

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.golden import fixed_steps
 from vllm_elastic.reference import (
     DecodingOptions,
     DualCacheOptions,
@@ -34,15 +37,16 @@ def probabilities(model, tokens: list[int]) -> torch.Tensor:
     window=st.integers(1, 20),
     threshold=st.sampled_from([0.0, 0.4, 0.6, 0.9, 1.1]),
     per_step=st.sampled_from([None, None, 1, 3]),
+    shift=st.sampled_from([0, 1]),
 )
-def test_decode_is_the_obvious_loop(llada, prompt, max_tokens, window, threshold, per_step):
-    model = llada("gqa")
+def test_decode_is_the_obvious_loop(llada, prompt, max_tokens, window, threshold, per_step, shift):
+    model = llada("gqa", shift=shift)
     mask, eos = model.config.mask_token_id, model.config.eos_token_id
     tokens, open_, committed = prompt + [mask] * max_tokens, set(), []
     open_ = set(range(len(prompt), len(tokens)))
     while open_:
         looked_at = sorted(open_)[:window]
-        best = {i: probabilities(model, tokens)[i].max(dim=0) for i in looked_at}
+        best = {i: probabilities(model, tokens)[i - shift].max(dim=0) for i in looked_at}
         top = max(float(best[i][0]) for i in looked_at)
         if per_step is None:
             now = [i for i in looked_at if float(best[i][0]) >= min(threshold, top)]
@@ -71,6 +75,40 @@ def test_options_out_of_range_are_refused(options):
         DecodingOptions(**options)
 
 
+class AsGiven:
+    """A model whose confidences are the golden file's, whatever the canvas holds."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(
+        mask_token_id=1, eos_token_id=None, logits_shift=0,
+        max_sequence_length=99, embedding_size=2, n_layers=1,
+    )  # fmt: skip
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.arange(len(tokens))
+
+    def head(self, positions: torch.Tensor) -> torch.Tensor:
+        """Token 0 has the position's confidence, 2 to 5 share the rest, 1 is the mask."""
+        confidence = [fixed_steps.CONFIDENCE[p - fixed_steps.PROMPT_LENGTH] for p in positions]
+        p = torch.tensor(confidence, dtype=torch.float64)
+        other = (1 - p) / 4
+        return torch.stack([p, torch.ones_like(p), *[other] * 4], dim=1).log()
+
+
+@pytest.mark.parametrize(("steps", "block_length", "committed"), fixed_steps.LOW_CONFIDENCE)
+def test_fixed_steps_by_hand(steps, block_length, committed):
+    prompt, tokens = [0] * fixed_steps.PROMPT_LENGTH, len(fixed_steps.CONFIDENCE)
+    result = low_confidence(AsGiven(), prompt, tokens, LowConfidenceOptions(steps, block_length))
+    answer = [[p - len(prompt) for p in step["committed"]] for step in result.steps]
+    assert answer == committed
+    assert result.token_ids == [0] * tokens
+
+
+@pytest.mark.parametrize(("masked", "steps", "shares"), fixed_steps.SHARES)
+def test_shares_by_hand(masked, steps, shares):
+    assert tokens_to_transfer(masked, steps) == shares
+
+
 @settings(derandomize=True)
 @given(st.integers(0, 300), st.integers(1, 300))
 def test_tokens_to_transfer_are_equal_shares(masked, steps):
@@ -81,11 +119,12 @@ def test_tokens_to_transfer_are_equal_shares(masked, steps):
     assert shares[0] - shares[-1] <= 1
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(("steps", "block"), [(12, 12), (4, 12), (5, 12), (6, 4), (6, 6), (24, 6)])
-def test_low_confidence_is_lladas_loop(llada, steps, block):
+def test_low_confidence_is_lladas_loop(llada, steps, block, shift):
     """Against LLaDA's algorithm said again over the whole canvas: candidates everywhere, those
     outside the block out of the running, the k best of the rest kept."""
-    model = llada("mha", vocab=30)
+    model = llada("mha", vocab=30, shift=shift)
     mask = model.config.mask_token_id
     prompt, max_tokens = [3, 1, 4, 1, 5], 12
     tokens = torch.tensor(prompt + [mask] * max_tokens)
@@ -95,6 +134,7 @@ def test_low_confidence_is_lladas_loop(llada, steps, block):
         base, rest = divmod(block, per_block)
         for step in range(per_block):
             confidence, best = probabilities(model, tokens.tolist()).max(dim=-1)
+            confidence, best = confidence.roll(shift), best.roll(shift)
             confidence[tokens != mask] = -torch.inf
             confidence[start + block :] = -torch.inf
             k = base + 1 if step < rest else base
@@ -113,18 +153,20 @@ def test_low_confidence_needs_whole_blocks_and_equal_steps(llada, steps, block):
         low_confidence(llada(), [1], 12, LowConfidenceOptions(steps, block))
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("shape", ["mha", "mqa-tied"])
-def test_dual_cache_of_one_position_recomputes_everything(llada, shape):
-    model = llada(shape)
+def test_dual_cache_of_one_position_recomputes_everything(llada, shape, shift):
+    model = llada(shape, shift=shift)
     dual = dual_cache(model, [4, 2], 11, DualCacheOptions(block_length=1))
     none = decode(model, [4, 2], 11, DecodingOptions(window=1))
     assert dual.canvas_ids == none.canvas_ids
     assert dual.steps == none.steps
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("shape", ["mha", "gqa", "gqa6-tied"])
-def test_dual_cache_refreshes_at_each_new_block_and_only_there(endless, shape):
-    model, prompt, length = endless(shape), [4, 2, 9], 5
+def test_dual_cache_refreshes_at_each_new_block_and_only_there(endless, shape, shift):
+    model, prompt, length = endless(shape, shift=shift), [4, 2, 9], 5
     result = dual_cache(model, prompt, 13, DualCacheOptions(block_length=length, threshold=0.6))
     tokens = prompt + [model.config.mask_token_id] * 13
     blocks = [range(3, 8), range(8, 13), range(13, 16)]
@@ -132,10 +174,10 @@ def test_dual_cache_refreshes_at_each_new_block_and_only_there(endless, shape):
         block = blocks[0]
         fresh = not any(tokens[i] != model.config.mask_token_id for i in block)
         kind = ("first" if step["denoising_step"] == 0 else "full") if fresh else "window"
-        assert (step["kind"], step["rows"]) == (kind, 16 if fresh else len(block))
+        assert (step["kind"], step["rows"]) == (kind, 16 if fresh else len(block) + shift)
         assert set(step["committed"]) <= set(block)
         if fresh:  # nothing stale: as without a cache
-            confidence, best = probabilities(model, tokens).max(dim=-1)
+            confidence, best = (x.roll(shift) for x in probabilities(model, tokens).max(dim=-1))
             top = max(confidence[i] for i in block)
             assert step["committed"] == [i for i in block if confidence[i] >= min(0.6, top)]
             assert [result.canvas_ids[i] for i in step["committed"]] == best[
@@ -150,13 +192,14 @@ def test_dual_cache_refreshes_at_each_new_block_and_only_there(endless, shape):
     assert any(step["kind"] == "window" for step in result.steps)
 
 
-def test_dual_cache_rows_attend_to_stale_keys(endless):
-    """A window pass: the block's positions over the others as the last full pass left them."""
-    model, prompt = endless("gqa"), [4, 2, 9]
+@pytest.mark.parametrize("shift", [0, 1])
+def test_dual_cache_rows_attend_to_stale_keys(endless, shift):
+    """A window pass: the block's rows over the others as the last full pass left them."""
+    model, prompt = endless("gqa", shift=shift), [4, 2, 9]
     options = DualCacheOptions(block_length=6, tokens_per_step=2)
     result = dual_cache(model, prompt, 6, options)
     tokens = torch.tensor(prompt + [model.config.mask_token_id] * 6)
-    inside, outside = torch.arange(3, 9), torch.arange(3)
+    block, inside, outside = torch.arange(3, 9), torch.arange(3 - shift, 9), torch.arange(3 - shift)
     stale, hidden = [], model.embed(tokens)
     for layer in range(4):
         q, k, v = model.project(layer, hidden, torch.arange(9))
@@ -169,11 +212,11 @@ def test_dual_cache_rows_attend_to_stale_keys(endless):
         q, k, v = model.project(layer, hidden, inside)
         k, v = torch.cat([stale[layer][0], k], 1), torch.cat([stale[layer][1], v], 1)
         hidden = model.finish(layer, hidden, model.attend(q, k, v))
-    logits = model.head(hidden)
+    logits = model.head(hidden)[:6]  # shifted, the last row predicts a position beyond the block
     logits[:, model.config.mask_token_id] = -torch.inf
     confidence, best = logits.double().softmax(dim=-1).max(dim=-1)
-    confidence[tokens[inside] != model.config.mask_token_id] = -1
-    second = sorted(inside[confidence.topk(2).indices].tolist())
+    confidence[tokens[block] != model.config.mask_token_id] = -1
+    second = sorted(block[confidence.topk(2).indices].tolist())
     assert result.steps[1]["committed"] == second
     assert [result.canvas_ids[i] for i in second] == [int(best[i - 3]) for i in second]
 

@@ -37,6 +37,7 @@ class Literal:
 
     def __init__(self, model: LLaDA, prompt: list[int], max_tokens: int, o: ElasticOptions):
         self.model, self.o, self.layers = model, o, model.config.n_layers
+        self.shift = model.config.logits_shift
         self.tokens = prompt + [model.config.mask_token_id] * max_tokens
         self.response = range(len(prompt), len(self.tokens))
         self.masked = set(self.response)
@@ -85,14 +86,15 @@ class Literal:
         return sum(dot(x, y) / norm(x) / norm(y) for x, y in pairs) / len(pairs)
 
     def favourites(self, rows, window: list[int]) -> set[int]:
-        mass = sum(rows[i].sum(dim=0) for i in window).tolist()
+        mass = sum(rows[i - self.shift].sum(dim=0) for i in window).tolist()
         seen = [i for i in range(len(self.tokens)) if i not in self.masked]
         return set(sorted(seen, key=lambda i: (-mass[i], i))[: self.o.track_num])
 
     def step(self, number: int) -> None:
         o, everyone = self.o, range(len(self.tokens))
         window = sorted(self.masked - self.dropped)[: o.window]
-        at = sorted({*self.tracked, *self.committed, *window}) if number else list(everyone)
+        predicting = {i - self.shift for i in window}
+        at = sorted({*self.tracked, *self.committed, *predicting}) if number else list(everyone)
         state = {i: self.model.embed(torch.tensor([self.tokens[i]]))[0] for i in at}
         similarities, favourites = [], []
         for layer in range(self.layers):
@@ -129,7 +131,7 @@ class Literal:
                 }
             )
         self.similarities.append(similarities)
-        self.commit({i: self.model.head(state[i][None])[0] for i in window})
+        self.commit({i: self.model.head(state[i - self.shift][None])[0] for i in window})
         self.tracked = set().union(*favourites)
 
     def commit(self, logits: dict[int, torch.Tensor]) -> None:
@@ -160,6 +162,7 @@ class Literal:
 @given(
     shape=st.sampled_from(["mha", "gqa", "mqa-tied", "gqa6-tied"]),
     layers=st.sampled_from([1, 2, 4]),
+    shift=st.sampled_from([0, 1]),
     prompt=st.lists(st.integers(0, 12), min_size=1, max_size=7),
     max_tokens=st.integers(1, 12),
     options=st.builds(
@@ -173,8 +176,8 @@ class Literal:
         statistic=st.sampled_from(STATISTICS),
     ),
 )
-def test_oracle_and_literal_telling_agree(llada, shape, layers, prompt, max_tokens, options):
-    model = llada(shape, layers=layers)
+def test_oracle_and_literal_telling_agree(llada, shape, layers, shift, prompt, max_tokens, options):
+    model = llada(shape, layers=layers, shift=shift)
     expected = Literal(model, prompt, max_tokens, options)
     result = elastic_cache(model, prompt, max_tokens, options)
     assert result.steps == expected.steps

@@ -6,8 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.golden import end_options
 from vllm_elastic.decoding.sampling import Sampling
-from vllm_elastic.runner.candidates import constrain, logprobs_of, most_probable, sampled
+from vllm_elastic.runner import candidates
+from vllm_elastic.runner.candidates import (
+    constrain,
+    leave_out_of_confidence,
+    logprobs_of,
+    most_probable,
+    sampled,
+)
 from vllm_elastic.runner.counter_random import _mix_int, uniform
 
 torch.set_num_threads(1)
@@ -103,6 +111,56 @@ def test_constraints() -> None:
     never = float("-inf")
     early = [never, 0.0, 5.0, never, never, never]
     assert logits.tolist() == [early, early, [never, 0.0, 5.0, never, 0.0, never]]
+
+
+ENDS = (end_options.EOS, end_options.EOT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows_at_once", [1, 2, 100])
+@pytest.mark.parametrize(("logits_eos_inf", "confidence_eos_eot_inf"), end_options.CANDIDATES)
+def test_lladas_end_options_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+    logits_eos_inf: bool,
+    confidence_eos_eot_inf: bool,
+    rows_at_once: int,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (5 * rows_at_once,) * 2)
+    logits = torch.tensor(end_options.ODDS, dtype=dtype).log()
+    if logits_eos_inf:
+        constrain(logits, Sampling(banned_token_ids=(end_options.EOS,)), torch.arange(5))
+    token_ids, confidence = most_probable(logits)
+    if confidence_eos_eot_inf:
+        leave_out_of_confidence(confidence, token_ids, logits, ENDS)
+    expected = end_options.CANDIDATES[logits_eos_inf, confidence_eos_eot_inf]
+    assert token_ids.tolist() == [token for token, _ in expected]
+    assert confidence.tolist() == pytest.approx([p for _, p in expected], abs=1e-7)
+    assert all(c == 0 for c, (_, p) in zip(confidence, expected, strict=True) if p == 0)
+
+
+def test_confidence_of_a_sampled_token_is_without_noise_and_ends() -> None:
+    rows, tokens, expected = zip(*end_options.SAMPLED, strict=True)
+    logits = torch.tensor(end_options.ODDS).log()[list(rows)]
+    kept = logits.clone()
+    confidence = torch.full((len(rows),), 0.5, dtype=torch.float64)
+    leave_out_of_confidence(confidence, torch.tensor(tokens), logits, ENDS)
+    assert confidence.tolist() == pytest.approx(expected, abs=1e-7)
+    assert torch.equal(logits, kept)
+
+
+def test_ends_that_are_all_there_is_or_not_there() -> None:
+    """Allowed tokens that are all ends: 0, not 0 / 0. An end beyond the vocabulary: nothing."""
+    logits = torch.tensor([[float("-inf"), 1.0, 2.0], [1.0, 2.0, float("nan")]])
+    token_ids, confidence = most_probable(logits)
+    leave_out_of_confidence(confidence, token_ids, logits, (1, 2, 126348))
+    assert confidence[0] == 0
+    assert torch.isnan(confidence[1])  # a broken row is still told from an end
+    logits = logits_of(2)
+    token_ids, confidence = most_probable(logits)
+    before = confidence.clone()
+    leave_out_of_confidence(confidence, token_ids, logits, (11,))
+    torch.testing.assert_close(confidence, before)
 
 
 def test_logprobs_are_of_the_token_and_the_best() -> None:

@@ -16,10 +16,19 @@ def choose_commits(
     best is always among them. By rank (``tokens_per_step``): the k most probable; ties go to
     the smaller position.
 
+    A probability of 0 (``confidence_eos_eot_inf``: a predicted end) reaches no threshold, not even
+    0: it is committed only where the step has nothing else, and then one is, the earliest, since
+    all of them would be guesses. By rank such predictions fill up the number, as they do in
+    LLaDA's own code, which always commits a fixed number and leaves the order of equals open.
+
     Args:
         probabilities: float64 [W], max probability of each window position, W >= 1.
     """
     if tokens_per_step is None:
-        return np.flatnonzero(probabilities >= min(threshold, float(probabilities.max())))
+        bar = min(threshold, float(probabilities.max()))
+        reached = np.flatnonzero((probabilities >= bar) & (probabilities > 0))
+        if len(reached):
+            return reached
+        tokens_per_step = 1
     ranked = np.argsort(-probabilities, kind="stable")
     return np.sort(ranked[:tokens_per_step])

@@ -19,8 +19,8 @@ class Sampling:
         logit_bias: (token id, bias added to its logit) pairs.
         allowed_token_ids: the only tokens to choose from, or None.
         banned_token_ids: never chosen.
-        last_token_ids: where one of these is predicted, its confidence is lowered by 1, so that
-            it is committed only when a step has nothing else.
+        unconfident_token_ids: may be predicted, but their logits count as -inf where the confidence
+            is read, so such a prediction has confidence 0.
         end_token_ids: not chosen at canvas positions before ``first_end_position``.
         num_logprobs: alternatives to report with each committed token, -1 all, None: no report.
     """
@@ -33,7 +33,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] = ()
-    last_token_ids: tuple[int, ...] = ()
+    unconfident_token_ids: tuple[int, ...] = ()
     end_token_ids: tuple[int, ...] = ()
     first_end_position: int = 0
     num_logprobs: int | None = None

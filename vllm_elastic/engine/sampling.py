@@ -49,7 +49,7 @@ def sampling_of(
         allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
         banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ())
         + (traits.text_end_ids[:1] if config.logits_eos_inf else ()),
-        last_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
+        unconfident_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
         num_logprobs=params.num_logprobs,

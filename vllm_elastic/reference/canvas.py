@@ -26,7 +26,8 @@ class Canvas:
             of the first commit that has one only (what the released code does).
 
     Raises:
-        ValueError: empty prompt or response, token outside the vocabulary, mask token in the
+        ValueError: empty prompt or response (with shifted logits the first position has no row that
+            predicts it), token outside the vocabulary, mask token in the
             prompt (it would be ambiguous what is to be decoded), or T beyond the model's length.
     """
 
@@ -54,6 +55,7 @@ class Canvas:
         )  # (T,) int64
         self.masked = self.tokens == config.mask_token_id  # (T,) bool
         self.dropped = torch.zeros_like(self.masked)  # (T,) bool
+        self._logits_shift = config.logits_shift
         self._eos_token_id = config.eos_token_id
         self._drop_after_every_eos = drop_after_every_eos
         self._ended = False  # an EOS has been committed
@@ -73,6 +75,10 @@ class Canvas:
     def window(self, size: int) -> Tensor:
         """The first ``size`` open positions, holes skipped; fewer if fewer are left."""
         return self.open()[:size]
+
+    def rows_predicting(self, positions: Tensor) -> Tensor:
+        """(n,) rows whose output predicts (n,) response positions; see ``logits_shift``."""
+        return positions - self._logits_shift
 
     def commit(self, positions: Tensor, token_ids: Tensor) -> None:
         """Fix (n,) masked positions to (n,) tokens for good, and apply the EOS rule.
@@ -94,3 +100,14 @@ class Canvas:
         if self._eos_token_id is not None and self._eos_token_id in response:
             return response[: response.index(self._eos_token_id)]
         return response
+
+
+def union(*positions: Tensor) -> Tensor:
+    """(n,) all positions of several tensors, each once, ascending."""
+    together: Tensor = torch.cat(positions).unique()
+    return together
+
+
+def index_in(rows: Tensor, positions: Tensor) -> Tensor:
+    """Where ``positions`` (n,) stand among the ascending ``rows`` (R,) that contain them."""
+    return torch.searchsorted(rows, positions)

@@ -21,34 +21,39 @@ def candidates(
     logits: Tensor,
     mask_token_id: int,
     never: Sequence[int] = (),
-    last: Sequence[int] = (),
+    unconfident: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """The most probable token of every row and its probability.
 
-    Softmax in float64, as the released code and LLaDA's own have it. One addition of ours: the
-    mask token is no candidate (probability 0), since committing it would decode nothing.
+    Softmax in float64, as Elastic-Cache's released code has it (LLaDA's has had float64 and, since,
+    the logits' own dtype). One addition of ours: the mask token is no candidate (probability 0),
+    since committing it would decode nothing.
 
     Args:
         logits: (R, vocabulary), any float dtype.
         mask_token_id: may lie beyond the vocabulary.
-        never: token ids that are no candidates (LLaDA's ``logits_eos_inf``).
-        last: token ids whose confidence is lowered by 1, so that any other candidate is preferred
-            (LLaDA's ``confidence_eos_eot_inf``, which lowers it without bound).
+        never: token ids that are no candidates (LLaDA's ``logits_eos_inf``: the end of text).
+        unconfident: token ids that may be predicted, and whose logits are -inf in the softmax: such
+            a prediction has confidence 0, and the others have their share of what is left
+            (LLaDA's ``confidence_eos_eot_inf``: the ends of text and of turn).
 
     Returns:
         (R,) int64 token ids, equal logits going to the smaller id; (R,) float64 confidences.
     """
     logits = without(logits, (mask_token_id, *never))
     token_ids = logits.argmax(dim=-1)
-    confidence = logits.softmax(dim=-1).gather(1, token_ids[:, None]).squeeze(1)
-    for token in last:
-        confidence = torch.where(token_ids == token, confidence - 1, confidence)
-    return token_ids, confidence
+    probabilities = without(logits, unconfident).softmax(dim=-1)
+    return token_ids, probabilities.gather(1, token_ids[:, None]).squeeze(1)
 
 
 def at_threshold(confidence: Tensor, threshold: float) -> Tensor:
-    """(n,) bool: at least ``min(threshold, best)``, so at least one (Elastic-Cache, step 6)."""
-    return confidence >= min(threshold, confidence.max().item())
+    """(n,) bool: at least ``min(threshold, best)``, so at least one (Elastic-Cache, step 6).
+
+    A confidence of 0 reaches no threshold. If there is no other, one is committed, the earliest:
+    LLaDA's code, which commits a fixed number a step, has no rule for this case.
+    """
+    reached = (confidence >= min(threshold, confidence.max().item())) & (confidence > 0)
+    return reached if reached.any() else most_confident(confidence, 1)
 
 
 def most_confident(confidence: Tensor, count: int) -> Tensor:

@@ -32,7 +32,8 @@ class LLaDAConfig:
 
     ``embedding_size`` is the number of rows of the embedding and of the head, ``vocab_size``
     the number of tokens; the rows between the two are padding and never predicted.
-    ``eos_token_id`` None: no token ends an answer.
+    ``eos_token_id`` None: no token ends an answer. ``logits_shift`` is not LLaDA's: position m is
+    predicted from row m (0), or from row m - 1 (1), as Dream has it.
     """
 
     d_model: int
@@ -48,6 +49,7 @@ class LLaDAConfig:
     weight_tying: bool
     mask_token_id: int
     eos_token_id: int | None
+    logits_shift: int = 0
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads or self.head_dim % 2:
@@ -56,6 +58,8 @@ class LLaDAConfig:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} KV heads evenly")
         if self.embedding_size < self.vocab_size:
             raise ValueError(f"embedding_size {self.embedding_size} < vocab_size {self.vocab_size}")
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"logits_shift is {self.logits_shift}, must be 0 or 1")
         if not 0 <= self.mask_token_id < self.embedding_size:
             raise ValueError(f"mask_token_id {self.mask_token_id} has no embedding")
 
@@ -81,6 +85,7 @@ class LLaDAConfig:
         known.setdefault("n_kv_heads", raw.get("n_heads"))
         known.setdefault("embedding_size", raw.get("vocab_size"))
         known.setdefault("eos_token_id", None)
+        known.setdefault("logits_shift", 0)
         if raw.get("mlp_ratio") is not None and raw.get("d_model") is not None:
             known.setdefault("mlp_hidden_size", int(raw["mlp_ratio"] * raw["d_model"]))
         missing = [f.name for f in fields(cls) if f.name not in known]

@@ -24,14 +24,14 @@ class CommitOptions:
             always is. Above 1: one token a step (more only if equally confident).
         tokens_per_step: commit this many, the most confident, whatever the threshold.
         drop_after_every_eos: see ``Canvas``.
-        never, last: token ids, see ``candidates``.
+        never, unconfident: token ids, see ``candidates``.
     """
 
     threshold: float = 0.9
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
     never: tuple[int, ...] = ()
-    last: tuple[int, ...] = ()
+    unconfident: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
@@ -60,16 +60,18 @@ def commit_predictions(
 ) -> Tensor:
     """The end of every step: predict the window, commit what is confident enough.
 
-    ``window`` (W,) positions, ``hidden`` (W, d) their output of the last layer. Returns (n,) the
-    positions committed, and tells ``result`` by what margin.
+    ``window`` (W,) positions, ``hidden`` (W, d) the last layer's output of the rows that predict
+    them. Returns (n,) the positions committed, and tells ``result`` by what margin.
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
-    token_ids, confidence = candidates(logits, mask, options.never, options.last)
+    token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
     chosen = choose(confidence, options.threshold, options.tokens_per_step)
     canvas.commit(window[chosen], token_ids[chosen])
+    # Where a prediction alone can make a row unconfident, those that are not committed decide, too.
+    deciding = logits if options.unconfident else logits[chosen]
     result.close_call(
         margin.of_commit(confidence, options.threshold, options.tokens_per_step),
-        margin.of_candidates(without(logits[chosen], (mask, *options.never))),
+        margin.of_candidates(without(deciding, (mask, *options.never))),
     )
     return window[chosen]
 
@@ -89,8 +91,8 @@ def decode(
     canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
     result = DecodingResult()
     while len(window := canvas.window(options.window)):
-        hidden = model.forward(canvas.tokens)
-        committed = commit_predictions(model, canvas, window, hidden[window], options, result)
+        hidden = model.forward(canvas.tokens)[canvas.rows_predicting(window)]
+        committed = commit_predictions(model, canvas, window, hidden, options, result)
         kind = "full" if result.denoising_steps else "first"
         result.record(
             [(kind, 0, len(canvas))], committed.tolist(), model.config.n_layers, len(canvas)

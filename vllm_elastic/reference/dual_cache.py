@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .canvas import Canvas
+from .canvas import Canvas, index_in, union
 from .decoding import CommitOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -40,6 +40,7 @@ def dual_cache(
 
     A block's first step recomputes the whole canvas; its later steps recompute the block's
     positions, all of them, through all layers, over the stored keys and values of the others.
+    With shifted logits the position before the block, which predicts its first, is one of its rows.
     A block is done when none of its positions is open; one that is dropped whole takes no step.
 
     Raises:
@@ -51,13 +52,15 @@ def dual_cache(
     result = DecodingResult()
     for start in range(canvas.prompt_length, len(canvas), options.block_length):
         block = canvas.everywhere[start : start + options.block_length]
+        block_rows = union(block, canvas.rows_predicting(block))
         rows = canvas.everywhere
         kind = "full" if result.denoising_steps else "first"
         while len(window := canvas.open()[torch.isin(canvas.open(), block)]):
-            hidden = cache.run(canvas.tokens, rows)[torch.searchsorted(rows, window)]
+            at = index_in(rows, canvas.rows_predicting(window))
+            hidden = cache.run(canvas.tokens, rows)[at]
             committed = commit_predictions(model, canvas, window, hidden, options, result)
             result.record(
                 [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
             )
-            rows, kind = block, "window"
+            rows, kind = block_rows, "window"
     return result.finish(canvas)

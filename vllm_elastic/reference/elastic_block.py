@@ -4,21 +4,24 @@
 The canvas is cut into blocks of ``granularity`` positions. Of each block is kept: the step as of
 which it is stored, the step in which it was last probed, and its *rate*, one number per layer.
 
+With shifted logits the window's rows are those that predict it, each the one before its position;
+all else is said of positions.
+
 With ``lazy_window`` a step begins with a part of its window only: the positions that no step has
 chosen from yet, those within ``reach`` of what was just committed, and those whose last prediction
 reached the threshold, the ``tokens_per_step`` (or one) surest of them. If there are none it is
 the whole window.
 
-A step computes, from layer 0 on, that part, what was just committed with all positions within
-``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer. Then,
-in this order:
+A step computes, from layer 0 on, the rows of that part, what was just committed with all positions
+within ``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer.
+Then, in this order:
 
 * A probe's drift at layer l is ``|new - old| / |old|`` of the hidden state at that layer's input,
   old being what was stored before the step; layer 0 has none. Its block's rate becomes that drift
   divided by ``age ** 0.6``, age being the steps since the probe's position was last computed.
 * A block's attention is what the window's rows pay those of its positions that this step did not
-  put in at layer 0 for its own sake (in a step that computes everything: that are not in the
-  window), as a share of all, summed over heads and over the last layer and every
+  put in at layer 0 for its own sake (in a step that computes everything: that are not the
+  window's rows), as a share of all, summed over heads and over the last layer and every
   ``attention_stride``-th before it.
 * A block's expected drift in the next step is ``rate * age ** 0.6``, age being the steps since
   the block was refreshed. Its cost is its attention times that drift, largest layer. If all
@@ -90,7 +93,7 @@ class Block:
 
 @dataclass
 class Measured:
-    """A pass: (W, d) hidden states, attention share of every position, drift by probe."""
+    """A pass: (W, d) output of the window's rows, attention share of all, drift by probe."""
 
     hidden: Tensor
     share: list[float]
@@ -117,16 +120,15 @@ class ElasticBlock:
         self.stale: dict[int, int] = {}  # block -> the layer at which it joins
         self.result = DecodingResult()
 
-    def run(self, join: dict[int, int], window: Tensor) -> Measured:
-        """All layers for positions that join at the layers given."""
-        model, cache, length = self.model, self.cache, len(self.canvas)
-        old = cache.hidden[:, self.probes].clone()
+    def run(self, join: dict[int, int], predicting: Tensor) -> Measured:
+        """All layers for positions that join at the layers given, (W,) of them the window's."""
+        model, cache = self.model, self.cache
+        old = cache.hidden[:, self.probes].float()
         first = min(join.values())
-        mass = torch.zeros(length)
-        active = torch.empty(0, dtype=torch.int64)
-        hidden = torch.empty(0, model.config.d_model)
+        mass = torch.zeros(len(self.canvas), device=model.device)
+        active, hidden = self.positions([]), cache.hidden[0, :0]
         for layer in range(first, self.layers):
-            joining = torch.tensor(sorted(p for p, at in join.items() if at == layer)).long()
+            joining = self.positions(sorted(p for p, at in join.items() if at == layer))
             stored = model.embed(self.canvas.tokens) if layer == 0 else cache.hidden[layer]
             together = torch.cat([active, joining])
             order = together.argsort()
@@ -135,15 +137,22 @@ class ElasticBlock:
             q, k, v = model.project(layer, hidden, active)
             cache.write(layer, active, hidden, k, v)
             if (self.layers - 1 - layer) % self.options.attention_stride == 0:
-                in_window = torch.isin(active, window)
+                in_window = torch.isin(active, predicting)
                 mass += model.attention_rows(q[:, in_window], cache.keys[layer]).sum(dim=(0, 1))
             attended = model.attend(q, cache.keys[layer], cache.values[layer])
             hidden = model.finish(layer, hidden, attended)
-        change = (cache.hidden[:, self.probes] - old).norm(dim=-1) / old.norm(dim=-1)
-        change[0] = 0.0
-        change[torch.arange(self.layers) % self.options.hidden_stride > 0] = 0.0
+        new = cache.hidden[:, self.probes].float()
+        change = (new - old).norm(dim=-1) / old.norm(dim=-1)
+        for layer in range(self.layers):
+            if layer == 0 or layer % self.options.hidden_stride:
+                change[layer] = 0.0
         drift = {probe: change[:, i].tolist() for i, probe in enumerate(self.probes)}
-        return Measured(hidden[torch.isin(active, window)], (mass / mass.sum()).tolist(), drift)
+        predicted_from = hidden[torch.isin(active, predicting)]
+        return Measured(predicted_from, (mass / mass.sum()).tolist(), drift)
+
+    def positions(self, these: list[int]) -> Tensor:
+        """(n,) int64 where the model is."""
+        return torch.tensor(these, dtype=torch.int64, device=self.model.device)
 
     def is_everything(self, join: dict[int, int]) -> bool:
         """Whether every position is computed from the embedding on."""
@@ -174,7 +183,7 @@ class ElasticBlock:
         stale: dict[int, int] = {}
         cost = [a * max(b.drift(step + 1)) for a, b in zip(attention, self.blocks, strict=True)]
         left = sum(cost)
-        self.result.close_call(margin.of_threshold(torch.tensor([left]), options.block_drift))
+        self.result.close_call(margin.of_threshold([left], options.block_drift))
         if left > options.block_drift:
             for index in sorted(range(len(cost)), key=lambda i: -cost[i]):
                 if left <= options.block_drift / 2 or cost[index] == 0:
@@ -183,22 +192,22 @@ class ElasticBlock:
                 drift = self.blocks[index].drift(step + 1)
                 moved = [d > options.slack * max(drift) for d in drift]
                 self.result.close_call(
-                    margin.of_threshold(torch.tensor(drift) / max(drift), options.slack)
+                    margin.of_threshold([d / max(drift) for d in drift], options.slack)
                 )
                 at = max(0, moved.index(True) - 1) if any(moved) else self.layers - 1
                 stale[index] = at - at % options.hidden_stride
             self.result.close_call(
-                margin.of_ranking(torch.tensor(cost), len(stale)),
-                margin.of_threshold(torch.tensor([left]), options.block_drift / 2),
+                margin.of_ranking(cost, len(stale)),
+                margin.of_threshold([left], options.block_drift / 2),
             )
         for index in stale:
             self.blocks[index].refreshed_at = step + (options.refresh == "next")
 
         due = [a * (step + 1 - b.probed_at) for a, b in zip(attention, self.blocks, strict=True)]
         chosen = sorted(range(len(due)), key=lambda i: -due[i])[: options.probes]
-        self.result.close_call(margin.of_ranking(torch.tensor(due), options.probes))
+        self.result.close_call(margin.of_ranking(due, options.probes))
         for index in chosen:
-            attended = torch.tensor([measured.share[p] for p in watched[index]])
+            attended = [measured.share[p] for p in watched[index]]
             self.result.close_call(margin.of_ranking(attended, 1))
         self.probes = sorted(
             max(watched[i], key=lambda p: measured.share[p])
@@ -227,12 +236,12 @@ class ElasticBlock:
         sure = [p for p in known if self.confidence[p] >= threshold]
         sure.sort(key=lambda p: -self.confidence[p])
         self.result.close_call(
-            margin.of_threshold(torch.tensor([self.confidence[p] for p in known]), threshold),
-            margin.of_ranking(torch.tensor([self.confidence[p] for p in sure]), count),
+            margin.of_threshold([self.confidence[p] for p in known], threshold),
+            margin.of_ranking([self.confidence[p] for p in sure], count),
         )
         old = set(known) - self.near_commits() - set(sure[:count])
         part = [p for p in window.tolist() if p not in old]
-        return torch.tensor(part) if part else window
+        return self.positions(part) if part else window
 
     def is_sure(self, confidence: Tensor, window_size: int) -> bool:
         """Whether a step may choose from predictions of a part of its window."""
@@ -244,7 +253,7 @@ class ElasticBlock:
     def confidence_of(self, hidden: Tensor) -> Tensor:
         """(W,) of the predictions from (W, d) output of the last layer."""
         options, mask = self.options, self.model.config.mask_token_id
-        return candidates(self.model.head(hidden), mask, options.never, options.last)[1]
+        return candidates(self.model.head(hidden), mask, options.never, options.unconfident)[1]
 
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
@@ -253,23 +262,24 @@ class ElasticBlock:
         if len(whole) == 0:
             return False
         window = self.look_first(whole)
+        predicting = self.canvas.rows_predicting(window)
         if self.result.denoising_steps == 0:
             self.stale = dict.fromkeys(range(len(self.blocks)), 0)
-        rows = sorted({*window.tolist(), *self.near_commits(), *self.probes})
+        rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
             kind = "full" if self.result.denoising_steps else "first"
         if self.is_everything(join):
-            self.probes, rows = [], window.tolist()
+            self.probes, rows = [], predicting.tolist()
         passes = [(kind, join)]
-        measured = self.run(join, window)
+        measured = self.run(join, predicting)
         self.stale = self.judge(measured, join, rows)
         if self.stale and options.refresh == "replay":
             join = self.joins(rows, min(self.stale.values()))
             passes.append(("replay", join))
             probes, self.probes = self.probes, []
-            measured = self.run(join, window)
+            measured = self.run(join, predicting)
             self.probes, self.stale = probes, {}
             for position in join:
                 self.computed_at[position] = self.result.denoising_steps
@@ -277,10 +287,11 @@ class ElasticBlock:
         confidence = self.confidence_of(hidden)
         if len(window) < len(whole) and not self.is_sure(confidence, len(whole)):
             looked_at = torch.isin(whole, window)
-            join = self.joins(whole[~looked_at].tolist(), 0)
+            predicting = self.canvas.rows_predicting(whole[~looked_at])
+            join = self.joins(predicting.tolist(), 0)
             passes.append(("widened", join))
             probes, self.probes = self.probes, []
-            rest = self.run(join, whole[~looked_at]).hidden
+            rest = self.run(join, predicting).hidden
             self.probes, self.stale = probes, {}
             self.note_computed(join)
             window, part, hidden = whole, hidden, hidden.new_empty(len(whole), hidden.shape[1])

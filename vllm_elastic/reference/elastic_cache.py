@@ -13,6 +13,7 @@ What is pinned down here beyond the paper:
   layers. It is recorded as an engine runs it that cannot branch inside a forward: a window pass
   through all layers, thrown away, and a replay from layer l*+1. The replay recomputes every
   position in the layers that the window pass should not have written, so the two are the same.
+* The window's rows are those that predict it: its own, or with shifted logits those before.
 * Tracking looks at the attention of the window's rows: layers up to l* have it from this step's
   rows over the reused cache, layers beyond from the refresh. The first step tracks, too.
 * A position counts as masked as long as its token is the mask, dropped ones included; a step's
@@ -23,14 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import margin
-from .canvas import Canvas
+from .canvas import Canvas, index_in, union
 from .decoding import DecodingOptions, commit_predictions
 from .drift import Statistic, similarity
 from .layer_cache import LayerCache
@@ -96,16 +97,16 @@ class LayersOutput:
     """What one denoising step's walk through the layers yields.
 
     Attributes:
-        hidden: (W, d) output of the last layer at the window's positions.
+        hidden: (W, d) output of the last layer of the window's rows.
         similarities: of the tested layers, from layer 0 on.
         stale_from: l*+1, or None if no layer had drifted.
         tracked: (n,) positions for the next step to track, ascending.
     """
 
     hidden: Tensor
-    similarities: list[float] = field(default_factory=list)
-    stale_from: int | None = None
-    tracked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    similarities: list[float]
+    stale_from: int | None
+    tracked: Tensor
 
 
 class ElasticCache:
@@ -128,16 +129,23 @@ class ElasticCache:
         self.result = DecodingResult()
 
     def rows(self, window: Tensor) -> Tensor:
-        """(R,) positions that the coming step computes from layer 0, ascending."""
+        """(R,) positions that the coming step computes from layer 0, ascending.
+
+        ``window``: (W,) positions to be predicted.
+        """
         if self.result.denoising_steps == 0:
             return self.canvas.everywhere
         reach = self.options.reach
-        near = (self.committed[:, None] + torch.arange(-reach, reach + 1)).flatten()
+        around = torch.arange(-reach, reach + 1, device=self.model.device)
+        near = (self.committed[:, None] + around).flatten()
         near = near[(near >= 0) & (near < len(self.canvas))]
-        return union(self.tracked, near, window)
+        return union(self.tracked, near, self.canvas.rows_predicting(window))
 
-    def run_layers(self, rows: Tensor, window: Tensor) -> LayersOutput:
-        """All layers for ``rows`` (R,), refreshing from where the attention has drifted."""
+    def run_layers(self, rows: Tensor, predicting: Tensor) -> LayersOutput:
+        """All layers for ``rows`` (R,), refreshing from where the attention has drifted.
+
+        ``predicting``: (W,) those of the rows that predict the window.
+        """
         model, cache, options = self.model, self.cache, self.options
         last_layer = model.config.n_layers - 1
         # In the first step there is nothing stored to compare with, and nothing tracked.
@@ -160,7 +168,7 @@ class ElasticCache:
             attended = model.attend(q, cache.keys[layer], cache.values[layer])
             hidden = model.finish(layer, hidden, attended)
 
-            of_window = model.attention_rows(q[:, index_in(rows, window)], cache.keys[layer])
+            of_window = model.attention_rows(q[:, index_in(rows, predicting)], cache.keys[layer])
             tracked.append(most_attended(of_window, self.canvas.masked, options.track_num))
             mass = attention_mass(of_window, self.canvas.masked)
             self.result.close_call(margin.of_ranking(mass, options.track_num))
@@ -183,7 +191,7 @@ class ElasticCache:
                 elif drifted and stale_from is None:
                     stale_from = layer - layer % options.hidden_stride
         return LayersOutput(
-            hidden=hidden[index_in(rows, window)],
+            hidden=hidden[index_in(rows, predicting)],
             similarities=similarities,
             stale_from=stale_from,
             tracked=union(*tracked),
@@ -199,7 +207,7 @@ class ElasticCache:
         if len(window) == 0:
             return False
         rows = self.rows(window)
-        output = self.run_layers(rows, window)
+        output = self.run_layers(rows, self.canvas.rows_predicting(window))
 
         options = self.options
         committed = commit_predictions(
@@ -231,16 +239,6 @@ class ElasticCache:
         )
         self.tracked, self.committed = output.tracked, committed
         return True
-
-
-def union(*positions: Tensor) -> Tensor:
-    """(n,) all positions of several tensors, each once, ascending."""
-    return torch.as_tensor(torch.unique(torch.cat(positions)))
-
-
-def index_in(rows: Tensor, positions: Tensor) -> Tensor:
-    """Where ``positions`` (n,) stand among the ascending ``rows`` (R,) that contain them."""
-    return torch.searchsorted(rows, positions)
 
 
 def elastic_cache(

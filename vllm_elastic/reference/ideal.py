@@ -100,6 +100,8 @@ class ShadowPasses:
     """
 
     def __init__(self, model: LLaDA, keep: int = 256) -> None:
+        if model.config.logits_shift:
+            raise ValueError("the ideal policy reads a position's logits from its own row only")
         self.model, self.keep = model, keep
         self._known: dict[bytes, Truth] = {}
 

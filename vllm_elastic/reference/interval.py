@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from .canvas import Canvas
+from .canvas import Canvas, index_in, union
 from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -38,11 +36,12 @@ def interval(
     cache, result = LayerCache(model, len(canvas)), DecodingResult()
     committed = canvas.everywhere[:0]
     while len(window := canvas.window(options.window)):
-        rows = torch.cat([window, committed]).unique()
+        predicting = canvas.rows_predicting(window)
+        rows = union(predicting, committed)
         kind = "window"
         if result.denoising_steps % options.interval == 0:
             rows, kind = canvas.everywhere, "full" if result.denoising_steps else "first"
-        hidden = cache.run(canvas.tokens, rows)[torch.searchsorted(rows, window)]
+        hidden = cache.run(canvas.tokens, rows)[index_in(rows, predicting)]
         committed = commit_predictions(model, canvas, window, hidden, options, result)
         result.record(
             [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)

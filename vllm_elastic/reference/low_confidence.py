@@ -17,13 +17,13 @@ from .result import DecodingResult
 class LowConfidenceOptions:
     """LLaDA's knobs: ``steps`` over the whole response, ``block_length`` positions a block.
 
-    ``never`` and ``last``: token ids, see ``candidates``.
+    ``never`` and ``unconfident``: token ids, see ``candidates``.
     """
 
     steps: int = 128
     block_length: int = 32
     never: tuple[int, ...] = ()
-    last: tuple[int, ...] = ()
+    unconfident: tuple[int, ...] = ()
 
 
 def tokens_to_transfer(masked: int, steps: int) -> list[int]:
@@ -64,11 +64,13 @@ def low_confidence(
         for count in tokens_to_transfer(length, options.steps // blocks):
             hidden = model.forward(canvas.tokens)
             left = start + canvas.masked[start : start + length].nonzero().flatten()
-            logits, mask = model.head(hidden[left]), model.config.mask_token_id
-            token_ids, confidence = candidates(logits, mask, options.never, options.last)
+            logits = model.head(hidden[canvas.rows_predicting(left)])
+            mask = model.config.mask_token_id
+            token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
             chosen = most_confident(confidence, count)
             if count:
-                predicted = without(logits[chosen], (mask, *options.never))
+                deciding = logits if options.unconfident else logits[chosen]
+                predicted = without(deciding, (mask, *options.never))
                 result.close_call(
                     margin.of_ranking(confidence, count), margin.of_candidates(predicted)
                 )

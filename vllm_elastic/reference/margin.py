@@ -8,26 +8,35 @@ of that rounding (1e-5 and less), they may part for good; where it is larger, on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def of_ranking(values: Tensor, count: int) -> float:
+def on_cpu(values: Tensor | Sequence[float]) -> Tensor:
+    """(n,) float64 values, wherever they were."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
+def of_ranking(values: Tensor | Sequence[float], count: int) -> float:
     """Of taking the ``count`` largest of (n,) values: the gap to the next, as a share of it all.
 
-    Infinite if nothing, or nothing finite, is left out.
+    Infinite if nothing, or nothing finite, is left out, or if the last taken is 0 and so is the
+    next: such zeros are exact, and their order is not the rounding's.
     """
-    ranked = values.double().sort(descending=True).values
+    ranked = on_cpu(values).sort(descending=True).values
     if not 0 < count < len(ranked) or not torch.isfinite(ranked[count]):
         return math.inf
     last, next_ = ranked[count - 1].item(), ranked[count].item()
+    if last == next_ == 0:
+        return math.inf
     return (last - next_) / max(abs(last), 1e-30)
 
 
-def of_threshold(values: Tensor, threshold: float) -> float:
+def of_threshold(values: Tensor | Sequence[float], threshold: float) -> float:
     """Of telling (n,) values from ``threshold`` on from those below: the nearest one's distance."""
-    return (values.double() - threshold).abs().min().item() if len(values) else math.inf
+    return (on_cpu(values) - threshold).abs().min().item() if len(values) else math.inf
 
 
 def of_commit(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> float:

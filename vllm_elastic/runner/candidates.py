@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -13,8 +16,14 @@ from vllm_elastic.runner.counter_random import uniform
 _NEVER = float("-inf")
 
 _NUMBERS_AT_ONCE = (1 << 25, 1 << 17)
-"""Logits whose softmax is worked out at a time: on a GPU a quarter of a GiB in float64
-(``bench plan`` counts on it), on a CPU what a core's own cache holds (1 MB)."""
+"""Numbers of 8 bytes that are made of logits at a time: on a GPU a quarter of a GiB (``bench plan``
+counts on it), on a CPU what a core's own cache holds (1 MB)."""
+
+_COPIES_OF_SAMPLED = 6
+"""Such numbers for each logit of a row that is sampled: with top_p 46 bytes."""
+
+_COPIES_OF_LOGPROBS = 2
+"""For each logit of a row whose log probabilities are reported: 13 bytes."""
 
 
 def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,10 +39,8 @@ def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     best, token_ids = logits.max(dim=-1)
     total = best.new_empty(len(logits), dtype=torch.float64)
-    count = max(1, _NUMBERS_AT_ONCE[logits.is_cpu] // logits.shape[-1])
-    for start in range(0, len(logits), count):
-        rows = slice(start, start + count)
-        wide = logits[rows].double().sub_(best[rows].double()[:, None]).exp_()
+    for rows in _some_at_once(logits):
+        wide = logits[rows].to(torch.float64, copy=True).sub_(best[rows].double()[:, None]).exp_()
         total[rows] = wide.sum(dim=-1)
         del wide  # before the next ones are made
     return token_ids, 1.0 / total
@@ -54,11 +61,16 @@ def sampled(
     Returns:
         int64 [W] and float64 [W].
     """
-    wide = logits.double()
-    tempered = _filtered(wide / sampling.temperature, sampling)
-    noise = uniform(sampling.seed, step, positions, logits.shape[-1])
-    token_ids = (tempered - torch.log(-torch.log(noise))).argmax(dim=-1)
-    confidence = wide.softmax(dim=-1).gather(-1, token_ids[:, None])[:, 0]
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for rows in _some_at_once(logits, _COPIES_OF_SAMPLED):
+        wide = logits[rows].double()
+        tempered = _filtered(wide / sampling.temperature, sampling)
+        noise = uniform(sampling.seed, step, positions[rows], logits.shape[-1])
+        chosen = (tempered - torch.log(-torch.log(noise))).argmax(dim=-1)
+        token_ids[rows] = chosen
+        confidence[rows] = wide.softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+        del wide, tempered, noise  # before the next ones are made
     return token_ids, confidence
 
 
@@ -79,13 +91,34 @@ def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor)
         logits[:, ends] = torch.where(early, _NEVER, logits[:, ends])
 
 
-def postpone(token_ids: torch.Tensor, confidence: torch.Tensor, last: tuple[int, ...]) -> None:
-    """Lower the confidence [W] of predictions [W] among ``last`` by 1, in place.
+def leave_out_of_confidence(
+    confidence: torch.Tensor,
+    token_ids: torch.Tensor,
+    logits: torch.Tensor,
+    unconfident: tuple[int, ...],
+) -> None:
+    """Read the confidence again, in place, as if the logits of some tokens were -inf.
 
-    All of them then rank behind every other prediction and keep their order (LLaDA's generation
-    code sets them to -inf, which leaves the order open).
+    LLaDA's ``confidence_eos_eot_inf``: its generation code sets the logits of the end of text and
+    of turn to -inf after the predictions are taken and before the softmax, so a predicted end has
+    confidence 0, and the others have their share of what is left. (At a temperature above 0 its
+    code reaches the end of turn only: the end of text's -inf goes to the copy with the noise, which
+    nothing reads any more. Here both, at any temperature, as its documentation says.)
+
+    Args:
+        confidence: float64 [W] of the predictions int64 [W]; a NaN stays.
+        logits: [W, V], constrained already, without noise.
+        unconfident: token ids; some may lie beyond the vocabulary.
     """
-    confidence -= torch.isin(token_ids, torch.tensor(last, device=token_ids.device)).double()
+    known = [token_id for token_id in unconfident if token_id < logits.shape[-1]]
+    ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
+    for rows in _some_at_once(logits):
+        wide = logits[rows].to(torch.float64, copy=True).index_fill_(-1, ids, _NEVER)
+        left = wide.softmax(dim=-1).gather(-1, token_ids[rows, None])[:, 0]
+        del wide
+        # Not left: where a request allows nothing but ends, that is 0 / 0.
+        ends = torch.isin(token_ids[rows], ids)
+        confidence[rows] = torch.where(ends, 0.0 * confidence[rows], left)
 
 
 def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
@@ -94,15 +127,28 @@ def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Lo
     Args:
         logits: [W, V] as the model gave them (without the mask token), token_ids: int64 [W].
     """
-    logprobs = logits.float().log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])
-    ranks = (logprobs >= chosen).sum(dim=-1)
-    top, top_ids = logprobs.topk(logits.shape[-1] if count < 0 else count, dim=-1)
-    return Logprobs(
-        token_ids=torch.cat([token_ids[:, None], top_ids], dim=-1).to(torch.int32).cpu().numpy(),
-        logprobs=torch.cat([chosen, top], dim=-1).cpu().numpy(),
-        ranks=ranks.to(torch.int32).cpu().numpy(),
-    )
+    parts = []
+    for rows in _some_at_once(logits, _COPIES_OF_LOGPROBS):
+        logprobs = logits[rows].float().log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, token_ids[rows, None])
+        ranks = (logprobs >= chosen).sum(dim=-1)
+        top, top_ids = logprobs.topk(logits.shape[-1] if count < 0 else count, dim=-1)
+        parts.append(
+            Logprobs(
+                torch.cat([token_ids[rows, None], top_ids], dim=-1).to(torch.int32).cpu().numpy(),
+                torch.cat([chosen, top], dim=-1).cpu().numpy(),
+                ranks.to(torch.int32).cpu().numpy(),
+            )
+        )
+        del logprobs, top, top_ids  # before the next ones are made
+    return functools.reduce(Logprobs.followed_by, parts)
+
+
+def _some_at_once(logits: torch.Tensor, copies: int = 1) -> Iterator[slice]:
+    """Rows of [W, V] that are worked on together, so that their copies are within the bound."""
+    count = max(1, _NUMBERS_AT_ONCE[logits.is_cpu] // (copies * logits.shape[-1]))
+    for start in range(0, len(logits), count):
+        yield slice(start, start + count)
 
 
 def _filtered(tempered: torch.Tensor, sampling: Sampling) -> torch.Tensor:

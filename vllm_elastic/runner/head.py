@@ -15,9 +15,9 @@ from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.candidates import (
     constrain,
+    leave_out_of_confidence,
     logprobs_of,
     most_probable,
-    postpone,
     sampled,
 )
 from vllm_elastic.runner.upload import Upload
@@ -99,8 +99,10 @@ class Head:
                 token_ids[own], confidence[own] = sampled(
                     logits[own], sampling, plan.denoising_step, self._positions[at]
                 )
-            if sampling.last_token_ids:
-                postpone(token_ids[own], confidence[own], sampling.last_token_ids)
+            if sampling.unconfident_token_ids:
+                leave_out_of_confidence(
+                    confidence[own], token_ids[own], logits[own], sampling.unconfident_token_ids
+                )
             if index in raw:
                 assert sampling.num_logprobs is not None
                 found = logprobs_of(raw[index], token_ids[own], sampling.num_logprobs)
