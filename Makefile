@@ -40,10 +40,11 @@ fuzz: setup ## REQUESTS malformed requests to a server that answers good ones me
 demo: setup ## serve the tiny model and stream three answers
 	$(VENV)/bin/python examples/demo.py
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and which package may import which
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: setup ## sort imports, mend what ruff can mend, format
 	$(RUN) ruff check --fix .
