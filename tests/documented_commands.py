@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -15,10 +16,10 @@ PAGES = [
 ]
 
 
-def documented(program: str) -> list[str]:
+def documented(program: str, pages: Sequence[Path] = PAGES) -> list[str]:
     """Every ``program ...`` in a code block, continued lines joined, without ``program``."""
     lines = []
-    for page in PAGES:
+    for page in pages:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S):
             lines += block.replace("\\\n", " ").splitlines()
     return [line.split(f"{program} ", 1)[1] for line in lines if f"{program} " in line]
