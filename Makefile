@@ -32,18 +32,19 @@ cluster-test: setup ## two Ray nodes, two engines, two replicas, and what happen
 	$(RUN) pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 soak: setup ## a server at full load for MINUTES: answers, memory, KV blocks (docs/reliability.md)
-	$(RUN) vllm_elastic.bench soak --minutes $(MINUTES)
+	$(RUN) tests.reliability soak --minutes $(MINUTES)
 
 fuzz: setup ## REQUESTS malformed requests to a server that answers good ones meanwhile
-	$(RUN) vllm_elastic.bench fuzz --requests $(REQUESTS)
+	$(RUN) tests.reliability fuzz --requests $(REQUESTS)
 
 demo: setup ## serve the tiny model and stream three answers
 	$(VENV)/bin/python examples/demo.py
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and which package may import which
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: setup ## sort imports, mend what ruff can mend, format
 	$(RUN) ruff check --fix .

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from tests.server_metrics import read_metrics
 from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_metrics import read_metrics
 
 from .serving import LIMIT, a_core_each, answers_equal_oracle, seconds_until_told_and_ended, serve
 

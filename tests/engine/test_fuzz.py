@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_elastic.bench.json_values import INTEGERS, NUMBERS
-from vllm_elastic.bench.malformed import KNOB_NAMES, KNOB_VALUES
+from tests.reliability.json_values import INTEGERS, NUMBERS
+from tests.reliability.malformed import KNOB_NAMES, KNOB_VALUES
 
 from .conftest import EOS, MASK, Served
 from .driver import Driver, assert_nothing_left, prompt_of

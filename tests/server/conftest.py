@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engines_kept import keep_engines
-from vllm_elastic.bench.fuzz import SERVER_LIMITS
+from tests.reliability.fuzz import SERVER_LIMITS
 from vllm_elastic.bench.server import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,14 +6,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_metrics import (
+from tests.server_metrics import (
     CACHE_USAGE,
     RUNNING,
     WAITING,
     ServerMetrics,
     read_metrics,
 )
+from vllm_elastic.bench.server import ServerProcess
 
 # A reading that the machine held up says nothing of now: it is given up, and one alone is no proof.
 READING_SECONDS = 10.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.bench.server_metrics import read_metrics
+from tests.server_metrics import read_metrics
 
 from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, ROOT, Client, questions, user
 

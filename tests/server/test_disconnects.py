@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.bench.server_metrics import RUNNING, WAITING, read_metrics
+from tests.server_metrics import RUNNING, WAITING, read_metrics
 
 from .conftest import Client, questions, user
 from .metrics import is_idle, wait_for

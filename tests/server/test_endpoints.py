@@ -7,7 +7,7 @@ import json
 import urllib.request
 from typing import Any
 
-from vllm_elastic.bench.server_metrics import CACHE_USAGE, RUNNING, WAITING, read_metrics
+from tests.server_metrics import CACHE_USAGE, RUNNING, WAITING, read_metrics
 
 from .conftest import MODEL_LENGTH, Client, questions, user
 from .metrics import is_idle, wait_for

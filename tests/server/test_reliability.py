@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.bench.fuzz import find_problems as find_fuzz_problems
-from vllm_elastic.bench.fuzz import fuzz
-from vllm_elastic.bench.soak import find_problems, soak
-from vllm_elastic.bench.traffic import ask_alone, mixed_asks
+from tests.reliability.fuzz import find_problems as find_fuzz_problems
+from tests.reliability.fuzz import fuzz
+from tests.reliability.soak import find_problems, soak
+from tests.reliability.traffic import ask_alone, mixed_asks
 
 from .conftest import MODEL, Client
 from .test_refusals import refusal

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.server_metrics import RUNNING, ServerMetrics
 from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_metrics import RUNNING, ServerMetrics
 
 from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, Client, user
 from .metrics import wait_for

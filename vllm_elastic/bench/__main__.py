@@ -6,20 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import (
-    compare,
-    drift,
-    fuzz,
-    gamma,
-    ideal,
-    plan,
-    plot,
-    run,
-    simulate,
-    soak,
-    step,
-    tune,
-)
+from vllm_elastic.bench import compare, gamma, plan, plot, run, simulate, step, tune
 from vllm_elastic.config import ConfigError
 
 
@@ -27,20 +14,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (
-        run,
-        gamma,
-        compare,
-        drift,
-        ideal,
-        tune,
-        step,
-        soak,
-        fuzz,
-        simulate,
-        plan,
-        plot,
-    ):
+    for command in (run, gamma, compare, tune, step, simulate, plan, plot):
         command.add_parser(commands)
     return parser
 
@@ -48,10 +22,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line and run one benchmark."""
     args = make_parser().parse_args()
-    # The table alone on standard output; a server that a command starts has a log of its own.
+    # The table alone on standard output.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    if args.command not in ("soak", "fuzz"):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         args.function(args)
     except (ConfigError, FileNotFoundError) as error:

@@ -29,6 +29,8 @@ class ServerProcess:
         log: file for everything that the server prints.
         start_seconds: time limit of the start.
         env: environment variables on top of this process's.
+        command: the ``vllm`` to run; by default that of this Python's environment.
+        directory: to run it in; by default this process's.
 
     Raises:
         RuntimeError: on entering, when the server ended or the time is up; with the log's tail.
@@ -42,6 +44,8 @@ class ServerProcess:
         log: Path,
         start_seconds: float = 300.0,
         env: Mapping[str, str] | None = None,
+        command: Path | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.log = log
         self.start_seconds = start_seconds
@@ -50,7 +54,8 @@ class ServerProcess:
         arguments = ["serve", str(model), "--plugin", "elastic", *options]
         arguments += ["--host", "127.0.0.1", "--port", str(self.port)]
         self.command_line = shlex.join(["vllm", *arguments])
-        self._command = [str(Path(sys.executable).with_name("vllm")), *arguments]
+        self._command = [str(command or Path(sys.executable).with_name("vllm")), *arguments]
+        self._directory = directory
         # In-process engines (tests, benchmarks) set this; a server has processes of its own.
         inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         self._env = {**inherited, **(env or {})}
@@ -64,6 +69,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._env,
+                cwd=self._directory,
                 start_new_session=True,  # its engine and workers share the group that we end
             )
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench fuzz``: malformed and odd requests to a server that answers good ones meanwhile."""
+"""``fuzz``: malformed and odd requests to a server that answers good ones meanwhile."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.exchange import Answer, Ask, exchange
+from tests.reliability.exchange import Answer, Ask, exchange
+from tests.reliability.server_state import ServerState
+from tests.reliability.soak import POSITIONS, TINY_LLADA, wait_until_idle
+from tests.reliability.stock_errors import stock_error
+from tests.reliability.traffic import Load, Tally, ask_again, ask_alone, mixed_asks
 from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_state import ServerState
-from vllm_elastic.bench.soak import POSITIONS, TINY_LLADA, wait_until_idle
-from vllm_elastic.bench.stock_errors import stock_error
-from vllm_elastic.bench.traffic import Load, Tally, ask_again, ask_alone, mixed_asks
 
 HANG_SECONDS = 120.0
 
@@ -130,9 +130,9 @@ def fuzz(
     try:
         import hypothesis
 
-        from vllm_elastic.bench.malformed import malformed_asks
+        from tests.reliability.malformed import malformed_asks
     except ImportError as error:
-        raise SystemExit(f"{error}: bench fuzz needs the dependency group `dev`") from None
+        raise SystemExit(f"{error}: fuzz needs the dependency group `dev`") from None
     with urllib.request.urlopen(f"{server.url}/openapi.json", timeout=60) as answer:
         openapi = json.load(answer)
     run = FuzzRun(wait_until_idle(server))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench soak` and `bench fuzz` count: they must notice what they look for."""
+"""What `soak` and `fuzz` count: they must notice what they look for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_elastic.bench.exchange import Answer, Ask, Choice
-from vllm_elastic.bench.fuzz import FuzzRun
-from vllm_elastic.bench.fuzz import find_problems as find_fuzz_problems
-from vllm_elastic.bench.server_state import ServerState
-from vllm_elastic.bench.soak import SoakRun, find_problems, table
-from vllm_elastic.bench.traffic import Tally, mixed_asks
+from tests.reliability.exchange import Answer, Ask, Choice
+from tests.reliability.fuzz import FuzzRun
+from tests.reliability.fuzz import find_problems as find_fuzz_problems
+from tests.reliability.server_state import ServerState
+from tests.reliability.soak import SoakRun, find_problems, table
+from tests.reliability.traffic import Tally, mixed_asks
 from vllm_elastic.decoding.policies import POLICIES
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint"

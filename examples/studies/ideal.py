@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench ideal``: work and accuracy of a refresh policy that knows every position's true drift.
+"""Work and accuracy of a refresh policy that knows every position's true drift.
 
-The policy, and what is and is not ideal about it, is in ``vllm_elastic/reference/ideal.py``. At
-each step it recomputes the window, what was just committed, and of the rest only what is needed to
-keep the error of the window's attention, as a pass over everything would show it, below a
-tolerance. Decoding runs on that policy's own cache, so accuracy and agreement are measured.
+The policy, and what is and is not ideal about it, is in ``ideal_policy.py``. At each step it
+recomputes the window, what was just committed, and of the rest only what is needed to keep the
+error of the window's attention, as a pass over everything would show it, below a tolerance.
+Decoding runs on that policy's own cache, so accuracy and agreement are measured.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ideal_policy import IdealOptions, ShadowPasses, Work, ideal, without_cache
+from transformers import AutoTokenizer
 
 from vllm_elastic.bench.arguments import add_json, add_model, add_prompts
 from vllm_elastic.bench.problems import percent, score
 from vllm_elastic.bench.run import read_jsonl
-
-if TYPE_CHECKING:
-    from vllm_elastic.reference import DecodingResult, LLaDA
-    from vllm_elastic.reference.ideal import IdealOptions, Work
+from vllm_elastic.reference import DecodingResult, LLaDA
 
 PARTS = ("first", "window", "committed", "neighbours", "refreshed", "floor")
 COLUMNS = ("accuracy", "as none", "steps", "row-layers a token", "work", *PARTS)
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``ideal`` to the command line."""
-    parser = commands.add_parser(
-        "ideal",
-        help="work and accuracy of a refresh policy that knows the true drift",
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
         description="Decodes prompts with the plain PyTorch oracle. Before each step an uncounted "
         "pass over the whole canvas tells what has drifted and what is attended to; only what is "
         "needed to keep the error below a tolerance is recomputed. One row for each combination "
@@ -97,15 +95,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
     add_json(parser)
-    parser.set_defaults(function=main)
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print a row for each setting once all prompts are decoded; progress to standard error."""
-    from transformers import AutoTokenizer
-
-    from vllm_elastic.reference import LLaDA
-
     model = LLaDA.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompts = list(read_jsonl(args.prompts))[: args.count]
@@ -130,8 +124,6 @@ def main(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, IdealOptions]:
     """Every combination asked for, by name."""
-    from vllm_elastic.reference.ideal import IdealOptions
-
     combinations = itertools.product(args.mandatory, args.granularity, args.reach, args.tolerances)
     return {
         f"{mandatory}, granularity {granularity}, reach {reach}, tolerance {tol:g}": IdealOptions(
@@ -156,8 +148,6 @@ def decodings(
 
     "none" first: its passes are the shadow passes that the settings share.
     """
-    from vllm_elastic.reference.ideal import ShadowPasses, Work, ideal, without_cache
-
     shadow = ShadowPasses(model)
     none = without_cache(model, prompt, max_tokens, next(iter(settings.values())), shadow)
     yield "none", _result(none, Work())
@@ -207,3 +197,7 @@ def _line(row: dict[str, Any]) -> str:
         *parts,
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

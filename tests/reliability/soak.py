@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench soak``: a server at full load for a while; nothing may be lost, doubled or leaked."""
+"""``soak``: a server at full load for a while; nothing may be lost, doubled or leaked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from vllm_elastic.bench.exchange import Answer, Ask
+from tests.reliability.exchange import Answer, Ask
+from tests.reliability.server_state import ServerState, read_state
+from tests.reliability.traffic import Load, Tally, ask_again, ask_alone, mixed_asks
 from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_state import ServerState, read_state
-from vllm_elastic.bench.traffic import Load, Tally, ask_again, ask_alone, mixed_asks
 
 TINY_LLADA = Path("examples/tiny_llada/checkpoint")
 POSITIONS = 512

@@ -17,8 +17,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vllm_elastic.bench.exchange import Ask
-from vllm_elastic.bench.json_values import (
+from tests.reliability.exchange import Ask
+from tests.reliability.json_values import (
     ANYTHING,
     CONTENT_TYPES,
     INTEGERS,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Server errors (5xx) that stock vLLM gives for any model. Each was traced to its cause.
 
-``bench fuzz`` counts them apart; every other 5xx is a failure.
+``fuzz`` counts them apart; every other 5xx is a failure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_elastic.bench.exchange import Answer, Ask
+from tests.reliability.exchange import Answer, Ask
 
 
 @dataclass(frozen=True)

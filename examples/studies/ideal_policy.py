@@ -45,11 +45,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .canvas import Canvas
-from .decoding import DecodingOptions, commit_predictions
-from .layer_cache import LayerCache
-from .llada import LLaDA
-from .result import DecodingResult
+from vllm_elastic.reference.canvas import Canvas
+from vllm_elastic.reference.decoding import DecodingOptions, commit_predictions
+from vllm_elastic.reference.layer_cache import LayerCache
+from vllm_elastic.reference.llada import LLaDA
+from vllm_elastic.reference.result import DecodingResult
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.bench import server_state
-from vllm_elastic.bench.server_metrics import (
+from tests.reliability import server_state
+from tests.server_metrics import (
     CACHE_CONFIG,
     CACHE_USAGE,
     RUNNING,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.exchange import Answer, Ask, Choice, exchange
+from tests.reliability.exchange import Answer, Ask, Choice, exchange
 
 CANVASES = (1, 7, 16, 33, 64, 96, 128)
 STEPS_CANVAS = 32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench ideal``: the policy that knows the true drift, and its command line, on random models."""
+"""The policy that knows the true drift, and the command line of its study, on random models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import ideal as study
 import pytest
 import torch
-
-from vllm_elastic.bench import ideal as bench_ideal
-from vllm_elastic.bench.__main__ import make_parser
-from vllm_elastic.reference import DecodingOptions, DecodingResult, LLaDA, LLaDAConfig, decode
-from vllm_elastic.reference.canvas import Canvas
-from vllm_elastic.reference.ideal import (
+from ideal_policy import (
     Ideal,
     IdealOptions,
     ShadowPasses,
@@ -26,6 +22,9 @@ from vllm_elastic.reference.ideal import (
     relative_drift,
     without_cache,
 )
+
+from vllm_elastic.reference import DecodingOptions, DecodingResult, LLaDA, LLaDAConfig, decode
+from vllm_elastic.reference.canvas import Canvas
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 MAX_TOKENS, WINDOW, LAYERS = 24, 5, 4
@@ -256,9 +255,7 @@ def test_command_line_to_file(
         def decode(self, token_ids: list[int]) -> str:
             return " ".join(map(str, token_ids))
 
-    import transformers
-
-    monkeypatch.setattr(transformers, "AutoTokenizer", Words)
+    monkeypatch.setattr(study, "AutoTokenizer", Words)
     model = random_llada()
     model.save_pretrained(tmp_path)
     answer = decode(model, PROMPT, 12, DecodingOptions(window=WINDOW)).token_ids
@@ -271,13 +268,13 @@ def test_command_line_to_file(
         + json.dumps({"prompt": "not read", "answer": ""})
     )
     out = tmp_path / "rows.json"
-    words = ["ideal", "--model", str(tmp_path), "--prompts", str(prompts), "--count", "2"]
+    words = ["--model", str(tmp_path), "--prompts", str(prompts), "--count", "2"]
     words += ["--window", str(WINDOW), "--tolerances", "0", "1e9", "--granularity", "1", "4"]
     words += ["--mandatory", "window", "committed", "--slack", "0", "--max-tokens", "12"]
-    args = make_parser().parse_args([*words, "--json", str(out)])
-    args.function(args)
+    args = study.make_parser().parse_args([*words, "--json", str(out)])
+    study.main(args)
     rows = json.loads(out.read_text())
-    assert [row["setting"] for row in rows] == ["none", *bench_ideal.settings_of(args)]
+    assert [row["setting"] for row in rows] == ["none", *study.settings_of(args)]
     assert len(rows) == 1 + 2 * 2 * 2
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
     by_name = {row["setting"]: row for row in rows}
@@ -285,5 +282,5 @@ def test_command_line_to_file(
     exact = by_name["window, granularity 1, reach 0, tolerance 0"]
     assert exact["agreement"] == 1.0 and exact["accuracy"] == 0.5
     for row in rows[1:]:
-        parts = [row[part] for part in bench_ideal.PARTS if part != "floor"]
+        parts = [row[part] for part in study.PARTS if part != "floor"]
         assert sum(parts) == pytest.approx(row["work"])

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench drift``: which positions are counted where, and a whole run on a random model."""
+"""The study of drift: which positions are counted where, and a whole run on a random model."""
 
 from __future__ import annotations
 
+import drift
 import pytest
 import torch
 
-from vllm_elastic.bench import drift
-from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 
 NEVER = torch.iinfo(torch.int64).max
@@ -50,8 +49,8 @@ def test_prompts_input_never_changes_in_layer_0() -> None:
         mask_token_id=49,
         eos_token_id=None,
     )
-    words = ["drift", "--model", "m", "--prompts", "p", "--max-tokens", "9", "--window", "4"]
-    args = make_parser().parse_args([*words, "--ages", "1", "2"])
+    words = ["--model", "m", "--prompts", "p", "--max-tokens", "9", "--window", "4"]
+    args = drift.make_parser().parse_args([*words, "--ages", "1", "2"])
     values = list(drift.measure(LLaDA.random(config, seed=1), [3, 1, 4], args))
     prompt = [(key, value) for key, value in values if key[:2] == ("drift", "prompt")]
     assert {key[2] for key, _ in prompt} == {1, 2}

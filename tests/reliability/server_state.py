@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_elastic.bench.server import ServerProcess
-from vllm_elastic.bench.server_metrics import (
+from tests.server_metrics import (
     CACHE_CONFIG,
     CACHE_USAGE,
     RUNNING,
     WAITING,
     read_metrics,
 )
+from vllm_elastic.bench.server import ServerProcess
 
 ROLES = ("API server", "engine core", "worker")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench drift``: where hidden states move between denoising steps, and what is attended."""
+"""Where hidden states move between denoising steps, and what is attended."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 from vllm_elastic.bench.arguments import add_json, add_model, add_prompts
 from vllm_elastic.bench.run import read_jsonl
+from vllm_elastic.reference import LLaDA
+from vllm_elastic.reference.canvas import Canvas
+from vllm_elastic.reference.commit import candidates, choose
 
 REGIONS = ("prompt", "settled answer", "recent answer", "just committed", "window", "tail")
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)  # from a commit, up to and with
 RECENT = 16  # denoising steps for which a committed position is recent
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``drift`` to the command line."""
-    parser = commands.add_parser(
-        "drift",
-        help="drift of hidden states by region, layer and age, without any cache",
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
         description="Decodes prompts with the plain PyTorch oracle, everything recomputed at every "
         "step, and compares the hidden states at each layer's input with those of some steps "
         "before. Nothing is cached, so nothing is disturbed by stale state.",
@@ -35,15 +39,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--max-tokens", type=int, default=256)
     add_json(parser)
-    parser.set_defaults(function=main)
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print relative changes by region and by distance from commits, and attention by region."""
-    from transformers import AutoTokenizer
-
-    from vllm_elastic.reference import LLaDA
-
     model = LLaDA.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     sums: dict[tuple[str, str, int, int], list[float]] = defaultdict(lambda: [0.0, 0])
@@ -90,11 +90,6 @@ def measure(
     model: Any, prompt: list[int], args: argparse.Namespace
 ) -> Iterator[tuple[tuple[str, str, int, int], float]]:
     """((quantity, region, age, layer), value) of every step of one prompt's decoding."""
-    import torch
-
-    from vllm_elastic.reference.canvas import Canvas
-    from vllm_elastic.reference.commit import candidates, choose
-
     canvas = Canvas(model, prompt, args.max_tokens)
     committed_at = torch.full((len(canvas),), torch.iinfo(torch.int64).max)
     committed_at[: len(prompt)] = -1
@@ -137,8 +132,6 @@ def changes(old: Any, new: Any, parts: dict[Any, Any]) -> Iterator[tuple[Any, in
 
 def distances_of(committed_at: Any, window: Any, step: int) -> dict[int, Any]:
     """bool [T] for each of ``DISTANCES``: further than the one before it; outside the window."""
-    import torch
-
     positions = torch.arange(len(committed_at))
     just = (committed_at == step - 1).nonzero().flatten()
     nearest = (positions[:, None] - just).abs().min(dim=1).values
@@ -151,8 +144,6 @@ def distances_of(committed_at: Any, window: Any, step: int) -> dict[int, Any]:
 
 def regions_of(committed_at: Any, prompt_length: int, window: Any, step: int) -> dict[str, Any]:
     """bool [T] for each of ``REGIONS``; they part the canvas."""
-    import torch
-
     positions = torch.arange(len(committed_at))
     in_window = torch.isin(positions, window)
     answer = (positions >= prompt_length) & (committed_at < step)
@@ -166,3 +157,7 @@ def regions_of(committed_at: Any, prompt_length: int, window: Any, step: int) ->
         "window": in_window,
         "tail": (positions >= prompt_length) & ~answer & ~in_window,
     }
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
