@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measurements take at most, by sizes alone: the trial run allocates it, ``bench plan`` adds it.
+"""What measurements take at most, by sizes: the trial run allocates it, ``bench plan`` adds it.
 
 Imports no torch.
 """
