@@ -114,9 +114,10 @@ def leave_out_of_confidence(
     ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
     for rows in _some_at_once(logits):
         wide = logits[rows].to(torch.float64, copy=True).index_fill_(-1, ids, _NEVER)
-        left = wide.softmax(dim=-1).gather(-1, token_ids[rows, None])[:, 0]
-        del wide
-        # Not left: where a request allows nothing but ends, that is 0 / 0.
+        wide.sub_(wide.amax(dim=-1, keepdim=True)).exp_()
+        left = wide.gather(-1, token_ids[rows, None])[:, 0] / wide.sum(dim=-1)
+        del wide  # before the next ones are made
+        # An end's is 0 by its name: where a request allows nothing but ends, `left` is NaN.
         ends = torch.isin(token_ids[rows], ids)
         confidence[rows] = torch.where(ends, 0.0 * confidence[rows], left)
 
