@@ -22,6 +22,12 @@ RANDOM_MODELS = {
     "gqa-tied": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=5, weight_tying=True),
     "mha-head64": dict(d_model=192, n_heads=3, n_kv_heads=3, n_layers=4, weight_tying=False),
 }
+# Position p's logits are row p - 1's, as in Dream.
+SHIFTED = {
+    "shifted": dict(
+        d_model=128, n_heads=4, n_kv_heads=2, n_layers=4, weight_tying=False, logits_shift=1
+    ),
+}
 # As above, and likes to end an answer.
 EAGER_TO_END = {
     "eager": dict(d_model=128, n_heads=4, n_kv_heads=4, n_layers=3, weight_tying=False),
@@ -88,7 +94,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if name not in loaded:
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
-            options = (RANDOM_MODELS | EAGER_TO_END)[name]
+            options = (RANDOM_MODELS | SHIFTED | EAGER_TO_END)[name]
             oracle = LLaDA.random(random_config(**options), seed=3)
             if name in EAGER_TO_END:
                 oracle.weights[HEAD][EOS] *= 2.5

@@ -26,7 +26,7 @@ from vllm_elastic.reference import (
 )
 
 from .agreement import agrees
-from .conftest import EOS, MASK, RANDOM_MODELS, Served
+from .conftest import EOS, MASK, RANDOM_MODELS, SHIFTED, Served
 
 pytestmark = pytest.mark.engine
 
@@ -164,7 +164,7 @@ def request(index: int, name: str) -> dict[str, Any]:
     return {"id": (index, name), "prompt_token_ids": prompt, "max_tokens": max_tokens, **knobs}
 
 
-@pytest.mark.parametrize("model", RANDOM_MODELS)
+@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
 def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """All configurations mixed in one batch, joining and leaving as they come and finish."""
     served = serve(model)
@@ -175,7 +175,7 @@ def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -
     assert kinds == {"first", "window", "widened", "replay", "full", "refresh"}
 
 
-@pytest.mark.parametrize("model", RANDOM_MODELS)
+@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
 def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """The same requests alone in the engine."""
     served = serve(model)
@@ -211,7 +211,7 @@ def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
     assert all(len(a) == p[1] for a, p in zip(answers["never"], prompts, strict=True))
 
 
-@pytest.mark.parametrize("model", RANDOM_MODELS)
+@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
 def test_lladas_own_schedule_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """Fixed steps over text blocks, up to the first end token, where vLLM stops."""
     served = serve(model)

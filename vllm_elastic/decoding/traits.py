@@ -14,7 +14,7 @@ class DecodingTraits:
         num_layers: L.
         vocab_size: token ids are 0 .. vocab_size - 1.
         mask_token_id: what an undecided position holds.
-        text_end_ids: end-of-text, then end-of-turn where the model has one.
+        end_of_text_id, end_of_turn_id: None where the model has none.
         never_chosen: ids that no candidate may be; the mask is one of them.
         logits_shift: the logits of position p are those of row p - logits_shift: 0, or 1 for a
             model that was trained on from one that predicts the next token (Dream).
@@ -23,6 +23,13 @@ class DecodingTraits:
     num_layers: int
     vocab_size: int
     mask_token_id: int
-    text_end_ids: tuple[int, ...] = ()
+    end_of_text_id: int | None = None
+    end_of_turn_id: int | None = None
     never_chosen: tuple[int, ...] = ()
     logits_shift: int = 0
+
+    @property
+    def text_end_ids(self) -> tuple[int, ...]:
+        """End-of-text, then end-of-turn, as far as the model has them."""
+        ends = (self.end_of_text_id, self.end_of_turn_id)
+        return tuple(token_id for token_id in ends if token_id is not None)

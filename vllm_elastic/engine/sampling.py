@@ -47,8 +47,7 @@ def sampling_of(
         min_p=params.min_p,
         logit_bias=tuple((params.logit_bias or {}).items()),
         allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
-        banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ())
-        + (traits.text_end_ids[:1] if config.logits_eos_inf else ()),
+        banned_token_ids=_banned(params, config, traits),
         unconfident_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
@@ -58,3 +57,12 @@ def sampling_of(
         return None
     seed = secrets.randbits(63) if params.seed is None else params.seed
     return replace(sampling, seed=seed)
+
+
+def _banned(
+    params: SamplingParams, config: ElasticConfig, traits: DecodingTraits
+) -> tuple[int, ...]:
+    banned = [token_ids[0] for token_ids in params.bad_words_token_ids or ()]
+    if config.logits_eos_inf and traits.end_of_text_id is not None:
+        banned.append(traits.end_of_text_id)
+    return tuple(banned)

@@ -19,12 +19,10 @@ class Family:
     Attributes:
         config: ``module:Class`` of its configuration, a transformers ``PretrainedConfig``.
         model: ``module:Class`` of its model, a ``models.transformer.DiffusionTransformer``.
-        logits_shift: see ``DecodingTraits``.
     """
 
     config: str
     model: str
-    logits_shift: int = 0
 
 
 FAMILIES: dict[str, Family] = {
@@ -40,16 +38,16 @@ def traits_of(hf_config: Any) -> DecodingTraits:
     """What decoding has to know of a model.
 
     Args:
-        hf_config: its configuration, of one of the ``FAMILIES``.
+        hf_config: its configuration, of one of the ``FAMILIES``. A family whose logits are shifted
+            has ``logits_shift`` in its configuration class.
     """
-    family = FAMILIES[hf_config.architectures[0]]
-    ends = (hf_config.eos_token_id, getattr(hf_config, "eot_token_id", None))
     return DecodingTraits(
         num_layers=hf_config.num_hidden_layers,
         vocab_size=hf_config.vocab_size,
         mask_token_id=hf_config.mask_token_id,
-        text_end_ids=tuple(token_id for token_id in ends if token_id is not None),
+        end_of_text_id=hf_config.eos_token_id,
+        end_of_turn_id=getattr(hf_config, "eot_token_id", None),
         # A mask that was committed would leave its position undecided.
         never_chosen=(hf_config.mask_token_id,),
-        logits_shift=family.logits_shift,
+        logits_shift=getattr(hf_config, "logits_shift", 0),
     )
