@@ -56,5 +56,5 @@ constraints: setup ## write what .venv holds to scripts/constraints.txt
 	mv $(VENV)/constraints.txt scripts/constraints.txt
 
 clean: ## remove .venv and all caches
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .hypothesis .import_linter_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
