@@ -29,6 +29,7 @@ from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import Recording
 from vllm_elastic.bench.simulation.replica import Capacity, Job, Replica
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import POLICIES
 
 LAYERS = 8
@@ -36,6 +37,10 @@ SMALL = ModelShape(
     width=4, key_width=2, layers=2, heads=2, mlp=6, vocabulary=10, bytes_per_number=2
 )
 SLOW_HOST = Device("test", 100, 50, 1000, 0, step_seconds=1, layer_seconds=0.5, pass_seconds=0.25)
+
+
+def few_rows(count: int) -> StepLimits:
+    return StepLimits(count, 1 << 30)
 
 
 def record_of(policy: str, seed: int = 0, prompt: int = 9, length: int = 24) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def test_every_request_has_its_passes_within_budget_seats_and_blocks(
     policy: str, seats: int, blocks: int, row_budget: int, count: int
 ) -> None:
     recording = Recording("test", records(count, policy), 16)
-    replica = make_replica(recording, Capacity(seats, blocks, 4, row_budget))
+    replica = make_replica(recording, Capacity(seats, blocks, 4, few_rows(row_budget)))
     for request in recording.requests:
         replica.submit(Job(request, 0.0))
     seen: dict[str, list[Any]] = {}
@@ -226,12 +231,12 @@ def test_every_request_has_its_passes_within_budget_seats_and_blocks(
 def test_canvas_that_never_fits_is_refused() -> None:
     recording = Recording("test", records(1), 8)
     with pytest.raises(ValueError, match="never fits"):
-        run_closed(make_replica(recording, Capacity(1, 1, 4, 100)), recording.requests)
+        run_closed(make_replica(recording, Capacity(1, 1, 4, few_rows(100))), recording.requests)
 
 
 def test_batch_of_one_takes_the_sum_of_its_passes() -> None:
     recording = Recording("test", records(6), 8)
-    replica = make_replica(recording, Capacity(1, 100, 4, 1000))
+    replica = make_replica(recording, Capacity(1, 100, 4, few_rows(1000)))
     seconds = run_closed(replica, recording.requests)
     parts, host = replica.cost.step_seconds(recording.work)
     assert seconds == pytest.approx(parts.sum() + host.sum())
@@ -241,7 +246,10 @@ def test_batch_of_one_takes_the_sum_of_its_passes() -> None:
 def test_batching_shares_overheads_and_weights() -> None:
     recording = Recording("test", records(16), 8)
     times = [
-        run_closed(make_replica(recording, Capacity(seats, 400, 4, 1000)), recording.requests)
+        run_closed(
+            make_replica(recording, Capacity(seats, 400, 4, few_rows(1000))),
+            recording.requests,
+        )
         for seats in (1, 4, 16)
     ]
     assert times[0] > times[1] > times[2]
@@ -251,7 +259,7 @@ def test_replicas_of_a_closed_loop_add_up() -> None:
     recording = Recording("test", records(12), 8)
 
     def make() -> Replica:
-        return make_replica(recording, Capacity(4, 100, 4, 1000))
+        return make_replica(recording, Capacity(4, 100, 4, few_rows(1000)))
 
     few, many = (
         closed_loop(make, recording, replicas=n, sample=5, requests=24, seed=0) for n in (5, 3000)
@@ -267,7 +275,7 @@ def test_rare_arrivals_meet_an_idle_cluster(router: str) -> None:
     """With hours between them, every request takes what it takes alone, on replicas in turn."""
     recording = Recording("test", records(8), 8)
     outcome = open_loop(
-        lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+        lambda: make_replica(recording, Capacity(4, 100, 4, few_rows(1000))),
         recording,
         replicas=4,
         sample=4,
@@ -293,7 +301,7 @@ def test_load_grows_with_replicas_and_waits_with_load() -> None:
 
     def play(replicas: int, rate: float, router: str = "least-outstanding") -> dict[str, Any]:
         return open_loop(
-            lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+            lambda: make_replica(recording, Capacity(4, 100, 4, few_rows(1000))),
             recording,
             replicas=replicas,
             sample=8,
@@ -304,7 +312,7 @@ def test_load_grows_with_replicas_and_waits_with_load() -> None:
         ).summary()
 
     full = closed_loop(
-        lambda: make_replica(recording, Capacity(4, 100, 4, 1000)),
+        lambda: make_replica(recording, Capacity(4, 100, 4, few_rows(1000))),
         recording,
         replicas=1,
         sample=1,
@@ -347,7 +355,7 @@ def test_fit_predicts_steps_of_a_device_it_does_not_know() -> None:
     timed: list[tuple[Any, Any]] = []
     for policy in ("none", "elastic", "elastic-block"):
         recording = Recording("test", records(12, policy), 8)
-        replica = make_replica(recording, Capacity(4, 100, 4, 1000), keep_steps=True)
+        replica = make_replica(recording, Capacity(4, 100, 4, few_rows(1000)), keep_steps=True)
         run_closed(replica, recording.requests)
         work = np.array(replica.steps)
         parts, host = CostModel(shape, hidden).step_seconds(work)
@@ -378,7 +386,7 @@ def timed(policy: str, batch_size: int, capacity: Capacity, hidden: Device) -> T
 def test_calibration_predicts_what_it_was_not_fitted_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    capacity = Capacity(16, 100, 4, 60)
+    capacity = Capacity(16, 100, 4, few_rows(60))
     known = Device("test", 1e4, 1e4, 1e6, 0)
     hidden = replace(known, step_seconds=0.3, pass_seconds=0.1, factors={"products": 1.5})
     settings = [

@@ -9,12 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.turns import Turns
 
 
 @dataclass
 class Rows:
     num_rows: int
+    num_saved_rows: int = 0
+
+
+def rows_only(count: int) -> StepLimits:
+    return StepLimits(count, 1 << 30)
 
 
 def names(taken: list[tuple[str, Rows]]) -> str:
@@ -26,7 +32,7 @@ def test_first_that_does_not_fit_ends_the_step_and_is_first_in_the_next() -> Non
     turns, rows = Turns(), {"a": 4, "b": 8, "c": 1}
     for name in rows:
         turns.add(name)
-    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), 10)) for _ in range(4)]
+    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), rows_only(10))) for _ in range(4)]
     assert seen == ["a", "bc", "a", "bc"]
 
 
@@ -34,7 +40,7 @@ def test_more_rows_than_the_budget_run_alone() -> None:
     turns, rows = Turns(), {"a": 1, "b": 50}
     for name in rows:
         turns.add(name)
-    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), 10)) for _ in range(3)]
+    seen = [names(turns.take(rows, lambda name: Rows(rows[name]), rows_only(10))) for _ in range(3)]
     assert seen == ["a", "b", "a"]
 
 
@@ -42,14 +48,14 @@ def test_who_starts_over_goes_first_and_who_left_is_forgotten() -> None:
     turns = Turns()
     for name in "abc":
         turns.add(name)
-    assert names(turns.take("abc", lambda _: Rows(1), 2)) == "ab"
+    assert names(turns.take("abc", lambda _: Rows(1), rows_only(2))) == "ab"
     turns.add("b")
-    assert names(turns.take("abc", lambda _: Rows(1), 2)) == "bc"
+    assert names(turns.take("abc", lambda _: Rows(1), rows_only(2))) == "bc"
     turns.remove("c")
     turns.remove("never added")
     assert len(turns) == 2
     with pytest.raises(KeyError):
-        turns.take("c", lambda _: Rows(1), 2)
+        turns.take("c", lambda _: Rows(1), rows_only(2))
 
 
 @given(
@@ -68,7 +74,7 @@ def test_budget_and_waiting_bound(rows: list[list[int]], budget: int) -> None:
         taken = turns.take(
             running,
             lambda name: Rows(rows[int(name)][served[name] % len(rows[int(name)])]),
-            budget,
+            rows_only(budget),
         )
         assert taken
         assert len(taken) == 1 or sum(plan.num_rows for _, plan in taken) <= budget
@@ -78,3 +84,14 @@ def test_budget_and_waiting_bound(rows: list[list[int]], budget: int) -> None:
             served[name] += 1
             waited[name] = 0
         assert max(waited.values()) < len(running)
+
+
+def test_saved_rows_fill_a_step_too() -> None:
+    """Many requests that measure would together keep more than the trial run has allowed for."""
+    turns = Turns()
+    for name in "abcd":
+        turns.add(name)
+    saved = {"a": 3, "b": 3, "c": 9, "d": 1}
+    limits = StepLimits(100, 6)
+    seen = [names(turns.take("abcd", lambda name: Rows(1, saved[name]), limits)) for _ in range(4)]
+    assert seen == ["ab", "c", "da", "b"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes
 
 GIB = 1 << 30
 
@@ -131,7 +133,12 @@ def step_bytes(setting: Setting) -> int:
     key_width = _key_width(setting.shape, setting.kv_heads, setting.ranks)
     shape = replace(setting.shape, key_width=key_width)
     window_rows = min(rows, setting.seats * setting.window)
-    return shape.activation_bytes(rows, window_rows, setting.ranks)
+    limits = StepLimits.of(rows, setting.seats, setting.window, setting.canvas)
+    heads, kv_heads = shape.heads // setting.ranks, max(1, setting.kv_heads // setting.ranks)
+    head_dim = shape.width // shape.heads
+    saved = saved_bytes(limits.saved_rows, shape.layers, heads, head_dim, shape.bytes_per_number)
+    reading = reading_bytes(setting.window, setting.canvas, heads, kv_heads, head_dim)
+    return saved + max(shape.activation_bytes(rows, window_rows, setting.ranks), reading)
 
 
 def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:

@@ -17,6 +17,7 @@ from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
 from vllm_elastic.bench.simulation.replica import Capacity, Replica
+from vllm_elastic.decoding.limits import StepLimits
 
 BATCH_SIZES = (1, 16, 256)
 
@@ -207,8 +208,9 @@ def capacity_of(
     free = device.memory * args.memory_utilization - shape.weight_bytes
     free -= shape.activation_bytes(row_budget, window_rows)
     blocks = int(free // (args.block_size * shape.position_bytes))
-    capacity = Capacity(batch_size, blocks, args.block_size, row_budget)
     longest = max(request.canvas for request in recording.requests)
+    limits = StepLimits.of(row_budget, batch_size, recording.window, longest)
+    capacity = Capacity(batch_size, blocks, args.block_size, limits)
     if capacity.blocks_of(longest) > blocks:
         raise SystemExit(
             f"{device.name}: {free / 2**30:.1f} GiB are left for canvases at batch size "

@@ -130,6 +130,12 @@ class PassPlan:
             return self.window_rows
         return merged(len(self.tokens), self.window_rows, self.tested)
 
+    @property
+    def num_saved_rows(self) -> int:
+        """Rows of which a query or a key of every layer is kept, each as often as it is kept."""
+        old_keys = len(self.segments[0].positions) if self.tested.size else 0
+        return len(self.queries) + self.tested.size + old_keys
+
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""
         return sum(len(s.positions) * (num_layers - s.join_layer) for s in self.segments)

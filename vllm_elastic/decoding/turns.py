@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
+from vllm_elastic.decoding.limits import StepLimits
+
 
 class HasRows(Protocol):
-    """Anything that takes part in a step with so many rows."""
+    """Anything that takes part in a step with so many rows (see ``StepLimits``)."""
 
     @property
     def num_rows(self) -> int: ...
+
+    @property
+    def num_saved_rows(self) -> int: ...
 
 
 Plan = TypeVar("Plan", bound=HasRows)
@@ -23,9 +28,9 @@ Plan = TypeVar("Plan", bound=HasRows)
 class Turns:
     """Requests take turns: those that were served longest ago come first.
 
-    A step takes their passes in this order until the row budget is full. The first one that does
-    not fit ends the step, so it is first in the next; hence a request waits for at most as many
-    steps as there are running requests. A pass with more rows than the budget runs alone.
+    A step takes their passes in this order until it is full. The first one that does not fit ends
+    the step, so it is first in the next; hence a request waits for at most as many steps as there
+    are running requests. A pass that takes more than the limits runs alone.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,7 @@ class Turns:
         self._last_served.pop(request_id, None)
 
     def take(
-        self, running: Iterable[str], plan_of: Callable[[str], Plan], row_budget: int
+        self, running: Iterable[str], plan_of: Callable[[str], Plan], limits: StepLimits
     ) -> list[tuple[str, Plan]]:
         """The next step's requests with their plans, in the order of their turns.
 
@@ -54,11 +59,13 @@ class Turns:
         """
         self._step += 1
         taken: list[tuple[str, Plan]] = []
+        rows, saved_rows = limits.rows, limits.saved_rows
         for request_id in sorted(running, key=self._last_served.__getitem__):
             plan = plan_of(request_id)
-            if taken and plan.num_rows > row_budget:
+            rows -= plan.num_rows
+            saved_rows -= plan.num_saved_rows
+            if taken and min(rows, saved_rows) < 0:
                 break
             taken.append((request_id, plan))
-            row_budget -= plan.num_rows
             self._last_served[request_id] = self._step
         return taken

@@ -16,6 +16,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
@@ -53,6 +54,16 @@ class ElasticScheduler(Scheduler):
         self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
         self._unreported: list[dict[str, Any]] = []  # ended, and not told to the front end yet
+
+    @property
+    def limits(self) -> StepLimits:
+        """Of a step."""
+        return StepLimits.of(
+            self.max_num_scheduled_tokens,
+            self.max_num_running_reqs,
+            self.elastic_config.window,
+            self.max_model_len,
+        )
 
     # One step: admit, plan, and take the results.
 
@@ -175,7 +186,7 @@ class ElasticScheduler(Scheduler):
         taken = self._turns.take(
             [request.request_id for request in self.running],
             lambda request_id: self._canvases[request_id].plan(),
-            self.max_num_scheduled_tokens,
+            self.limits,
         )
         for request_id, plan in taken:
             (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)

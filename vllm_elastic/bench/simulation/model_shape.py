@@ -11,8 +11,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-SOFTMAX_NUMBERS = 1 << 25
-"""Logits whose softmax is worked out at a time on a GPU (``runner/candidates.py``)."""
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that exist at a time, and numbers of 8 bytes made of them (``runner/head.py``,
+``runner/candidates.py``)."""
 
 Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 
@@ -108,11 +109,11 @@ class ModelShape:
 
         The larger of a layer's tensors (``LLaDAModelLM.run_without_cache``: five of the model's
         width; the rank's share of the queries twice and of the MLP's three; ``key_width`` twice),
-        and of the candidates' logits, which every rank has in full. Their softmax is in float64,
-        ``SOFTMAX_NUMBERS`` at a time.
+        and of the candidates' logits, ``LOGITS_AT_ONCE``, which every rank has in full: themselves,
+        a copy where log probabilities are asked for, and what is made of them in float64.
         """
         shared = (2 * self.width + 3 * self.mlp) // ranks + 2 * self.key_width
         layer = rows * (5 * self.width + shared) * self.bytes_per_number
-        at_once = min(window_rows, max(1, SOFTMAX_NUMBERS // self.vocabulary))
-        logits = self.vocabulary * (window_rows * self.bytes_per_number + at_once * 8)
+        at_once = min(window_rows, max(1, LOGITS_AT_ONCE // self.vocabulary))
+        logits = self.vocabulary * at_once * (2 * self.bytes_per_number + 8)
         return max(layer, logits)

@@ -23,10 +23,11 @@ NEEDED_OF_A_PASS = {"kind", "rows", "segments", "window", "queries", "attention_
 
 @dataclass(frozen=True, slots=True)
 class RecordedPass:
-    """A pass of one request: its row in the recording's ``work`` and its place in the budget."""
+    """A pass of one request: its row in the recording's ``work`` and what of a step it takes."""
 
     index: int
     num_rows: int
+    num_saved_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ class Recording:
                 )
             passes = []
             for entry in record["steps"]:
-                passes.append(RecordedPass(len(rows), entry["rows"]))
+                saved = entry["queries"] + entry["tested"]
+                saved += entry["segments"][0][1] if entry["tested"] else 0  # old keys
+                passes.append(RecordedPass(len(rows), entry["rows"], saved))
                 rows.append(self._work(entry, record["canvas"], record["layers"]))
             tokens = len(record["token_ids"])
             self.requests.append(RecordedRequest(record["canvas"], tokens, passes))

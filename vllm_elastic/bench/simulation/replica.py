@@ -17,6 +17,7 @@ from vllm_elastic.bench.simulation.recording import (
     RecordedRequest,
     Recording,
 )
+from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.turns import Turns
 
 
@@ -27,13 +28,13 @@ class Capacity:
     Attributes:
         seats: requests at a time (``max_num_seqs``).
         blocks: KV blocks; block_size: positions a block has.
-        row_budget: rows a step may have (``max_num_batched_tokens``).
+        limits: of a step.
     """
 
     seats: int
     blocks: int
     block_size: int
-    row_budget: int
+    limits: StepLimits
 
     def blocks_of(self, canvas: int) -> int:
         return -(-canvas // self.block_size)
@@ -127,7 +128,7 @@ class Replica:
         self._admit(now)
         if not self._running:
             return None
-        self.current = self._turns.take(self._running, self._plan_of, self._capacity.row_budget)
+        self.current = self._turns.take(self._running, self._plan_of, self._capacity.limits)
         work = self._recording.work[[plan.index for _, plan in self.current]].sum(axis=0)
         parts, host = self.cost.step_seconds(work)
         seconds = float(parts.sum() + host)

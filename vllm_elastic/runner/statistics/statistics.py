@@ -27,11 +27,12 @@ from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.attention import AttentionReader
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
+from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
 
-_NUMBERS_AT_ONCE = (1 << 26, 1 << 19)
+_NUMBERS_AT_ONCE = (NUMBERS_AT_ONCE_ON_GPU, 1 << 19)
 """Keys and attention rows that are at hand at a time, in numbers: on a GPU, on a CPU."""
 
 
