@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a real `vllm serve` streams three answers; then what each policy computes for them.
+"""`make demo`: a real `vllm serve` streams three answers; then what each setting computes for them.
 
 python examples/demo.py [--model DIR]
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -33,14 +32,13 @@ TASKS = ("word", "table", "chain")
 SEED = 7  # of the held-out suite: the model was not trained on these questions
 CANVAS = 256
 KV_CACHE_BYTES = 256 << 20
-RECOMMENDED = HERE / "tiny_llada" / "elastic.json"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "none": {"policy": "none"},
+    "block (default)": {"preset": "block"},
     "dual-cache": {"policy": "dual-cache"},
-    "elastic, published": {"policy": "elastic", "reach": 0, "track_num": 1},
-    "elastic": {"policy": "elastic"},
-    "elastic-block": {"policy": "elastic-block"},
+    "published": {"preset": "published"},
+    "exact": {"preset": "exact"},
 }
+BASELINE = "exact"
 ROUNDS = 3
 WIDTH = min(shutil.get_terminal_size().columns, 100)
 
@@ -121,7 +119,6 @@ def measure(model: str, chosen: list[Problem]) -> dict[str, dict[str, float]]:
         model,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         batch_size=1,
-        elastic_config=json.loads(RECOMMENDED.read_text()),
     )
     tokenizer = engine.llm.get_tokenizer()
     prompts = [
@@ -155,13 +152,13 @@ def print_table(rows: dict[str, dict[str, float]], count: int) -> None:
     """One line a setting."""
     print(f"{'row-layers per token,':>{2 + 17 + 9 + 8 + 8 + 24}}")
     print(
-        f"  {'policy':17}{'correct':>9}{'tokens':>8}{'passes':>8}"
-        f"{'relative to none':>24}{'tokens/s':>10}"
+        f"  {'setting':17}{'correct':>9}{'tokens':>8}{'passes':>8}"
+        f"{f'relative to {BASELINE}':>24}{'tokens/s':>10}"
     )
-    for policy, row in rows.items():
-        correct, work = f"{row['correct']:.0f}/{count}", row["work"] / (rows["none"]["work"] or 1)
+    for name, row in rows.items():
+        correct, work = f"{row['correct']:.0f}/{count}", row["work"] / (rows[BASELINE]["work"] or 1)
         print(
-            f"  {policy:17}{correct:>9}{row['tokens']:>8.0f}{row['passes']:>8.0f}"
+            f"  {name:17}{correct:>9}{row['tokens']:>8.0f}{row['passes']:>8.0f}"
             f"{work:>24.3f}{row['speed']:>10.1f}"
         )
 
@@ -178,7 +175,6 @@ def main() -> None:
 
     log = Path(tempfile.mkdtemp(prefix="elastic-demo-")) / "server.log"
     options = ["--dtype", "float32", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-    options += ["--elastic-config", RECOMMENDED.read_text().strip()]
     server = ServerProcess(args.model, options, log=log)
     print(f"$ {server.command_line}")
     print(f"  log: {log}\n  starting ...", end="", flush=True)
@@ -191,9 +187,9 @@ def main() -> None:
         sys.exit(f"\n{error}")
     print(f"\n{'':-<{WIDTH}}")
     print(
-        "\nThe server is stopped. What each policy computes for the same three problems: decoded\n"
+        "\nThe server is stopped. What each setting computes for the same three problems: decoded\n"
         "again in this process, because HTTP does not return passes and row-layers. One request\n"
-        f"at a time; policies take turns; tokens/s is the median of {ROUNDS} rounds."
+        f"at a time; settings take turns; tokens/s is the median of {ROUNDS} rounds."
         f"\n\n  log: {log.with_name('engine.log')}\n  measuring ...\n",
         flush=True,
     )
@@ -201,9 +197,9 @@ def main() -> None:
         rows = measure(args.model, chosen)
     print_table(rows, len(chosen))
     print(
-        "\nA row-layer is one position computed in one layer. `none` recomputes all positions in\n"
-        "all layers at every denoising step; window and threshold are the same for all. `elastic`\n"
-        "is Elastic-Cache that computes a commit's neighbours with it; as published it does not."
+        "\nA row-layer is one position computed in one layer. `block` is what the command above\n"
+        "runs. `exact` has no cache: all positions in all layers at every step. `dual-cache`\n"
+        "refreshes on a fixed schedule (Fast-dLLM). `published` is Elastic-Cache as released."
     )
 
 

@@ -20,8 +20,8 @@ def main() -> None:
 
     llm = LLM(
         model=args.model,
-        # Defaults for all requests; without `additional_config` Elastic-Cache's own.
-        additional_config={"elastic": {"policy": "elastic", "window": 16, "gamma": 0.9}},
+        # Knobs for all requests; without `additional_config` the preset `block`.
+        additional_config={"elastic": {"preset": "block", "window": 32}},
         dtype="float32",
         kv_cache_memory_bytes=256 << 20,  # else vLLM takes most of the free memory
     )
@@ -29,15 +29,15 @@ def main() -> None:
     # `max_tokens` is the canvas: so many masked positions are decoded, in any order, and the
     # answer ends at the first end token. Name it: vLLM's SamplingParams says 16 otherwise.
     greedy = SamplingParams(temperature=0.0, max_tokens=256)
-    # One request may differ: here the cache is refreshed at every step.
-    refreshed = SamplingParams(temperature=0.0, max_tokens=256, extra_args={"elastic_gamma": 1.1})
+    # One request may differ: this one is decoded without a cache.
+    exact = SamplingParams(temperature=0.0, max_tokens=256, extra_args={"elastic_preset": "exact"})
 
     questions = [
         "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin",
         "Walk from 3 4 : cow N elf E elm S",
     ]
     chats = [[{"role": "user", "content": question}] for question in questions]
-    for question, output in zip(questions, llm.chat(chats, [greedy, refreshed]), strict=True):
+    for question, output in zip(questions, llm.chat(chats, [greedy, exact]), strict=True):
         print(f"\n{question}\n-> {output.outputs[0].text}")
 
     # The same without the chat template.

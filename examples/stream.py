@@ -26,7 +26,7 @@ def main() -> None:
         max_tokens=256,  # the canvas; 256 is also what the server takes when there is none
         stream=True,
         # Decoding knobs of this request; a name that does not exist is a 400 that lists all.
-        extra_body={"vllm_xargs": {"elastic_gamma": 0.9}},
+        extra_body={"vllm_xargs": {"elastic_preset": "block"}},
     )
     # The canvas is filled in any order. What arrives is its finished left-to-right prefix, often
     # several tokens at once.

@@ -174,7 +174,7 @@ def test_flags_are_vllms_and_the_plugins(file: str) -> None:
     assert words[words.index("--plugin") + 1] == "elastic"
     assert args.plugin == "elastic"
     knobs = ElasticConfig.from_dict(args.elastic_config)
-    assert knobs.policy == "elastic"
+    assert knobs.policy == "elastic-block"
     assert args.elastic_config == json.loads(words[words.index("--elastic-config") + 1])
     assert words[0] == args.model_tag == "GSAI-ML/LLaDA-8B-Instruct"
 

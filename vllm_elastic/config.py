@@ -1,180 +1,285 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob of the decoder, its default and its check; overrides per request.
+"""Every knob of the decoder: its default, its range and its meaning; overrides per request.
 
 Knows nothing of torch or vLLM: the front end, the scheduler and the simulator all read it.
+``python -m vllm_elastic.config`` prints docs/configuration.md.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
+
+from vllm_elastic.presets import DEFAULT_PRESET, PRESETS
 
 REQUEST_PREFIX = "elastic_"
 """Per-request knobs travel in ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``) as elastic_*."""
+
+POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
+"""Names of the policies in ``decoding.policies``, which reads this module."""
+
+_MOST = 1 << 20
 
 
 class ConfigError(ValueError):
     """A knob is unknown or out of range; the message names it and says what is allowed."""
 
 
-def _integer(low: int, high: int, *, optional: bool = False) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value is None and optional:
-            return None
+@dataclass(frozen=True)
+class Range:
+    """The values that a knob takes.
+
+    Attributes:
+        allowed: in words, after "must be".
+        keep: a value as it came, perhaps from JSON, to the value as it is kept; ValueError for one
+            that is not allowed.
+    """
+
+    allowed: str
+    keep: Callable[[Any], Any]
+
+
+def _or_null(allowed: Range) -> Range:
+    return Range(
+        f"{allowed.allowed} or null", lambda value: None if value is None else allowed.keep(value)
+    )
+
+
+def _integer(low: int, high: int) -> Range:
+    def keep(value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON clients send 16.0
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(
-                f"must be an integer from {low} to {high}{' or null' if optional else ''}"
-            )
+            raise ValueError
         return value
 
-    return check
+    return Range(f"an integer from {low} to {high}", keep)
 
 
-def _number(low: float, high: float) -> Callable[[Any], float]:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"must be a number from {low:g} to {high:g}")
-        if not low <= value <= high:  # false for NaN too
-            raise ConfigError(f"must be a number from {low:g} to {high:g}")
+def _number(low: float, high: float) -> Range:
+    def keep(value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high:  # false for NaN too
+            raise ValueError
         return float(value)
 
-    return check
+    return Range(f"a number from {low:g} to {high:g}", keep)
 
 
-def _choice(*allowed: str, optional: bool = False) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value is None and optional:
-            return None
-        if value not in allowed:
-            names = ", ".join(map(repr, allowed))
-            raise ConfigError(f"must be one of {names}{' or null' if optional else ''}")
+def _choice(*names: str) -> Range:
+    def keep(value: Any) -> str:
+        if value not in names:
+            raise ValueError
         return str(value)
 
-    return check
+    return Range(f"one of {', '.join(map(repr, names))}", keep)
 
 
-def _flag(value: Any) -> bool:
-    if value in (0, 1):  # vllm_xargs has numbers and strings, no booleans
-        return bool(value)
-    if not isinstance(value, bool):
-        raise ConfigError("must be true or false")
-    return value
+def _keep_flag(value: Any) -> bool:
+    if value not in (0, 1):  # vllm_xargs has numbers and strings, no booleans
+        raise ValueError
+    return bool(value)
 
 
-def _token_ids(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
+def _keep_token_ids(value: Any) -> tuple[int, ...]:
     is_list = isinstance(value, list | tuple) and len(value) > 0
     if not is_list or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in value):
-        raise ConfigError("must be a list of token ids or null")
+        raise ValueError
     return tuple(value)
 
 
-def _policy(value: Any) -> str:
-    from vllm_elastic.decoding.policies import POLICIES
-
-    return _choice(*POLICIES)(value)
+_FLAG = Range("true or false", _keep_flag)
+_TOKEN_IDS = Range("a list of token ids", _keep_token_ids)
 
 
 def _knob(
-    default: Any, check: Callable[[Any], Any], *, per_request: bool = True, engine: bool = True
+    default: Any,
+    allowed: Range,
+    meaning: str,
+    *,
+    per_request: bool = True,
+    engine: bool = True,
 ) -> Any:
-    metadata = {"check": check, "per_request": per_request, "engine": engine}
+    metadata = {"range": allowed, "meaning": meaning, "per_request": per_request, "engine": engine}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ElasticConfig:
-    """How LLaDA is decoded. Published defaults: arXiv 2510.14973, released scripts.
+    """How LLaDA is decoded: one field a knob, whose ``meaning`` stands beside it.
 
-    Attributes:
-        policy: what is recomputed when. ``none`` everything at every step; ``dual-cache`` the
-            canvas at the start of each text block, else the block; ``interval`` the canvas every
-            so many steps; ``elastic`` Elastic-Cache; ``elastic-block`` those KV blocks whose
-            drift matters, each from its own layer.
-        window: masked positions predicted at a step (beta), in positions.
-        threshold: a prediction at least this probable is committed (epsilon). The best one of a
-            step is committed in any case.
-        gamma: drift threshold. A layer whose similarity is below it makes the cache stale from
-            the next layer on. 0 never fires, above 1 always.
-        track_num: most-attended positions tracked in each layer.
-        refresh: what a verdict of drift does. ``replay`` discards the step's candidates and
-            repeats it with the stale rows recomputed; ``next`` keeps them and lets the stale rows
-            join the next step. null: the policy's own, replay for ``elastic`` (the paper) and
-            next for ``elastic-block``.
-        interval: denoising steps from one refresh of ``interval`` to the next.
-        lazy_window: of ``elastic-block``, a step first predicts those positions of the window
-            that are new in it, within ``reach`` of the last commits, or were sure before; only
-            where too few of these reach the threshold another pass predicts the rest of it.
-            Ignored with ``steps``.
-        probes: blocks probed at a step by ``elastic-block``, one position each.
-        reach: positions on either side of a just committed one that ``elastic`` and
-            ``elastic-block`` compute with it: a token's neighbours feel it first. null: the
-            policy's own, 0 for ``elastic`` (the paper) and 4 for ``elastic-block``.
-        block_drift: of ``elastic-block``, the expected error of the window's attention beyond
-            which blocks are refreshed: attention paid to stale blocks times their relative drift.
-        slack: of ``elastic-block``, a refreshed block joins at the last layer whose input has
-            drifted at most this share of the most drifted layer's.
-        attention_stride: of ``elastic-block``, the window's attention to the blocks is read in
-            every so manyth layer, counted down from the last. Reading it is most of what the
-            policy costs beside its rows (docs/policies.md).
-        granularity: positions a block of ``elastic-block`` has. null: the KV block.
-        statistic: ``released`` cosine across heads for each key (the authors' code), ``paper``
-            cosine across keys for each head.
-        tokens_per_step: commit just this many positions a step, by rank; the threshold is
-            ignored. null: commit by threshold.
-        block_length: text block of ``dual-cache`` and of ``steps``, in positions.
-        steps: LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly
-            by its text blocks; window, threshold and tokens_per_step are not used. null: none.
-        remasking: which predictions such a step keeps: the most probable (``low_confidence``) or
-            ``random`` ones.
-        logits_eos_inf: end-of-text is never predicted, so the answer fills the canvas. This name
-            and the next are those of LLaDA's generation code.
-        confidence_eos_eot_inf: end-of-text and end-of-turn have no part in the confidences: a
-            predicted one has confidence 0, and is committed only where a step has nothing else
-            to commit (by threshold, then one a step).
-        canvas: infilling, of a request only: the answer's token ids, with the mask's id where
-            text is wanted; decoded in place. None: the answer is all masks.
-        hidden_stride: the input of every so manyth layer is kept, of layers s, 2 s, ...; a refresh
-            starts at the nearest of them below, or at the embedding, and drift is tested in the
-            embedding's layer and in these. Memory against work (docs/policies.md).
-        default_max_tokens: canvas length when a client names none.
-        record: keep one entry for every pass of every request (memory: about 1 KB a pass).
-        record_similarities: keep every drift test's similarities in these entries.
-        record_rows: keep each pass's rows by join layer in them, which is what a simulation needs.
+    The defaults are those of the preset ``block``.
     """
 
-    policy: str = _knob("elastic", _policy)
-    window: int = _knob(16, _integer(1, 1 << 20))
-    threshold: float = _knob(0.9, _number(0.0, 1.0))
-    gamma: float = _knob(0.9, _number(0.0, 2.0))
-    track_num: int = _knob(1, _integer(1, 64))
-    refresh: str | None = _knob(None, _choice("replay", "next", optional=True))
-    interval: int = _knob(8, _integer(1, 1 << 20))
-    lazy_window: bool = _knob(False, _flag)
-    probes: int = _knob(4, _integer(1, 1 << 10))
-    reach: int | None = _knob(None, _integer(0, 1 << 20, optional=True))
-    block_drift: float = _knob(0.02, _number(0.0, 10.0))
-    slack: float = _knob(0.1, _number(0.0, 1.0))
-    attention_stride: int = _knob(4, _integer(1, 1 << 10))
-    granularity: int | None = _knob(32, _integer(1, 1 << 20, optional=True))
-    statistic: str = _knob("released", _choice("released", "paper"))
-    tokens_per_step: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
-    block_length: int = _knob(32, _integer(1, 1 << 20))
-    steps: int | None = _knob(None, _integer(1, 1 << 20, optional=True))
-    remasking: str = _knob("low_confidence", _choice("low_confidence", "random"))
-    logits_eos_inf: bool = _knob(False, _flag)
-    confidence_eos_eot_inf: bool = _knob(False, _flag)
-    canvas: tuple[int, ...] | None = _knob(None, _token_ids, engine=False)
-    hidden_stride: int = _knob(1, _integer(1, 1 << 10), per_request=False)
-    default_max_tokens: int = _knob(256, _integer(1, 1 << 20), per_request=False)
-    record: bool = _knob(False, _flag, per_request=False)
-    record_similarities: bool = _knob(False, _flag, per_request=False)
-    record_rows: bool = _knob(False, _flag, per_request=False)
+    preset: str = _knob(
+        DEFAULT_PRESET,
+        _choice(*PRESETS),
+        "the starting point, which the other knobs override; of a request, it takes the place of "
+        "all the engine's knobs that a request may set",
+    )
+    policy: str = _knob(
+        "elastic-block", _choice(*POLICIES), "what is recomputed when ([policies](policies.md))"
+    )
+    window: int = _knob(
+        64,
+        _integer(1, _MOST),
+        "masked positions predicted at a step (the paper's beta): the leftmost ones. Not used "
+        "where text blocks are predicted (`dual-cache`, `steps`)",
+    )
+    threshold: float = _knob(
+        0.9,
+        _number(0.0, 1.0),
+        "a prediction at least this probable is committed (epsilon); the best one of a step in "
+        "any case",
+    )
+    gamma: float = _knob(
+        0.9,
+        _number(0.0, 2.0),
+        "of `elastic`: a layer whose similarity is below it makes the cache stale from the next "
+        "layer on; 0 never, above 1 always. Does not carry over between models or statistics",
+    )
+    track_num: int = _knob(
+        1, _integer(1, 64), "of `elastic`: most attended positions tracked in each layer"
+    )
+    statistic: str = _knob(
+        "released",
+        _choice("released", "paper"),
+        "of `elastic`: cosine across heads for each key (the authors' code), or across keys for "
+        "each head",
+    )
+    refresh: str | None = _knob(
+        None,
+        _or_null(_choice("replay", "next")),
+        "what a verdict of drift does: `replay` discards the step's candidates and repeats it "
+        "with the stale rows recomputed; `next` keeps them and lets the stale rows join the next "
+        "step. null: the policy's own, `replay` for `elastic`, `next` for `elastic-block`",
+    )
+    interval: int = _knob(
+        8, _integer(1, _MOST), "of `interval`: denoising steps from one refresh to the next"
+    )
+    lazy_window: bool = _knob(
+        False,
+        _FLAG,
+        "of `elastic-block`: a step first predicts those positions of the window that are new in "
+        "it, within `reach` of the last commits, or were sure before; where too few of these "
+        "reach the threshold, another pass predicts the rest "
+        "([policies](policies.md#the-lazy-window)). Ignored with `steps`",
+    )
+    probes: int = _knob(
+        4, _integer(1, 1 << 10), "of `elastic-block`: blocks probed at a step, one position each"
+    )
+    reach: int | None = _knob(
+        None,
+        _or_null(_integer(0, _MOST)),
+        "of `elastic` and `elastic-block`: positions on either side of a just committed one that "
+        "are computed with it. null: the policy's own, 0 for `elastic` (the paper), 4 for "
+        "`elastic-block`",
+    )
+    block_drift: float = _knob(
+        0.02,
+        _number(0.0, 10.0),
+        "of `elastic-block`: expected error of the window's attention beyond which blocks are "
+        "refreshed: attention paid to stale blocks times their relative drift",
+    )
+    slack: float = _knob(
+        0.1,
+        _number(0.0, 1.0),
+        "of `elastic-block`: a refreshed block joins at the last layer whose input has drifted at "
+        "most this share of the most drifted layer's",
+    )
+    attention_stride: int = _knob(
+        4,
+        _integer(1, 1 << 10),
+        "of `elastic-block`: the window's attention to the blocks is read in every so manyth "
+        "layer, counted down from the last",
+    )
+    granularity: int | None = _knob(
+        32,
+        _or_null(_integer(1, _MOST)),
+        "of `elastic-block`: positions a block has; null: the KV block",
+    )
+    tokens_per_step: int | None = _knob(
+        None,
+        _or_null(_integer(1, _MOST)),
+        "commit just this many positions a step, by rank, whatever the threshold; null: by "
+        "threshold",
+    )
+    block_length: int = _knob(
+        32, _integer(1, _MOST), "text block of `dual-cache` and of `steps`, in positions"
+    )
+    steps: int | None = _knob(
+        None,
+        _or_null(_integer(1, _MOST)),
+        "LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly by "
+        "its text blocks; `window`, `threshold` and `tokens_per_step` are not used. `max_tokens` "
+        "must be a multiple of `block_length`, `steps` of the number of blocks",
+    )
+    remasking: str = _knob(
+        "low_confidence",
+        _choice("low_confidence", "random"),
+        "of `steps`: a step keeps its most probable predictions, or random ones",
+    )
+    logits_eos_inf: bool = _knob(
+        False,
+        _FLAG,
+        "end-of-text is never predicted, so the answer fills the canvas. Named, like the next, as "
+        "in LLaDA's generation code",
+    )
+    confidence_eos_eot_inf: bool = _knob(
+        False,
+        _FLAG,
+        "end-of-text and end-of-turn have no part in the confidences: a predicted one has confidence "
+        "0, and is committed only where a step has nothing else to commit (by threshold, then one "
+        "a step)",
+    )
+    canvas: tuple[int, ...] | None = _knob(
+        None,
+        _or_null(_TOKEN_IDS),
+        "infilling: the answer's token ids, `max_tokens` of them, with the mask's id where text is "
+        "wanted. Fixed tokens stay, and no end token is chosen ahead of one. null: all masks",
+        engine=False,
+    )
+    max_window: int = _knob(
+        1024,
+        _integer(1, _MOST),
+        "the most positions that a step of any request may predict: bounds its `window`, or its "
+        "`block_length` with `dual-cache` and `steps`, and so the memory that one request can take",
+        per_request=False,
+    )
+    hidden_stride: int = _knob(
+        1,
+        _integer(1, 1 << 10),
+        "the input of every so manyth layer is kept (of layers s, 2s, ...), fewer than the model "
+        "has; refreshes start there and drift is tested there ([memory against "
+        "work](policies.md#memory-hidden_stride))",
+        per_request=False,
+    )
+    default_max_tokens: int = _knob(
+        256, _integer(1, _MOST), "canvas when a client of the server names none", per_request=False
+    )
+    record: bool = _knob(
+        False,
+        _FLAG,
+        "keep one entry for every pass of every request (benchmarks; about 1 KB a pass)",
+        per_request=False,
+    )
+    record_similarities: bool = _knob(
+        False, _FLAG, "with every drift test's similarities", per_request=False
+    )
+    record_rows: bool = _knob(
+        False,
+        _FLAG,
+        "with the rows of each join layer (`bench run` sets it, `bench simulate` reads it)",
+        per_request=False,
+    )
+
+    @property
+    def predicts_text_blocks(self) -> bool:
+        """Whether a step predicts a text block of ``block_length``, and not the window."""
+        return self.steps is not None or self.policy == "dual-cache"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:
@@ -203,16 +308,22 @@ class ElasticConfig:
         }
         if not overrides:
             return self
-        allowed = [f.name for f in fields(self) if f.metadata["per_request"]]
-        return self._updated(overrides, prefix=REQUEST_PREFIX, allowed=allowed)
+        return self._updated(overrides, prefix=REQUEST_PREFIX, allowed=_names_per_request())
+
+    def summary(self) -> str:
+        """The preset, the policy that runs, and what differs from the preset; one line."""
+        preset = ElasticConfig.from_dict({"preset": self.preset})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = [f"{k}={v}" for k, v in values.items() if v != getattr(preset, k)]
+        return f"preset {self.preset}, policy {self.policy}; set beside it: {', '.join(own) or '-'}"
 
     def _updated(
         self, values: Mapping[str, Any], *, prefix: str, allowed: list[str]
     ) -> ElasticConfig:
-        checks = {f.name: f.metadata["check"] for f in fields(self)}
-        checked = {}
+        ranges: dict[str, Range] = {f.name: f.metadata["range"] for f in fields(self)}
+        kept = {}
         for key, value in values.items():
-            if key not in allowed and key in checks:
+            if key not in allowed and key in ranges:
                 only = f"of a request only: send '{REQUEST_PREFIX}{key}'"
                 if prefix:
                     only = "of the engine only: set it with --elastic-config"
@@ -223,7 +334,102 @@ class ElasticConfig:
                 names = ", ".join(prefix + name for name in allowed)
                 raise ConfigError(f"unknown parameter '{prefix}{key}'.{hint} Allowed: {names}.")
             try:
-                checked[key] = checks[key](value)
-            except ConfigError as error:
-                raise ConfigError(f"'{prefix}{key}' {error}, got {value!r}.") from None
-        return replace(self, **checked)
+                kept[key] = ranges[key].keep(value)
+            except ValueError:
+                raise ConfigError(
+                    f"'{prefix}{key}' must be {ranges[key].allowed}, got {value!r}."
+                ) from None
+        if "preset" in kept:
+            kept = {**_preset_knobs(kept["preset"]), **kept}
+        config = replace(self, **kept)
+        config._check_most_predicted(prefix)
+        return config
+
+    def _check_most_predicted(self, prefix: str) -> None:
+        knob = "block_length" if self.predicts_text_blocks else "window"
+        value = getattr(self, knob)
+        if value > self.max_window:
+            raise ConfigError(
+                f"'{prefix}{knob}' is {value}, and the engine's 'max_window' {self.max_window} is "
+                f"the most that a step may predict; lower {knob}, or raise max_window with "
+                "--elastic-config."
+            )
+
+
+def _names_per_request() -> list[str]:
+    return [f.name for f in fields(ElasticConfig) if f.metadata["per_request"]]
+
+
+def _preset_knobs(name: str) -> dict[str, Any]:
+    """Every knob that a request may set, as the preset has it."""
+    defaults = {f.name: f.default for f in fields(ElasticConfig) if f.metadata["per_request"]}
+    return {**defaults, **PRESETS[name].knobs}
+
+
+_PAGE = """\
+# Knobs
+
+Written by `python -m vllm_elastic.config`; a test holds it against the code.
+
+Engine-wide: `vllm serve DIR --plugin elastic --elastic-config JSON`, or
+`LLM(model=DIR, additional_config={{"elastic": {{...}}}})`. Per request: the same name with the
+prefix `elastic_`, in `SamplingParams(extra_args={{"elastic_window": 32}})`, or over HTTP in
+`"vllm_xargs": {{"elastic_window": 32}}`. An unknown key or a value out of range is an error that
+names the key and what is allowed, at start or at admission (HTTP 400). Keys without the prefix are
+not ours and are passed over. `null` is for the engine and for Python: vLLM's server takes none in
+`vllm_xargs`; `elastic_preset` undoes an engine's `steps`, `tokens_per_step` or `refresh`.
+
+## Presets
+
+A preset is a starting point: `--elastic-config '{{"preset": "published"}}'`, or `elastic_preset`
+of a request. Other knobs beside it override it. The server's log says at start which one runs.
+
+| preset | | sets |
+|---|---|---|
+{presets}
+
+[Policies](policies.md) says how they work, [benchmarks](benchmarks.md) what they cost. On a model
+of your own `python -m vllm_elastic.bench tune` finds the knobs.
+
+## All knobs
+
+| knob | default | allowed | set by | meaning |
+|---|---|---|---|---|
+{knobs}
+
+What else differs from stock vLLM: [serving](serving.md); all of vLLM's own parameters:
+[sampling parameters](sampling-parameters.md).
+"""
+
+
+def page() -> str:
+    """The presets and knobs as a Markdown page."""
+    presets = [
+        f"| `{name}`{' (default)' if name == DEFAULT_PRESET else ''} | {preset.meaning} | "
+        f"{', '.join(f'`{k}` {_shown(v)}' for k, v in preset.knobs.items()) or 'the defaults'} |"
+        for name, preset in PRESETS.items()
+    ]
+    knobs = [
+        f"| `{f.name}` | {_shown(f.default)} | {_allowed(f)} | {_set_by(f)} | "
+        f"{f.metadata['meaning']} |"
+        for f in fields(ElasticConfig)
+    ]
+    return _PAGE.format(presets="\n".join(presets), knobs="\n".join(knobs))
+
+
+def _shown(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) else json.dumps(value)
+
+
+def _allowed(knob: Field[Any]) -> str:
+    words: str = knob.metadata["range"].allowed
+    return words.replace("'", "`").replace(str(_MOST), "2^20")
+
+
+def _set_by(knob: Field[Any]) -> str:
+    engine, request = knob.metadata["engine"], knob.metadata["per_request"]
+    return "engine, request" if engine and request else "engine" if engine else "request"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -267,7 +267,7 @@ def test_step_is_what_the_trial_run_holds(
 
     sizes = dict(d_model=256, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=768)
     directory = model(GROUPED | sizes | dict(vocab_size=7904, embedding_size=7904))
-    words = ("--row-budget", 1024, "--max-num-seqs", seats, "--memory", 1)
+    words = ("--row-budget", 1024, "--max-num-seqs", seats, "--memory", 1, "--window", 16)
     (rank,) = plan("--model", directory, *words).json["ranks"]
     built, config = one_of_several_ranks(directory, 1, 0, 1, device="cpu")
     with torch.inference_mode():

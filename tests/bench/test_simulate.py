@@ -45,7 +45,7 @@ def few_rows(count: int) -> StepLimits:
 
 def record_of(policy: str, seed: int = 0, prompt: int = 9, length: int = 24) -> dict[str, Any]:
     """A record as ``bench run`` writes it: the real decoder on a model that answers at random."""
-    knobs = {"policy": policy, "record": True, "record_rows": True, "granularity": 4}
+    knobs = {"policy": policy, "window": 16, "record": True, "record_rows": True, "granularity": 4}
     scenario = Scenario(
         ElasticConfig.from_dict(knobs),
         prompt_length=prompt,

@@ -306,5 +306,6 @@ def _plain(value: Any) -> Any:
 
 
 def quiet(config: dict[str, Any] | None = None, **changes: Any) -> Scenario:
-    """A scenario for readable examples: no drift, no restarts, no end token."""
-    return replace(Scenario(ElasticConfig.from_dict(config or {}), drift_rate=0.0), **changes)
+    """A scenario for readable examples: `elastic`, no drift, no restarts, no end token."""
+    knobs = {"policy": "elastic", "window": 16, **(config or {})}
+    return replace(Scenario(ElasticConfig.from_dict(knobs), drift_rate=0.0), **changes)

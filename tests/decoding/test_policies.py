@@ -311,7 +311,8 @@ def test_the_policy_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"np": np, "RefreshPolicy": RefreshPolicy}
     exec(source, names)
     monkeypatch.setitem(POLICIES, "every-other", names["EveryOther"])
-    scenario = quiet({"policy": "every-other", "granularity": 8}, prompt_length=8, max_tokens=8)
+    scenario = quiet({"granularity": 8}, prompt_length=8, max_tokens=8)
+    scenario = replace(scenario, config=replace(scenario.config, policy="every-other"))
     trace = drive(one_token_a_step(scenario))
     cache = CheckedCache(trace.scenario)
     for p in trace.passes:

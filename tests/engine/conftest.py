@@ -17,6 +17,9 @@ from vllm_elastic.reference.llada import HEAD
 
 EOS, MASK = 290, 291
 
+ORACLES_DEFAULTS = {"policy": "elastic", "window": 16}
+"""What the oracle does where a test names neither."""
+
 RANDOM_MODELS = {
     # odd sizes on purpose: the vocabulary is no multiple of anything
     "gqa-tied": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=5, weight_tying=True),
@@ -64,7 +67,9 @@ def poison(engine: object) -> None:
         cache.fill_(float("nan"))
 
 
-def make_engine(directory: Path, **options: Any) -> Any:
+def make_engine(
+    directory: Path, elastic_config: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """An engine of sixteen seats over poisoned blocks, with similarities in its records."""
     from vllm_elastic.bench.engine import BenchEngine
 
@@ -74,6 +79,7 @@ def make_engine(directory: Path, **options: Any) -> Any:
         max_model_len=256,
         kv_cache_memory_bytes=64 << 20,
         similarities=True,
+        elastic_config={**ORACLES_DEFAULTS, **(elastic_config or {})},
         **options,
     )
     poison(engine)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import MASK, Served, poison
+from .conftest import MASK, ORACLES_DEFAULTS, Served, poison
 from .test_oracle import ask_oracle
 
 pytestmark = pytest.mark.engine
@@ -84,6 +84,8 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
+        ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),
+        ({"max_window": 32}, "'window' is 64, .*'max_window' 32"),
         ([], "elastic config must be a JSON object"),
     ],
 )
@@ -109,7 +111,14 @@ def test_defaults_without_any_option(messages: list[str]) -> None:
     assert "ElasticScheduler" in str(config.scheduler_config.scheduler_cls)
     assert not config.model_config.trust_remote_code
     assert config.scheduler_config.async_scheduling is False
-    assert any("policy='elastic'" in m for m in messages)
+    (line,) = [m for m in messages if m.startswith("LLaDA is decoded with ")]
+    assert "preset block, policy elastic-block; " in line and "\n" not in line
+
+
+def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
+    make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
+    (line,) = [m for m in messages if m.startswith("LLaDA is decoded with ")]
+    assert line.endswith("preset published, policy elastic; set beside it: gamma=0.8")
 
 
 def test_registering_twice_changes_nothing() -> None:
@@ -174,6 +183,7 @@ def test_canvas_larger_than_the_row_budget(serve: Callable[[str], Served]) -> No
         max_model_len=256,
         row_budget=64,
         kv_cache_memory_bytes=32 << 20,
+        elastic_config=ORACLES_DEFAULTS,
     )
     assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 64
     poison(engine)

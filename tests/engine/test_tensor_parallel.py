@@ -17,7 +17,7 @@ from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees
 from .collectives import count_collectives, expected_traffic, take_collectives
-from .conftest import EOS, MASK, RANDOM_MODELS, Served, random_config
+from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
 from .test_oracle import CONFIGS, ask_oracle
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -49,7 +49,14 @@ def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
     return save
 
 
-def start(oracle: LLaDA, directory: Path, name: str, backend: str, **options: Any) -> Served:
+def start(
+    oracle: LLaDA,
+    directory: Path,
+    name: str,
+    backend: str,
+    elastic_config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Served:
     """The scheduler in this process, where its records are; the ranks in theirs."""
     from vllm import envs
 
@@ -64,6 +71,7 @@ def start(oracle: LLaDA, directory: Path, name: str, backend: str, **options: An
         similarities=True,
         tensor_parallel_size=RANKS,
         distributed_executor_backend=backend,
+        elastic_config={**ORACLES_DEFAULTS, **(elastic_config or {})},
         **options,
     )
     return Served(name, directory, oracle, engine)
@@ -197,7 +205,11 @@ def test_sampled_answers_equal_one_rank(served: Served) -> None:
     from vllm_elastic.bench.engine import BenchEngine
 
     alone = BenchEngine(
-        served.directory, batch_size=8, max_model_len=128, kv_cache_memory_bytes=16 << 20
+        served.directory,
+        batch_size=8,
+        max_model_len=128,
+        kv_cache_memory_bytes=16 << 20,
+        elastic_config=ORACLES_DEFAULTS,
     )
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in problems()]
     params = SamplingParams(

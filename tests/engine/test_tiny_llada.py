@@ -21,7 +21,7 @@ from vllm_elastic.reference import (
 )
 
 from .agreement import agrees
-from .conftest import poison
+from .conftest import ORACLES_DEFAULTS, poison
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_llada"
 sys.path.insert(0, str(TINY))
@@ -45,7 +45,11 @@ def tiny() -> Iterator[tuple[Any, LLaDA]]:
 
     checkpoint = TINY / "checkpoint"
     engine = BenchEngine(
-        checkpoint, batch_size=16, max_model_len=1200, kv_cache_memory_bytes=400 << 20
+        checkpoint,
+        batch_size=16,
+        max_model_len=1200,
+        kv_cache_memory_bytes=400 << 20,
+        elastic_config=ORACLES_DEFAULTS,
     )
     poison(engine)
     yield engine, LLaDA.from_pretrained(checkpoint)

@@ -30,6 +30,7 @@ from tests.reliability.json_values import (
 )
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.policies import POLICIES
+from vllm_elastic.presets import PRESETS
 
 CHAT = [{"role": "user", "content": "Sort : 2 1"}]
 CANVAS = 6
@@ -59,8 +60,9 @@ KNOB_NAMES = [
     *("elastic_gama", "elastic_", "elastic_\ud800", "elastic_" + "x" * 999, "other"),
 ]
 KNOB_VALUES = (
-    st.sampled_from([*POLICIES, "ELASTIC", "paper", "random", "next", "replay"])
+    st.sampled_from([*POLICIES, *PRESETS, "ELASTIC", "paper", "random", "next", "replay"])
     | st.integers(0, 12)
+    | st.sampled_from([1024, 1025])  # about max_window
     | st.floats(0, 2)
     | st.lists(st.sampled_from([1, 1, 1, 0, 5, 333, 334, -1, 2**40]), max_size=CANVAS + 1)
     | ANYTHING

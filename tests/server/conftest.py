@@ -91,7 +91,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A server of the tiny model in float32."""
     options = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
     options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--served-model-name", "tiny"]
-    options += ["--elastic-config", json.dumps({"gamma": 0.8, "window": 12})]
+    options += ["--elastic-config", json.dumps({"policy": "elastic", "gamma": 0.8, "window": 12})]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(MODEL, options, log=log, env=SERVER_LIMITS) as server:
         yield Client(server)

@@ -83,7 +83,7 @@ def test_server_and_llm_give_the_same_tokens(client: Client) -> None:
         dtype="float32",
         max_model_len=MODEL_LENGTH,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        additional_config={"elastic": {"gamma": 0.8, "window": 12}},
+        additional_config={"elastic": {"policy": "elastic", "gamma": 0.8, "window": 12}},
     )
     params = [
         SamplingParams(temperature=0.0, max_tokens=CANVAS, extra_args=knobs or None)
@@ -119,7 +119,7 @@ def test_example_stream(client: Client) -> None:
         [*command, "--prompt", question], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    options = {"max_tokens": 256, "vllm_xargs": {"elastic_gamma": 0.9}}
+    options = {"max_tokens": 256, "vllm_xargs": {"elastic_preset": "block"}}
     _, answer = client.chat(question, **options)
     assert done.stdout == (answer["choices"][0]["message"]["content"] or "") + "\n"
 

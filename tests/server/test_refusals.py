@@ -72,6 +72,8 @@ def test_beam_search(alive: Client) -> None:
         ({"elastic_threshold": -0.1}, ["'elastic_threshold'", "0 to 1", "-0.1"]),
         ({"elastic_window": 0}, ["'elastic_window'", "integer from 1", "got 0"]),
         ({"elastic_window": 1.5}, ["'elastic_window'", "integer from 1", "got 1.5"]),
+        ({"elastic_window": 2000}, ["'elastic_window' is 2000", "'max_window' 1024", "raise max"]),
+        ({"elastic_preset": "fast"}, ["'elastic_preset'", "'published'", "'fast'"]),
         ({"elastic_policy": "fast"}, ["'elastic_policy'", "'dual-cache'", "'fast'"]),
         ({"elastic_statistic": [1]}, ["'elastic_statistic'", "'paper'"]),
     ],

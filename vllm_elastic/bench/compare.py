@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         default={},
         metavar="JSON",
         help='knobs of single policies: {"elastic": {"gamma": 0.8}}; under another name a row of '
-        'its own: {"as published": {"policy": "elastic", "reach": 0}}',
+        'its own: {"published": {"preset": "published"}}',
     )
     add_json(parser)
     parser.set_defaults(function=main)

@@ -130,7 +130,7 @@ class BenchEngine:
             token_ids.pop()
         return {
             "id": request.get("id", index),
-            "policy": request.get("elastic_policy", self.scheduler.elastic_config.policy),
+            "policy": self.scheduler.elastic_config.for_request(request).policy,
             "layers": self.num_layers,
             "canvas": len(output.prompt_token_ids) + max_tokens,
             "prompt_tokens": len(output.prompt_token_ids),

@@ -115,4 +115,4 @@ def make_schedule(config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> 
     """The schedule that a request's knobs name. Raises as ``FixedSteps``."""
     if config.steps is not None:
         return FixedSteps(config, num_new_tokens, seed)
-    return TextBlocks(config) if config.policy == "dual-cache" else SlidingWindow(config)
+    return TextBlocks(config) if config.predicts_text_blocks else SlidingWindow(config)

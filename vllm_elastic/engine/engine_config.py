@@ -77,7 +77,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         model.override_generation_config = {**defaults, **model.override_generation_config}
         keep_requested_canvas(model.override_generation_config["max_new_tokens"], cap)
         _find_end_of_turn(vllm_config)
-        logger.info("Elastic-Cache: %s", elastic)
+        logger.info("LLaDA is decoded with %s", elastic.summary())
 
 
 def _find_end_of_turn(vllm_config: VllmConfig) -> None:

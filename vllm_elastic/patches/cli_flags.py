@@ -53,7 +53,7 @@ def add_elastic_flags() -> None:
             type=_json_object,
             default=None,
             metavar="JSON",
-            help='Decoding knobs, for instance \'{"policy": "elastic", "gamma": 0.9}\'.',
+            help='Decoding knobs, for instance \'{"preset": "published", "gamma": 0.8}\'.',
         )
         return parser
 
