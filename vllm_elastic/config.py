@@ -231,9 +231,9 @@ class ElasticConfig:
     confidence_eos_eot_inf: bool = _knob(
         False,
         _FLAG,
-        "end-of-text and end-of-turn have no part in the confidences: a predicted one has confidence "
-        "0, and is committed only where a step has nothing else to commit (by threshold, then one "
-        "a step)",
+        "end-of-text and end-of-turn have no part in the confidences: a predicted one has "
+        "confidence 0, and is committed only where a step has nothing else to commit (by "
+        "threshold, then one a step)",
     )
     canvas: tuple[int, ...] | None = _knob(
         None,
