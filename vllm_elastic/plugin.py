@@ -25,7 +25,7 @@ def register() -> None:
     from vllm_elastic.models.llada_config import LLaDAConfig
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
-    from vllm_elastic.patches.finished_answer import take_reports_of_finished_answers
+    from vllm_elastic.patches.finished_answer import take_reports_of_ended_requests
 
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.models:
@@ -33,4 +33,4 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = LLaDAEngineConfig
     add_elastic_flags()
     check_requests_at_admission()
-    take_reports_of_finished_answers()
+    take_reports_of_ended_requests()
