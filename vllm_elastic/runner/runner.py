@@ -334,6 +334,13 @@ class ElasticRunner:
     def shutdown(self) -> None:
         self.kv_caches.clear()
 
+    def get_draft_model(self) -> None:
+        """Asked by the GPU worker's ``sleep`` and weight updates: there is none."""
+        return None
+
+    def reset_lora_state(self) -> None:
+        """Asked by the GPU worker after a weight update: there is none."""
+
 
 def _window_slices(plans: list[PassPlan]) -> list[slice]:
     """Each plan's rows among the window rows of all."""
