@@ -56,6 +56,8 @@ CPU_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 LINEAR = "vllm.model_executor.layers.linear"
 VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
+COMPLETIONS = f"{OPENAI}.completion.serving:OpenAIServingCompletion"
+BEAM_SEARCH = "vllm.entrypoints.generate.beam_search"
 QUANTIZED = ["bias", "quant_config", "prefix"]
 
 # Our class and method -> the vLLM class whose method it overrides.
@@ -252,21 +254,25 @@ WRAPPED = {
         "stop_reason",
     ],
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ["self"],
-    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": [
-        "self",
-        "max_tokens",
-    ],
-    f"{OPENAI}.completion.protocol:CompletionRequest.to_sampling_params": ["self", "max_tokens"],
-    f"{OPENAI}.responses.protocol:ResponsesRequest.to_sampling_params": [
-        "self",
-        "default_max_tokens",
-    ],
+    **{
+        f"{OPENAI}.{request}.to_sampling_params": ["self", lengths, "default_sampling_params"]
+        for request, lengths in (
+            ("chat_completion.protocol:ChatCompletionRequest", "max_tokens"),
+            ("completion.protocol:CompletionRequest", "max_tokens"),
+            ("responses.protocol:ResponsesRequest", "default_max_tokens"),
+        )
+    },
+    f"{COMPLETIONS}.create_completion": ["self", "request", "raw_request"],
+    f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search": ["self"],
+    f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search": ["self"],
 }
 
 # Attributes that we read or set on objects that vLLM hands us.
 ATTRIBUTES: dict[str, list[str]] = {
+    "vllm.config:AttentionConfig": ["use_non_causal"],
     "vllm.config:VllmConfig": [
         "additional_config",
+        "attention_config",
         "cache_config",
         "compilation_config",
         "kv_transfer_config",
@@ -281,7 +287,6 @@ ATTRIBUTES: dict[str, list[str]] = {
         "block_size",
         "cache_dtype",
         "enable_prefix_caching",
-        "num_gpu_blocks",
         "user_specified_block_size",
     ],
     "vllm.config:ModelConfig": [
@@ -320,10 +325,14 @@ ATTRIBUTES: dict[str, list[str]] = {
     f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest": [
         "max_completion_tokens",
         "max_tokens",
-        "to_beam_search_params",
     ],
-    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens", "to_beam_search_params"],
+    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens"],
     f"{OPENAI}.responses.protocol:ResponsesRequest": ["max_output_tokens"],
+    COMPLETIONS: ["default_sampling_params", "engine_client"],
+    f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin": ["engine_client"],
+    f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin": ["llm_engine"],
+    "vllm.engine.protocol:EngineClient": ["vllm_config"],
+    "vllm.v1.engine.llm_engine:LLMEngine": ["vllm_config"],
     "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [
         "eos_token_id",

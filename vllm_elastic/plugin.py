@@ -26,6 +26,7 @@ def register() -> None:
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
     from vllm_elastic.patches.finished_answer import take_reports_of_ended_requests
+    from vllm_elastic.patches.max_tokens import take_max_tokens_literally
 
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.models:
@@ -34,3 +35,4 @@ def register() -> None:
     add_elastic_flags()
     check_requests_at_admission()
     take_reports_of_ended_requests()
+    take_max_tokens_literally()
