@@ -6,6 +6,7 @@ CONSTRAINTS ?= scripts/constraints.txt
 PYTEST_ARGS ?=
 MINUTES ?= 30
 REQUESTS ?= 5000
+VERSION ?= 0.33.0
 
 RUN := $(VENV)/bin/python -m
 
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long cluster-test soak fuzz demo lint format constraints clean
+.PHONY: help setup test test-long test-next cluster-test soak fuzz demo lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +28,11 @@ test: lint ## lint, then all tests but the long ones
 
 test-long: setup ## the long tests only
 	$(RUN) pytest -m long $(PYTEST_ARGS)
+
+test-next: setup ## the engine's tests over the Python files of vLLM VERSION
+	bash scripts/next_vllm.sh $(VERSION) $(VENV) out/vllm-$(VERSION)
+	PYTHONPATH=$(CURDIR)/out/vllm-$(VERSION):$(CURDIR) $(RUN) pytest tests/test_private_names.py tests/patches tests/engine \
+		$(PYTEST_ARGS)
 
 cluster-test: setup ## two Ray nodes, two engines, two replicas, and what happens when one dies
 	$(RUN) pytest -m cluster tests/cluster $(PYTEST_ARGS)

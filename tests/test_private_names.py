@@ -22,6 +22,7 @@ import vllm
 
 PACKAGE = Path(__file__).parent.parent / "vllm_elastic"
 VERSION = f"vLLM {vllm.__version__}"
+RELEASE = ".".join(vllm.__version__.split(".")[:2])
 
 # Where vLLM is known at all. A new file here is a decision, not an accident.
 FILES_THAT_IMPORT_VLLM = {
@@ -36,7 +37,11 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/finished_answer.py",
+    "models/layers.py",
     "models/llada.py",
+    "models/transformer.py",
+    "runner/batch.py",
+    "runner/cache_view.py",
     "plugin.py",
     "patches/ray_on_cpu/__init__.py",
     "patches/max_tokens.py",
@@ -55,6 +60,8 @@ CPU_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 LINEAR = "vllm.model_executor.layers.linear"
 VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
+COMPLETIONS = f"{OPENAI}.completion.serving:OpenAIServingCompletion"
+BEAM_SEARCH = "vllm.entrypoints.generate.beam_search"
 QUANTIZED = ["bias", "quant_config", "prefix"]
 
 # Our class and method -> the vLLM class whose method it overrides.
@@ -73,6 +80,9 @@ OVERRIDDEN = [
         "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator",
     ),
 ]
+
+# Methods of vLLM's that ours overrides and calls with whatever it was given.
+PASSED_ON = [("engine.scheduler:ElasticScheduler.make_stats", SCHEDULER)]
 
 # What we call -> names of the arguments given by position, names of those given by keyword.
 CALLED: list[tuple[str, list[str], list[str]]] = [
@@ -142,10 +152,11 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         ],
         [],
     ),
+    ("vllm.v1.worker.utils:AttentionGroup.get_metadata_builder", ["self"], []),
     (
-        "vllm.v1.worker.utils:AttentionGroup.build_metadata",
-        ["self", "common_attn_metadata"],
-        [],
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+        ["self"],
+        ["common_prefix_len", "common_attn_metadata"],
     ),
     (
         "vllm.v1.attention.backend:CommonAttentionMetadata",
@@ -237,6 +248,10 @@ WRAPPED = {
         "self",
         "engine_core_outputs",
     ],
+    "vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats": [
+        "self",
+        "scheduler_stats",
+    ],
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": [
         "self",
         "token_ids",
@@ -244,21 +259,25 @@ WRAPPED = {
         "stop_reason",
     ],
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ["self"],
-    f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": [
-        "self",
-        "max_tokens",
-    ],
-    f"{OPENAI}.completion.protocol:CompletionRequest.to_sampling_params": ["self", "max_tokens"],
-    f"{OPENAI}.responses.protocol:ResponsesRequest.to_sampling_params": [
-        "self",
-        "default_max_tokens",
-    ],
+    **{
+        f"{OPENAI}.{request}.to_sampling_params": ["self", lengths, "default_sampling_params"]
+        for request, lengths in (
+            ("chat_completion.protocol:ChatCompletionRequest", "max_tokens"),
+            ("completion.protocol:CompletionRequest", "max_tokens"),
+            ("responses.protocol:ResponsesRequest", "default_max_tokens"),
+        )
+    },
+    f"{COMPLETIONS}.create_completion": ["self", "request", "raw_request"],
+    f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search": ["self"],
+    f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search": ["self"],
 }
 
 # Attributes that we read or set on objects that vLLM hands us.
 ATTRIBUTES: dict[str, list[str]] = {
+    "vllm.config:AttentionConfig": ["use_non_causal"],
     "vllm.config:VllmConfig": [
         "additional_config",
+        "attention_config",
         "cache_config",
         "compilation_config",
         "kv_transfer_config",
@@ -273,7 +292,6 @@ ATTRIBUTES: dict[str, list[str]] = {
         "block_size",
         "cache_dtype",
         "enable_prefix_caching",
-        "num_gpu_blocks",
         "user_specified_block_size",
     ],
     "vllm.config:ModelConfig": [
@@ -305,6 +323,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "impl",
         "kv_cache",
         "layer_name",
+        "num_heads",
         "num_kv_heads",
     ],
     "vllm.model_executor.models.registry:_ModelRegistry": ["models"],
@@ -312,10 +331,14 @@ ATTRIBUTES: dict[str, list[str]] = {
     f"{OPENAI}.chat_completion.protocol:ChatCompletionRequest": [
         "max_completion_tokens",
         "max_tokens",
-        "to_beam_search_params",
     ],
-    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens", "to_beam_search_params"],
+    f"{OPENAI}.completion.protocol:CompletionRequest": ["max_tokens"],
     f"{OPENAI}.responses.protocol:ResponsesRequest": ["max_output_tokens"],
+    COMPLETIONS: ["default_sampling_params", "engine_client"],
+    f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin": ["engine_client"],
+    f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin": ["llm_engine"],
+    "vllm.engine.protocol:EngineClient": ["vllm_config"],
+    "vllm.v1.engine.llm_engine:LLMEngine": ["vllm_config"],
     "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [
         "eos_token_id",
@@ -327,13 +350,13 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
     "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
     "vllm.v1.engine:EngineCoreOutput": ["finish_reason", "kv_transfer_params", "request_id"],
-    "vllm.v1.engine.output_processor:OutputProcessor": ["log_stats", "request_states"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": ["detokenizer"],
     "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
     "vllm.v1.engine.input_processor:InputProcessor": ["process_inputs", "vllm_config"],
     "vllm.v1.kv_cache_interface:KVCacheConfig": ["kv_cache_groups", "num_blocks"],
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ["kv_cache_spec"],
-    "vllm.v1.kv_cache_interface:KVCacheSpec": ["page_size_bytes"],
+    "vllm.v1.kv_cache_interface:KVCacheSpec": ["block_size", "page_size_bytes"],
     "vllm.v1.outputs:ModelRunnerOutput": ["req_ids", "sampled_token_ids"],
     "vllm.v1.request:Request": [
         "max_tokens",
@@ -350,12 +373,36 @@ ATTRIBUTES: dict[str, list[str]] = {
         "stop_reason",
     ],
     "vllm.v1.request:RequestStatus": [
-        "FINISHED_ABORTED",
         "FINISHED_STOPPED",
         "PREEMPTED",
         "RUNNING",
     ],
     "vllm.v1.worker.utils:AttentionGroup": ["layer_names"],
+}
+
+# Containers of vLLM's that we fill or iterate over: a release may give one another type.
+CONTAINERS: dict[str, dict[str, str]] = {
+    SCHEDULER: {
+        "encoder_cache_mismatch_reqs": "set[str]",
+        "requests": "dict[str, Request]",
+        "running": "list[Request]",
+    },
+    "vllm.config:ModelConfig": {"override_generation_config": "dict[str, Any]"},
+    "vllm.v1.core.sched.output:SchedulerOutput": {"num_scheduled_tokens": "dict[str, int]"},
+    "vllm.v1.engine:EngineCoreOutput": {"kv_transfer_params": "dict[str, Any] | None"},
+    "vllm.v1.engine:EngineCoreOutputs": {"outputs": "list[EngineCoreOutput]"},
+    "vllm.v1.metrics.stats:SchedulerStats": {"kv_connector_stats": "dict[str, Any] | None"},
+    "vllm.v1.outputs:ModelRunnerOutput": {
+        "req_ids": "list[str]",
+        "sampled_token_ids": "list[list[int]]",
+        "logprobs": "LogprobsLists | None",
+    },
+    "vllm.v1.outputs:LogprobsLists": {
+        "logprob_token_ids": "np.ndarray",
+        "logprobs": "np.ndarray",
+        "sampled_token_ranks": "np.ndarray",
+        "cu_num_generated_tokens": "list[int] | None",
+    },
 }
 
 # Our subclasses: whatever they read of `self` and do not define has to come from vLLM.
@@ -370,6 +417,7 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "_dummy_pooler_run": "pooling",
     "pool": "Model Runner V2",
     # warm-up and CUDA graphs: ElasticWorker.compile_or_warm_up_model replaces it all
+    "eplb": "warm-up",
     "_dummy_run": "warm-up; data parallel dummy batches",
     "_dummy_sampler_run": "warm-up",
     "capture_model": "warm-up",
@@ -382,9 +430,6 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "list_loras": "LoRA",
     "pin_lora": "LoRA",
     "remove_lora": "LoRA",
-    "reset_lora_state": "LoRA",
-    # speculative decoding is refused
-    "get_draft_model": "speculative decoding",
     # development and RL endpoints
     "get_encoder_timing_stats": "multimodal models",
     # asked with hasattr
@@ -392,6 +437,9 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "release_late_interaction_query_cache": "asked with getattr and a default",
     "uniform_decode_query_len": "asked with getattr and a default",
 }
+
+# Of these, the names that not every release has.
+ASKED_SINCE = {"eplb": "0.33"}
 
 
 def resolve(path: str) -> Any:
@@ -421,6 +469,17 @@ def own(path: str) -> Any:
 
 def source_tree(cls: type) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+
+
+def annotations_of(cls: type) -> dict[str, str]:
+    """Types that a class's own source gives its fields, and its methods ``self``'s attributes."""
+    found = {}
+    for node in ast.walk(source_tree(cls)):
+        if isinstance(node, ast.AnnAssign):
+            target = node.target
+            name = target.attr if isinstance(target, ast.Attribute) else ast.unparse(target)
+            found[name] = ast.unparse(node.annotation)
+    return found
 
 
 @functools.cache
@@ -511,6 +570,14 @@ def test_overridden_method_has_vllms_parameters(ours: str, base: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("ours", "base"), PASSED_ON)
+def test_overriding_method_passes_everything_on(ours: str, base: str) -> None:
+    """One that names arguments has to name vLLM's: it belongs to the list above."""
+    resolve(f"{base}.{ours.split('.')[-1]}")
+    kinds = [kind for name, kind, _ in parameters(own(ours)) if name != "self"]
+    assert kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
+
 @pytest.mark.parametrize(
     ("path", "positional", "keywords"), CALLED, ids=[path for path, _, _ in CALLED]
 )
@@ -534,6 +601,14 @@ def test_attributes_exist(path: str) -> None:
     assert not missing, f"{VERSION}: {path} has no {sorted(missing)}"
 
 
+@pytest.mark.parametrize("path", CONTAINERS)
+def test_containers_are_of_the_known_type(path: str) -> None:
+    """A release gave a name another type: `update` of a set is a ValueError of a dict."""
+    types = annotations_of(resolve(path))
+    found = {name: types.get(name) for name in CONTAINERS[path]}
+    assert found == CONTAINERS[path], f"{VERSION}: {path}"
+
+
 def test_refused_sampling_parameters_exist() -> None:
     """A parameter that vLLM renamed would be ignored instead of refused."""
     known = attributes_of(resolve("vllm.sampling_params:SamplingParams"))
@@ -555,7 +630,7 @@ def test_inherited_attributes_exist(ours: str) -> None:
 def test_our_names_do_not_hide_vllms() -> None:
     """A new private attribute of vLLM's scheduler could have the name of one of ours."""
     cls, base = own("engine.scheduler:ElasticScheduler"), resolve(SCHEDULER)
-    overridden = {ours.split(".")[-1] for ours, _ in OVERRIDDEN}
+    overridden = {ours.split(".")[-1] for ours, _ in OVERRIDDEN + PASSED_ON}
     mine = {name for name in vars(cls) if not name.startswith(("__", "_abc_"))}
     mine |= names_set_by(cls)
     # Counted up in place, as vLLM's own schedule() does.
@@ -604,7 +679,13 @@ def test_runner_offers_what_the_workers_ask(name: str) -> None:
 
 def test_what_is_not_asked_is_still_in_vllm() -> None:
     """The list of exceptions would outlive what it excuses."""
-    assert set(NOT_ASKED_OF_OUR_RUNNER) <= set(runner_names())
+    since = {name: ASKED_SINCE.get(name, RELEASE) for name in NOT_ASKED_OF_OUR_RUNNER}
+    asked = {name for name, release in since.items() if _number(release) <= _number(RELEASE)}
+    assert asked <= set(runner_names())
+
+
+def _number(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split("."))
 
 
 @pytest.mark.parametrize("path", WRAPPED)

@@ -23,13 +23,15 @@ def register() -> None:
 
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
-    from vllm_elastic.patches.finished_answer import take_reports_of_finished_answers
+    from vllm_elastic.patches.finished_answer import take_reports_of_ended_requests
+    from vllm_elastic.patches.max_tokens import take_max_tokens_literally
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
     add_elastic_flags()
     check_requests_at_admission()
-    take_reports_of_finished_answers()
+    take_reports_of_ended_requests()
+    take_max_tokens_literally()
 
 
 def register_family(architecture: str, family: Family) -> None:

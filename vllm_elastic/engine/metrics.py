@@ -4,47 +4,67 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterable
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from vllm_elastic.engine.report import EndedRequest
 
 _LABELS = ("model_name", "engine", "policy")
 _STEP_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
-class _Counters:
-    """Made when the first request is finished: vLLM clears the registry when an engine starts."""
+class _Counters(Collector):
+    """All counters as one collector: vLLM unregisters those with a name like its own at each start.
+
+    An engine that is made later in this process goes on counting in the same ones.
+    """
 
     def __init__(self) -> None:
         self.requests = Counter(
-            "vllm:elastic_requests", "Requests ended, aborted ones included.", _LABELS
+            "vllm:elastic_requests",
+            "Requests ended, aborted ones included.",
+            _LABELS,
+            registry=None,
         )
         self.denoising_steps = Counter(
             "vllm:elastic_denoising_steps",
             "Denoising steps of ended requests; a replayed step counts once.",
             _LABELS,
+            registry=None,
         )
         self.passes = Counter(
             "vllm:elastic_passes",
             "Forward passes of ended requests: first, full, window, refresh, widened, replay.",
             (*_LABELS, "kind"),
+            registry=None,
         )
         self.row_layers = Counter(
             "vllm:elastic_row_layers",
             "Rows computed in ended requests, summed over layers.",
             _LABELS,
+            registry=None,
         )
         self.full_row_layers = Counter(
             "vllm:elastic_full_row_layers",
             "The same if every step had recomputed the whole canvas.",
             _LABELS,
+            registry=None,
         )
         self.steps_per_request = Histogram(
             "vllm:elastic_request_denoising_steps",
             "Denoising steps of a request.",
             _LABELS,
             buckets=_STEP_BUCKETS,
+            registry=None,
         )
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in vars(self).values():
+            yield from metric.collect()
 
 
 @functools.cache
@@ -52,15 +72,14 @@ def _counters() -> _Counters:
     return _Counters()
 
 
-def count_finished(record: dict[str, Any]) -> None:
-    """Add one ended request.
-
-    Args:
-        record: ``model_name``, ``engine``, ``policy``; ``denoising_steps``, ``row_layers``,
-            ``full_row_layers``; ``passes``: number by kind.
-    """
+def count_ended(record: EndedRequest) -> None:
+    """Add one request."""
     counters = _counters()
-    labels = {name: record[name] for name in _LABELS}
+    labels = {
+        "model_name": record["model_name"],
+        "engine": record["engine"],
+        "policy": record["policy"],
+    }
     counters.requests.labels(**labels).inc()
     counters.denoising_steps.labels(**labels).inc(record["denoising_steps"])
     counters.row_layers.labels(**labels).inc(record["row_layers"])

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -21,14 +22,11 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.turns import Turns
+from vllm_elastic.engine.report import EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.models.registry import traits_of
-from vllm_elastic.patches.finished_answer import KEY
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
-
-# No output of such a request goes to the front end, which ended it itself.
-_UNHEARD = (RequestStatus.FINISHED_ABORTED,)
 
 
 class ElasticScheduler(Scheduler):
@@ -53,7 +51,7 @@ class ElasticScheduler(Scheduler):
         self._turns = Turns()
         self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
-        self._unreported: list[dict[str, Any]] = []  # ended, and not told to the front end yet
+        self._ended: list[EndedRequest] = []  # since the last statistics
 
     @property
     def limits(self) -> StepLimits:
@@ -116,8 +114,9 @@ class ElasticScheduler(Scheduler):
                 shown[index] = canvas.take_logprobs(len(tokens))
         if shown:
             model_runner_output.logprobs = _logprobs_lists(shown, len(results))
-        # vLLM ends these with FINISHED_ERROR and tells the client.
-        self.grammar_compile_error_reqs.update(failed)
+        # vLLM ends these with FINISHED_ERROR and tells the client. Of its lists of such requests
+        # this one is a set in every release.
+        self.encoder_cache_mismatch_reqs.update(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
@@ -203,26 +202,32 @@ class ElasticScheduler(Scheduler):
         if canvas is not None and admitted_at is not None and self.elastic_config.record:
             canvas.record.seconds = time.monotonic() - admitted_at
             self.records[request.request_id] = canvas.record
+        if canvas is not None and self.log_stats:
+            self._ended.append(self._ended_request(canvas))
         params, ec_params = super()._free_request(request, delay_free_blocks)
-        if canvas is not None:
-            self._unreported.append(self._summary(canvas))
-        if request.status not in _UNHEARD:
-            report = {"end_token": self._ends_with_end_token(request), "records": self._unreported}
-            self._unreported = []
-            params = {**(params or {}), KEY: report}
+        if self._ends_with_end_token(request):
+            params = attach(params, True)
         return params, ec_params
 
-    def _summary(self, canvas: DenoisingRequest) -> dict[str, Any]:
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, with the requests that ended since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._ended:
+            stats.kv_connector_stats = attach(stats.kv_connector_stats, self._ended)
+            self._ended = []
+        return stats
+
+    def _ended_request(self, canvas: DenoisingRequest) -> EndedRequest:
         record = canvas.record
-        return {
-            "model_name": self.vllm_config.model_config.served_model_name,
-            "engine": str(self.vllm_config.parallel_config.data_parallel_index),
-            "policy": canvas.config.policy,
-            "denoising_steps": record.denoising_steps,
-            "row_layers": record.row_layers,
-            "full_row_layers": record.full_row_layers,
-            "passes": dict(record.kinds),
-        }
+        return EndedRequest(
+            model_name=self.vllm_config.model_config.served_model_name,
+            engine=str(self.vllm_config.parallel_config.data_parallel_index),
+            policy=canvas.config.policy,
+            denoising_steps=record.denoising_steps,
+            row_layers=record.row_layers,
+            full_row_layers=record.full_row_layers,
+            passes=dict(record.kinds),
+        )
 
     def _ends_with_end_token(self, request: Request) -> bool:
         """Whether the model ended the answer with a token that is no part of its text."""

@@ -15,9 +15,11 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.engine.engine_config import is_served_by_us
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.patches.max_tokens import take_note
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -37,8 +39,10 @@ def check_requests_at_admission() -> None:
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         if is_served_by_us(self.vllm_config):
-            # (request_id, prompt, params, ...): before the tokenizer meets them.
-            check_bad_words(kwargs.get("params", args[2] if len(args) > 2 else None))
+            # (request_id, prompt, params, ...)
+            sent = kwargs.get("params", args[2] if len(args) > 2 else None)
+            check_bad_words(sent)  # before the tokenizer meets them
+            take_note(sent, self.vllm_config)
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
         if is_served_by_us(self.vllm_config) and params is not None:
@@ -52,11 +56,6 @@ def check_requests_at_admission() -> None:
 
     setattr(checked, _WRAPPED, True)
     InputProcessor.process_inputs = checked
-
-
-def is_served_by_us(vllm_config: VllmConfig) -> bool:
-    """Whether this engine runs our scheduler."""
-    return "vllm_elastic" in str(vllm_config.scheduler_config.scheduler_cls)
 
 
 def check_bad_words(params: object) -> None:
@@ -109,7 +108,7 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
 
 
 def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """Refuse a canvas that the model or the KV cache cannot hold.
+    """Refuse a canvas that the model cannot hold; vLLM's start sees to it that the KV cache can.
 
     Raises:
         VLLMValidationError: names max_tokens, both numbers and the remedy.
@@ -126,19 +125,6 @@ def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmCo
             parameter="max_tokens",
             value=params.max_tokens,
         )
-    cache = vllm_config.cache_config
-    if cache.num_gpu_blocks:
-        # One block is vLLM's null block.
-        capacity = (cache.num_gpu_blocks - 1) * cache.block_size
-        if canvas > capacity:
-            raise VLLMValidationError(
-                f"max_tokens={params.max_tokens} is the canvas: with a prompt of "
-                f"{prompt_length} tokens it makes {canvas} positions, but the KV cache holds "
-                f"{capacity}. Lower max_tokens, or give the server more KV cache "
-                "(--kv-cache-memory-bytes).",
-                parameter="max_tokens",
-                value=params.max_tokens,
-            )
 
 
 def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfig:

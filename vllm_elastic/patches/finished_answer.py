@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the front end does when an answer is finished: leave the end token out, count the work."""
+"""What the front end does when requests end: leave the end token out, count the work."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_elastic.engine.metrics import count_finished
-
-KEY = "vllm_elastic"
-"""Key of our report in ``EngineCoreOutput.kv_transfer_params``, the one free-form field that an
-engine core sends along with a finished request. Taken out before a client could see it."""
+from vllm_elastic.engine.metrics import count_ended
+from vllm_elastic.engine.report import detach
 
 _WRAPPED = "_vllm_elastic_wrapped"
 _ENDED = "_vllm_elastic_ended"
 
 
-def take_reports_of_finished_answers() -> None:
+def take_reports_of_ended_requests() -> None:
     """Wrap the front end's output processing, once. Other models' outputs carry no report.
 
     See patches/finished_answer: vLLM counts the end token as part of the answer, and its metrics
@@ -29,6 +27,7 @@ def take_reports_of_finished_answers() -> None:
     if hasattr(OutputProcessor.process_outputs, _WRAPPED):
         return
     process_outputs = OutputProcessor.process_outputs
+    update_scheduler_stats = OutputProcessor.update_scheduler_stats
     new_completion_output = RequestState._new_completion_output
 
     @functools.wraps(process_outputs)
@@ -37,8 +36,16 @@ def take_reports_of_finished_answers() -> None:
     ) -> Any:
         for output in outputs:
             if output.finish_reason is not None:
-                _take_report(self, output)
+                _take_end_token(self, output)
         return process_outputs(self, outputs, *args, **kwargs)
+
+    @functools.wraps(update_scheduler_stats)
+    def update(self: OutputProcessor, stats: SchedulerStats | None) -> None:
+        if stats is not None:
+            stats.kv_connector_stats, ended = detach(stats.kv_connector_stats)
+            for request in ended or ():
+                count_ended(request)
+        update_scheduler_stats(self, stats)
 
     @functools.wraps(new_completion_output)
     def without_end(
@@ -56,6 +63,7 @@ def take_reports_of_finished_answers() -> None:
 
     setattr(process, _WRAPPED, True)
     OutputProcessor.process_outputs = process
+    OutputProcessor.update_scheduler_stats = update
     RequestState._new_completion_output = without_end
 
 
@@ -71,15 +79,8 @@ def drop_last_token(output: CompletionOutput) -> None:
         output.logprobs = output.logprobs[:-1]
 
 
-def _take_report(processor: OutputProcessor, output: EngineCoreOutput) -> None:
-    params = output.kv_transfer_params
-    if not params or KEY not in params:
-        return
-    report = params[KEY]
-    output.kv_transfer_params = {k: v for k, v in params.items() if k != KEY} or None
+def _take_end_token(processor: OutputProcessor, output: EngineCoreOutput) -> None:
+    output.kv_transfer_params, ended = detach(output.kv_transfer_params)
     state = processor.request_states.get(output.request_id)
-    if state is not None:
-        setattr(state, _ENDED, report["end_token"])
-    if processor.log_stats:
-        for record in report["records"]:
-            count_finished(record)
+    if ended and state is not None:
+        setattr(state, _ENDED, True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Over HTTP, ``max_tokens`` reaches admission as the client sent it: it is the canvas.
 
-Beam search, which would ask for canvases of one token, is refused at the same place.
+Conversion to ``SamplingParams`` notes what was asked for, whatever the model; only an engine that
+is ours takes the note. Beam search, which would ask for canvases of one token, is refused.
 
-See patches/max_tokens: vLLM's server lowers it to what fits, and to the default.
+See patches/max_tokens: vLLM's server lowers max_tokens to what fits, and to the default.
 """
 
 from __future__ import annotations
@@ -11,56 +12,87 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vllm.config import VllmConfig
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
+from vllm_elastic.engine.engine_config import is_served_by_us, max_tokens_ceiling
+
 _WRAPPED = "_vllm_elastic_wrapped"
-_lengths: dict[str, int | None] = {"default": None, "cap": None}
+_ASKED = "_vllm_elastic_max_tokens"
 
 
-def keep_requested_canvas(default: int, cap: int | None) -> None:
-    """Make this process's server take ``max_tokens`` literally; called only for a LLaDA.
-
-    Args:
-        default: canvas, in positions, of a request that names none, on all endpoints.
-        cap: the operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None.
-    """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    _lengths.update(default=default, cap=cap)
-    # vLLM fills in this value where a request has none: 16 otherwise.
-    CompletionRequest.model_fields["max_tokens"].default = default
-    _wrap(CompletionRequest, "max_tokens")
-    _wrap(ChatCompletionRequest, "max_completion_tokens", "max_tokens")
-    _wrap(ResponsesRequest, "max_output_tokens")
-    for request_class in (ChatCompletionRequest, CompletionRequest):
-        request_class.to_beam_search_params = _refuse_beam_search
-
-
-def _refuse_beam_search(*_: Any, **__: Any) -> Any:
-    raise VLLMValidationError(
-        "use_beam_search is not supported for LLaDA: beams grow from left to right, one token at a "
-        "time; leave it out, or use n with a temperature.",
-        parameter="use_beam_search",
-    )
-
-
-def _wrap(request_class: Any, *names: str) -> None:
-    to_sampling_params = request_class.to_sampling_params
-    if hasattr(to_sampling_params, _WRAPPED):
+def take_max_tokens_literally() -> None:
+    """Wrap what lies between a client's request and admission, once."""
+    if hasattr(OpenAIServingCompletion.create_completion, _WRAPPED):
         return
+    _note_max_tokens(CompletionRequest, "max_tokens")
+    _note_max_tokens(ChatCompletionRequest, "max_completion_tokens", "max_tokens")
+    _note_max_tokens(ResponsesRequest, "max_output_tokens")
+    _refuse_beam_search(BeamSearchOnlineMixin, "engine_client")
+    _refuse_beam_search(BeamSearchOfflineMixin, "llm_engine")
+    _fill_in_default_canvas()
+
+
+def take_note(params: Any, vllm_config: VllmConfig) -> None:
+    """Set the canvas that the client asked for, or the engine's default; over HTTP only."""
+    asked = getattr(params, _ASKED, None)
+    if asked:  # 0 with echo: vLLM generates one token and drops it
+        ceiling = max_tokens_ceiling(vllm_config)
+        params.max_tokens = asked if ceiling is None else min(asked, ceiling)
+
+
+def _note_max_tokens(request_class: Any, *names: str) -> None:
+    to_sampling_params = request_class.to_sampling_params
 
     @functools.wraps(to_sampling_params)
-    def literal(self: Any, max_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        params = to_sampling_params(self, max_tokens, *args, **kwargs)
+    def noted(
+        self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None
+    ) -> Any:
+        params = to_sampling_params(self, max_tokens, default_sampling_params)
         # vars: reading the deprecated one of two names as an attribute warns.
         sent = [value for name in names if (value := vars(self).get(name)) is not None]
-        wanted = sent[0] if sent else _lengths["default"]
-        if wanted:  # 0 with echo: vLLM generates one token and drops it
-            cap = _lengths["cap"]
-            params.max_tokens = wanted if cap is None else min(wanted, cap)
+        default = (default_sampling_params or {}).get("max_tokens")
+        setattr(params, _ASKED, sent[0] if sent else default)
         return params
 
-    setattr(literal, _WRAPPED, True)
-    request_class.to_sampling_params = literal
+    request_class.to_sampling_params = noted
+
+
+def _fill_in_default_canvas() -> None:
+    """vLLM fills in 16 where a completion has no max_tokens; only the body still tells."""
+    create_completion = OpenAIServingCompletion.create_completion
+
+    @functools.wraps(create_completion)
+    async def with_default(
+        self: OpenAIServingCompletion, request: CompletionRequest, raw_request: Any = None
+    ) -> Any:
+        if raw_request is not None and is_served_by_us(self.engine_client.vllm_config):
+            body = await raw_request.json()  # read already, and kept
+            if body.get("max_tokens") is None:
+                request.max_tokens = self.default_sampling_params["max_tokens"]
+        return await create_completion(self, request, raw_request)
+
+    setattr(with_default, _WRAPPED, True)
+    OpenAIServingCompletion.create_completion = with_default
+
+
+def _refuse_beam_search(mixin: Any, engine: str) -> None:
+    beam_search = mixin.beam_search
+
+    @functools.wraps(beam_search)
+    def refused_for_llada(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_served_by_us(getattr(self, engine).vllm_config):
+            raise VLLMValidationError(
+                "use_beam_search is not supported for LLaDA: beams grow from left to right, one "
+                "token at a time; leave it out, or use n with a temperature.",
+                parameter="use_beam_search",
+            )
+        return beam_search(self, *args, **kwargs)
+
+    mixin.beam_search = refused_for_llada

@@ -270,6 +270,13 @@ class ElasticRunner:
     def shutdown(self) -> None:
         self.kv_caches.clear()
 
+    def get_draft_model(self) -> None:
+        """Asked by the GPU worker's ``sleep`` and weight updates: there is none."""
+        return None
+
+    def reset_lora_state(self) -> None:
+        """Asked by the GPU worker after a weight update: there is none."""
+
 
 def _pair(token_ids: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return token_ids, probabilities

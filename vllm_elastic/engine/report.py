@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine core tells the front end beside the tokens, and in which of vLLM's fields.
+
+A message between the two has two free-form fields, both meant for KV connectors, which are refused
+for a LLaDA: ``EngineCoreOutput.kv_transfer_params``, sent when an answer ends by itself, says
+whether its last token is an end token; ``SchedulerStats.kv_connector_stats``, sent after every step
+unless statistics are off, lists the requests that ended, in whatever way. The front end takes both
+out before anyone else looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+KEY = "vllm_elastic"
+"""Ours in either field."""
+
+
+class EndedRequest(TypedDict):
+    """What one request cost. ``passes``: number by kind; the rest as in ``DecodingRecord``."""
+
+    model_name: str
+    engine: str
+    policy: str
+    denoising_steps: int
+    row_layers: int
+    full_row_layers: int
+    passes: dict[str, int]
+
+
+def attach(field: dict[str, Any] | None, value: Any) -> dict[str, Any]:
+    """The field with our value in it."""
+    return {**(field or {}), KEY: value}
+
+
+def detach(field: dict[str, Any] | None) -> tuple[dict[str, Any] | None, Any]:
+    """The field as vLLM would have sent it, and our value; None where there is none."""
+    if not field or KEY not in field:
+        return field, None
+    return {name: value for name, value in field.items() if name != KEY} or None, field[KEY]
