@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-_STEPS = ((64, 8), (128, 16), (1024, 32), (1 << 62, 256))
+_STEPS = ((64, 8), (128, 16), (1024, 32), (4096, 64), (1 << 62, 256))
 """Up to so many rows, to a multiple of this: 40 numbers of rows up to 1,024, and from 33 rows on
 less than a quarter of filling (a product's time is proportional to its rows)."""
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a pass on the device: who is where, what fills up, and what attends to what."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.models.rows import PassRows, bucket
+from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.row_order import NO_ROWS, RowOrder
+from vllm_elastic.runner.upload import Upload
+
+LAYERS, BLOCK = 6, 4
+
+
+class Kernels:
+    """Keeps what the attention backend would be told."""
+
+    def get_metadata_builder(self) -> Kernels:
+        return self
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any) -> Any:
+        return common_attn_metadata
+
+
+def plan(first_block: int, length: int, segments: dict[int, list[int]], window: int) -> PassPlan:
+    rows = [Segment(layer, np.array(own, dtype=np.int32)) for layer, own in segments.items()]
+    blocks = -(-length // BLOCK)
+    return PassPlan(
+        "",
+        "window",
+        0,
+        rows,
+        np.arange(length, dtype=np.int32) + 100 * first_block,
+        rows[0].positions[-window:],
+        block_ids=list(range(first_block, first_block + blocks)),
+    )
+
+
+def plans() -> list[PassPlan]:
+    """The first has rows that join at layers 0, 2 and 4, the second at 0, the third at 2."""
+    return [
+        plan(1, 23, {0: [3, 7, 8, 9], 2: [0, 1, 2], 4: [20, 21, 22]}, window=3),
+        plan(7, 10, {0: [5, 6]}, window=2),
+        plan(10, 6, {2: [0, 1, 2, 3, 4, 5]}, window=1),
+    ]
+
+
+def build(chunk: int = 1000, tested: int = 0) -> tuple[PassRows, RowOrder]:
+    cache: Any = SimpleNamespace(block_size=BLOCK, kernel_blocks=lambda blocks: blocks)
+    asked = plans()
+    order, upload = RowOrder.of(asked, BLOCK), Upload(torch.device("cpu"))
+    builder = BatchBuilder(asked, order, upload, Kernels(), cache, chunk)  # type: ignore[arg-type]
+    positions = np.arange(tested, dtype=np.int64) + 90
+    rows = builder.lay_out(LAYERS, positions, NO_ROWS)
+    upload.send()
+    builder.finish()
+    return rows, order
+
+
+def test_a_layer_works_on_the_rows_that_have_joined() -> None:
+    """Rows would be computed too early, twice or in another's slot."""
+    rows, order = build()
+    expected = {0: 6, 1: 6, 2: 15, 3: 15, 4: 18, 5: 18}
+    for layer, count in expected.items():
+        active = rows.layers[layer]
+        assert active is not None and active.num_rows == count
+        assert active.positions[:count].tolist() == order.positions[:count].tolist()
+        assert active.slots[:count].tolist() == order.slots[:count].tolist()
+    slots = order.slots.tolist()
+    assert len(set(slots)) == len(slots)
+    assert slots[0] == 1 * BLOCK + 3 and slots[4] == 8 * BLOCK + 1
+    assert rows.tokens[:6].tolist() == [103, 107, 108, 109, 705, 706]
+
+
+@pytest.mark.parametrize("tested", [0, 3, 20])
+def test_what_fills_up_is_nobodys(tested: int) -> None:
+    """Filling would overwrite keys of a request, or read a position that there is not."""
+    rows, _ = build(tested=tested)
+    for active in rows.layers:
+        assert active is not None
+        assert active.num_finished == bucket(active.num_rows)
+        assert len(active.positions) == len(active.slots) == bucket(active.num_rows + tested)
+        beyond = slice(active.num_rows, None)
+        assert active.slots[beyond].max() < BLOCK, "the null block is the first one"
+        own = active.positions[beyond]
+        assert own[:tested].tolist() == list(range(90, 90 + tested))
+        assert not own[tested:].any()
+    assert len(rows.tokens) == bucket(6) and not rows.tokens[6:].any()
+    assert len(rows.window.rows) == bucket(rows.num_window_rows)
+
+
+def test_the_windows_rows() -> None:
+    """A request would be given another one's candidates."""
+    rows, order = build()
+    assert rows.num_window_rows == 6
+    found = [int(order.positions[row]) for row in rows.window.rows[:6]]
+    assert found == [7, 8, 9, 5, 6, 5]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 1000])
+def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
+    """Rows of a chunk would attend to another canvas, to a part of theirs, or be left out."""
+    rows, order = build(chunk)
+    owner = np.empty(len(order.positions), dtype=int)
+    for span in order.spans:
+        owner[span.start : span.stop] = span.plan
+    of_window = np.repeat([0, 1, 2], [3, 2, 1])
+    lengths, first_blocks = [23, 10, 6], [1, 7, 10]
+    for active, owners in [*((layer, owner) for layer in rows.layers), (rows.window, of_window)]:
+        assert active is not None
+        covered = 0
+        for call in active.calls:
+            assert call.start == covered and 0 < call.stop - call.start <= chunk
+            covered = call.stop
+            common = call.metadata
+            assert common.causal is False
+            assert common.num_actual_tokens == call.stop - call.start
+            starts = common.query_start_loc.tolist()
+            for piece, (first, last) in enumerate(pairwise(starts)):
+                (plan_of_piece,) = set(owners[call.start + first : call.start + last].tolist())
+                assert common.seq_lens[piece] == lengths[plan_of_piece]
+                assert common.block_table_tensor[piece, 0] == first_blocks[plan_of_piece]
+        assert covered == getattr(active, "num_rows", rows.num_window_rows)
+
+
+def test_passes_have_few_shapes() -> None:
+    """A product would be compiled, or a graph captured, for every number of rows."""
+    shapes = {bucket(count) for count in range(1, 1025)}
+    assert len(shapes) == 40
+    assert all(bucket(count) >= count for count in range(5000))
+    assert all(bucket(count) < 1.25 * count for count in range(33, 5000))
+    assert bucket(0) == 0
