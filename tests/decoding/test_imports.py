@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""decoding/ and config.py stand alone."""
+"""decoding/ and config.py stand alone, and config.py without decoding/."""
 
 from __future__ import annotations
 
@@ -23,4 +23,11 @@ def test_decoding_imports_neither_torch_nor_vllm() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, timeout=120
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_does_not_import_decoding() -> None:
+    """They would import each other: a policy reads the config."""
+    script = "import sys, vllm_elastic.config; assert 'vllm_elastic.decoding' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
