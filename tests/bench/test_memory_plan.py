@@ -336,6 +336,14 @@ def test_says_what_is_missing(plan: Any) -> None:
     assert "1 rank: no canvas of 4,096 fits; it takes 2.97 GiB and" in ran.out
 
 
+def test_windows_beyond_the_default_limit(plan: Any) -> None:
+    """Whoever raises max_window could not plan for it."""
+    words = ("--model", "llada-8b", "--memory", 80, "--max-num-seqs", 2)
+    narrow, wide = (plan(*words, "--window", window) for window in (1024, 2048))
+    assert (narrow.status, wide.status) == (0, 0)
+    assert wide.json["ranks"][0]["step"] > narrow.json["ranks"][0]["step"]
+
+
 BAD: list[tuple[list[object], str]] = [
     (["--tp", 0], "argument --tp/--tensor-parallel-size: must be a whole number from 1, got '0'"),
     (["--tp", 2, 5], "argument --tp: 5 ranks cannot share 32 heads and 32 KV heads and an MLP"),

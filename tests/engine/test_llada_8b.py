@@ -74,6 +74,8 @@ HIDDEN_STATES = 4096 * 2 * (LAYERS - 1)
 
 
 def test_released_config_runs(tmp_path: Path) -> None:
+    import vllm  # noqa: F401  (its import takes the handlers off loggers below its own)
+
     from vllm_elastic.bench.engine import BenchEngine
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"n_layers": LAYERS}))

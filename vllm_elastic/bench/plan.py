@@ -259,7 +259,9 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
             )
     try:
         ElasticConfig.from_dict({"hidden_stride": args.hidden_stride})
-        ElasticConfig.from_dict({"window": args.window})
+        # A wider window than max_window's default is there for who raises both.
+        widest = max(args.window, ElasticConfig().max_window)
+        ElasticConfig.from_dict({"window": args.window, "max_window": widest})
     except ConfigError as error:
         fail(str(error))
     if 1 < args.hidden_stride >= config.n_layers:
