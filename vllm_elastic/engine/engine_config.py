@@ -26,7 +26,6 @@ BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
 a multiple of 32."""
 
-
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
 
 _CEILING = "elastic_max_tokens_ceiling"  # key in additional_config
@@ -78,6 +77,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         model.enforce_eager = True
         # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
         defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
+        # An operator's default is a ceiling too; a second check of this config would see ours.
         ceiling = {_CEILING: model.override_generation_config.get("max_new_tokens")}
         vllm_config.additional_config = ceiling | vllm_config.additional_config
         model.override_generation_config = {**defaults, **model.override_generation_config}
