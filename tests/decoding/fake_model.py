@@ -233,7 +233,7 @@ def drive(scenario: Scenario) -> Trace:
         before = copy.deepcopy(plan)
         masked, end = request.canvas.masked.copy(), request.canvas.end
         result = model.run(plan)
-        emitted = request.digest(result)
+        emitted = request.finish_pass(result)
         committed = np.flatnonzero(masked & ~request.canvas.masked).tolist()
         trace.passes.append(Pass(plan, before, result, restarted, masked, end, committed, emitted))
     return trace

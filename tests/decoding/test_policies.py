@@ -38,7 +38,7 @@ def step(request: DenoisingRequest, tokens: dict[int, int]) -> None:
     if isinstance(plan.measure, DriftTest):
         shape = request.num_layers - plan.start_layer, plan.measure.track_num
         measured = MeasuredDrift(np.full(shape, -1, dtype=np.int32))
-    request.digest(
+    request.finish_pass(
         PassResult(
             np.array([tokens.get(p, 0) for p in window], dtype=np.int32),
             np.array([1.0 if p in tokens else 0.0 for p in window]),
@@ -132,20 +132,20 @@ def test_elastic_block_refreshes_what_costs_most() -> None:
     config |= {"reach": 0, "granularity": None, "lazy_window": False}
     request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
     assert request.plan().kind == "first"
-    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
+    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
     plan = request.plan()
     assert plan.kind == "window"
     assert plan.probes.tolist() == [1, 5], "the two most attended blocks"
     assert plan.segments[0].positions.tolist() == [1, 5, 8, 9, 10]
     # Block 0 stands still; block 1 drifts from layer 2 on.
     drift = [[0.0, 0.01, 0.01, 0.01], [0.0, 0.01, 0.6, 0.8]]
-    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [2, 6, 11, 14], drift))
+    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [2, 6, 11, 14], drift))
     plan = request.plan()
     assert plan.kind == "refresh"
     joins = {s.join_layer: s.positions.tolist() for s in plan.segments}
     # Layer 1 is the last whose input has not drifted; position 5 is no row of the window pass.
     assert joins[1] == [4, 5, 7] and 6 in joins[0] and 4 not in joins[0]
-    request.digest(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 12, 13], [[0.0] * 4] * 2))
+    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 12, 13], [[0.0] * 4] * 2))
     assert request.plan().kind == "window", "it has been refreshed"
 
 
@@ -155,14 +155,14 @@ def test_elastic_block_extrapolates_between_probes() -> None:
     config["granularity"] = None
     request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
     blocks = [0.9, *[0.0] * 5]
-    request.digest(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
+    request.finish_pass(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
     assert request.plan().probes.tolist() == [0]
-    request.digest(blocks_of(request, blocks, [1, -1, -1, -1, -1, -1], [[0.0, 0.04]]))
+    request.finish_pass(blocks_of(request, blocks, [1, -1, -1, -1, -1, -1], [[0.0, 0.04]]))
     kinds = []
     for _ in range(8):
         kinds.append(request.plan().kind)
         still = [[0.0, 0.04 * 2**0.6]] if request.plan().probes.size else None
-        request.digest(blocks_of(request, blocks, [-1] * 6, still))
+        request.finish_pass(blocks_of(request, blocks, [-1] * 6, still))
     assert "refresh" in kinds and kinds[0] == "window"
 
 
@@ -177,7 +177,7 @@ def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: 
     request = quiet(config, prompt_length=7, max_tokens=5, num_layers=2).make_request()
     result = blocks_of(request, [0.5, 0.5, 0.0], [-1, -1, -1])
     result.probabilities[1] = 0.1  # position 7 is committed, 8 is not
-    request.digest(result)
+    request.finish_pass(result)
     assert request.just_committed.tolist() == [7]
     assert np.concatenate([s.positions for s in request.plan().segments]).tolist() == expected
 
@@ -198,7 +198,7 @@ def predict(request: DenoisingRequest, probabilities: list[float]) -> None:
         result.measured = MeasuredBlocks(
             np.zeros(blocks, dtype=np.float32), np.full(blocks, -1, dtype=np.int32)
         )
-    request.digest(result)
+    request.finish_pass(result)
 
 
 def rows_and_window(request: DenoisingRequest) -> tuple[str, list[int], list[int]]:

@@ -343,7 +343,7 @@ def test_planning_changes_nothing_until_the_result_is_in(scenario: Scenario) -> 
         assert request.plan() is plan
         assert request.plan() is plan
         assert fingerprint(request) == state
-        request.digest(model.run(plan))
+        request.finish_pass(model.run(plan))
 
 
 @drives
@@ -363,7 +363,7 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
         assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers
-        request.digest(model.run(plan))
+        request.finish_pass(model.run(plan))
 
 
 @drives
@@ -398,15 +398,15 @@ def test_restart_between_a_window_pass_and_its_replay() -> None:
     scenario = drifting()
     request = scenario.make_request()
     model = FakeModel(scenario, np.random.default_rng(0))
-    request.digest(model.run(request.plan()))
+    request.finish_pass(model.run(request.plan()))
     assert request.plan().kind == "window"
-    assert request.digest(model.run(request.plan())) == []
+    assert request.finish_pass(model.run(request.plan())) == []
     assert request.plan().kind == "replay"
     request.restart()
     plan = request.plan()
     assert (plan.kind, plan.start_layer, plan.num_rows) == ("full", 0, scenario.length)
     assert plan.tested.size == 0
-    request.digest(model.run(plan))
+    request.finish_pass(model.run(plan))
     assert request.plan().kind == "window"
 
 
@@ -424,7 +424,7 @@ def test_a_probability_that_is_no_number_is_refused(bad: float) -> None:
     plan = request.plan()
     probabilities = np.array([0.5, bad, 0.5])
     with pytest.raises(NotFiniteError, match="request r"):
-        request.digest(PassResult(np.zeros(3, dtype=np.int32), probabilities))
+        request.finish_pass(PassResult(np.zeros(3, dtype=np.int32), probabilities))
     assert request.canvas.masked[plan.window].all()
 
 
@@ -433,11 +433,11 @@ def test_a_nan_after_a_drift_test_is_refused_too() -> None:
     scenario = drifting()
     request = scenario.make_request()
     model = FakeModel(scenario, np.random.default_rng(0))
-    request.digest(model.run(request.plan()))
+    request.finish_pass(model.run(request.plan()))
     result = model.run(request.plan())
     result.probabilities[:] = np.nan
     with pytest.raises(NotFiniteError):
-        request.digest(result)
+        request.finish_pass(result)
 
 
 def test_similarities_are_kept_only_where_asked_for() -> None:
@@ -458,5 +458,5 @@ def test_all_at_once_with_an_end_in_the_middle() -> None:
     config = {"policy": "none", "threshold": 0.0}
     request = quiet(config, max_tokens=5, end_tokens=ends).make_request()
     tokens = np.array([7, 6, END_TOKENS[1], 5, END_TOKENS[0]], dtype=np.int32)
-    assert request.digest(PassResult(tokens, np.ones(5))) == [7, 6, END_TOKENS[1]]
+    assert request.finish_pass(PassResult(tokens, np.ones(5))) == [7, 6, END_TOKENS[1]]
     assert request.canvas.done

@@ -80,5 +80,7 @@ def assert_nothing_left(driver: Driver) -> None:
     scheduler = driver.engine.scheduler
     assert scheduler.kv_cache_manager.usage == 0
     assert not scheduler.requests and not scheduler.running and not scheduler.waiting
-    assert not scheduler._canvases and not len(scheduler._turns) and not scheduler._admitted_at
+    assert (
+        not scheduler._canvases and not len(scheduler._round_robin) and not scheduler._admitted_at
+    )
     scheduler.records.clear()

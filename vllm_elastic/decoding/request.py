@@ -33,12 +33,12 @@ class NotFiniteError(ValueError):
 class DenoisingRequest:
     """The state machine of one request.
 
-    ``plan`` names the next pass; ``digest`` takes its result and commits tokens. Where the policy
+    ``plan`` names the next pass; ``finish_pass`` takes its result and commits tokens. Where the policy
     finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
     next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
     in the next pass. Where the policy predicts a part of the window first and too few of these
     predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
-    all. Calling ``plan`` again before ``digest`` returns the same plan, so a plan that did not
+    all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that did not
     fit a batch is simply asked for again.
 
     Attributes:
@@ -103,12 +103,12 @@ class DenoisingRequest:
         self._fresh = True
 
     def plan(self) -> PassPlan:
-        """The next pass. Pure until ``digest``."""
+        """The next pass. Pure until ``finish_pass``."""
         if self._plan is None:
             self._plan = self._make_plan()
         return self._plan
 
-    def digest(self, result: PassResult) -> list[int]:
+    def finish_pass(self, result: PassResult) -> list[int]:
         """Take the planned pass's result; returns tokens that joined the finished prefix.
 
         Raises:
@@ -143,7 +143,7 @@ class DenoisingRequest:
         return merged(self.canvas.length, around.clip(0, self.canvas.length - 1))
 
     def take_logprobs(self, count: int) -> list[Logprobs]:
-        """Log probabilities of the last ``count`` tokens that ``digest`` returned, in order.
+        """Log probabilities of the last ``count`` tokens that ``finish_pass`` returned, in order.
 
         Tokens that an infilling request fixed itself are certain: log probability 0.
         """

@@ -21,7 +21,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
-from vllm_elastic.decoding.turns import Turns
+from vllm_elastic.decoding.round_robin import RoundRobin
 from vllm_elastic.engine.report import EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.models.registry import traits_of
@@ -33,7 +33,7 @@ class ElasticScheduler(Scheduler):
     """Owns the canvas of every request and decides what each step computes and commits.
 
     A request holds the KV blocks of its whole canvas (P + max_tokens) from admission on, so
-    running out of blocks never preempts. Each step serves running requests by their ``Turns``,
+    running out of blocks never preempts. Each step serves running requests by their ``RoundRobin``,
     those served longest ago first, until the row budget (``max_num_batched_tokens``) is full. A
     request with more rows than the budget runs alone, in row chunks.
 
@@ -48,7 +48,7 @@ class ElasticScheduler(Scheduler):
         )
         self._traits = traits_of(self.vllm_config.model_config.hf_config)
         self._canvases: dict[str, DenoisingRequest] = {}
-        self._turns = Turns()
+        self._round_robin = RoundRobin()
         self._admitted_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
@@ -104,7 +104,7 @@ class ElasticScheduler(Scheduler):
             if canvas is None:
                 continue  # aborted while the pass ran
             try:
-                tokens = canvas.digest(result)
+                tokens = canvas.finish_pass(result)
             except NotFiniteError as error:
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
@@ -155,7 +155,7 @@ class ElasticScheduler(Scheduler):
                 self._canvases[request.request_id].restart()
             else:
                 self._canvases[request.request_id] = self._new_canvas(request)
-            self._turns.add(request.request_id)
+            self._round_robin.add(request.request_id)
             self.running.append(request)
 
     def _new_canvas(self, request: Request) -> DenoisingRequest:
@@ -182,7 +182,7 @@ class ElasticScheduler(Scheduler):
         )
 
     def _plan_step(self) -> list[PassPlan]:
-        taken = self._turns.take(
+        taken = self._round_robin.take(
             [request.request_id for request in self.running],
             lambda request_id: self._canvases[request_id].plan(),
             self.limits,
@@ -197,7 +197,7 @@ class ElasticScheduler(Scheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         canvas = self._canvases.pop(request.request_id, None)
-        self._turns.remove(request.request_id)
+        self._round_robin.remove(request.request_id)
         admitted_at = self._admitted_at.pop(request.request_id, None)
         if canvas is not None and admitted_at is not None and self.elastic_config.record:
             canvas.record.seconds = time.monotonic() - admitted_at

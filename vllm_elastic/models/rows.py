@@ -66,7 +66,7 @@ class LayerRows:
 
 
 @dataclass(slots=True)
-class WindowRows:
+class CandidateRows:
     """The rows whose candidates are wanted, all that the last layer has to finish.
 
     Attributes:
@@ -90,7 +90,7 @@ class PassRows:
 
     tokens: torch.Tensor
     layers: list[LayerRows | None]
-    window: WindowRows
+    window: CandidateRows
     num_window_rows: int
 
 

@@ -27,10 +27,10 @@ from vllm_elastic.models.hidden_states import HiddenStateCache
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import (
     AttentionCall,
+    CandidateRows,
     LayerRows,
     PassRows,
     Recorder,
-    WindowRows,
     chunks,
 )
 
@@ -195,7 +195,7 @@ class DiffusionTransformer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        now: LayerRows | WindowRows,
+        now: LayerRows | CandidateRows,
     ) -> torch.Tensor:
         """The layer's output [R filled up, d]."""
         attended = _attend(block.attn, q[: len(x)], k[: len(x)], v[: len(x)], now.calls)
@@ -212,7 +212,7 @@ class DiffusionTransformer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        window: WindowRows,
+        window: CandidateRows,
     ) -> torch.Tensor:
         """The last layer's output [W filled up, d], of the window's rows alone."""
         # The backends attend to the paged keys; of the rows' own they take the number.

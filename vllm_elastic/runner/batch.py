@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_elastic.decoding.plan import PassPlan
-from vllm_elastic.models.rows import AttentionCall, LayerRows, PassRows, WindowRows, bucket
+from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows, PassRows, bucket
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.row_order import IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
@@ -101,12 +101,12 @@ class BatchBuilder:
             calls=self._chunked([(span.plan, span.start, span.stop) for span in spans]),
         )
 
-    def _window(self, window_rows: list[IntArray]) -> WindowRows:
+    def _window(self, window_rows: list[IntArray]) -> CandidateRows:
         ends = np.cumsum([len(rows) for rows in window_rows]).tolist()
         starts = [0, *ends[:-1]]
         rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
         rows[: ends[-1]] = np.concatenate(window_rows)
-        return WindowRows(
+        return CandidateRows(
             rows=self._upload.put(rows),
             calls=self._chunked(list(zip(range(len(ends)), starts, ends, strict=True))),
         )

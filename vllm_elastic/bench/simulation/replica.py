@@ -18,7 +18,7 @@ from vllm_elastic.bench.simulation.recording import (
     Recording,
 )
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.turns import Turns
+from vllm_elastic.decoding.round_robin import RoundRobin
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Replica:
     """Serves jobs in the order in which they come.
 
     Admission is the scheduler's: while a seat and the blocks of the next request's whole canvas
-    are free. What a step is made of is the scheduler's own code, ``Turns``.
+    are free. What a step is made of is the scheduler's own code, ``RoundRobin``.
 
     Attributes:
         outstanding: jobs that were submitted and have not ended.
@@ -103,7 +103,7 @@ class Replica:
         self._free_blocks = capacity.blocks
         self._waiting: deque[Job] = deque()
         self._running: dict[str, Job] = {}
-        self._turns = Turns()
+        self._round_robin = RoundRobin()
         self.current: list[tuple[str, RecordedPass]] = []
         self._keep_steps = keep_steps
         self.steps: list[Floats] = []
@@ -128,7 +128,7 @@ class Replica:
         self._admit(now)
         if not self._running:
             return None
-        self.current = self._turns.take(self._running, self._plan_of, self._capacity.limits)
+        self.current = self._round_robin.take(self._running, self._plan_of, self._capacity.limits)
         work = self._recording.work[[plan.index for _, plan in self.current]].sum(axis=0)
         parts, host = self.cost.step_seconds(work)
         seconds = float(parts.sum() + host)
@@ -151,7 +151,7 @@ class Replica:
             if job.next_pass == len(job.request.passes):
                 job.ended = now
                 del self._running[request_id]
-                self._turns.remove(request_id)
+                self._round_robin.remove(request_id)
                 self._free_blocks += self._capacity.blocks_of(job.request.canvas)
                 ended.append(job)
         self.current = []
@@ -174,4 +174,4 @@ class Replica:
             request_id = str(self._num_admitted)
             self._num_admitted += 1
             self._running[request_id] = job
-            self._turns.add(request_id)
+            self._round_robin.add(request_id)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.turns import Turns
+from vllm_elastic.decoding.round_robin import RoundRobin
 
 
 @dataclass
@@ -29,7 +29,7 @@ def names(taken: list[tuple[str, Rows]]) -> str:
 
 def test_first_that_does_not_fit_ends_the_step_and_is_first_in_the_next() -> None:
     """Skipping it for smaller ones behind it would let a large canvas wait for ever."""
-    turns, rows = Turns(), {"a": 4, "b": 8, "c": 1}
+    turns, rows = RoundRobin(), {"a": 4, "b": 8, "c": 1}
     for name in rows:
         turns.add(name)
     seen = [names(turns.take(rows, lambda name: Rows(rows[name]), rows_only(10))) for _ in range(4)]
@@ -37,7 +37,7 @@ def test_first_that_does_not_fit_ends_the_step_and_is_first_in_the_next() -> Non
 
 
 def test_more_rows_than_the_budget_run_alone() -> None:
-    turns, rows = Turns(), {"a": 1, "b": 50}
+    turns, rows = RoundRobin(), {"a": 1, "b": 50}
     for name in rows:
         turns.add(name)
     seen = [names(turns.take(rows, lambda name: Rows(rows[name]), rows_only(10))) for _ in range(3)]
@@ -45,7 +45,7 @@ def test_more_rows_than_the_budget_run_alone() -> None:
 
 
 def test_who_starts_over_goes_first_and_who_left_is_forgotten() -> None:
-    turns = Turns()
+    turns = RoundRobin()
     for name in "abc":
         turns.add(name)
     assert names(turns.take("abc", lambda _: Rows(1), rows_only(2))) == "ab"
@@ -64,7 +64,7 @@ def test_who_starts_over_goes_first_and_who_left_is_forgotten() -> None:
 )
 def test_budget_and_waiting_bound(rows: list[list[int]], budget: int) -> None:
     """Each request has the same passes again and again; nobody waits longer than promised."""
-    turns = Turns()
+    turns = RoundRobin()
     running = [str(index) for index in range(len(rows))]
     served = dict.fromkeys(running, 0)
     waited = dict.fromkeys(running, 0)
@@ -88,7 +88,7 @@ def test_budget_and_waiting_bound(rows: list[list[int]], budget: int) -> None:
 
 def test_saved_rows_fill_a_step_too() -> None:
     """Many requests that measure would together keep more than the trial run has allowed for."""
-    turns = Turns()
+    turns = RoundRobin()
     for name in "abcd":
         turns.add(name)
     saved = {"a": 3, "b": 3, "c": 9, "d": 1}

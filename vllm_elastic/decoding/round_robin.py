@@ -25,7 +25,7 @@ class HasRows(Protocol):
 Plan = TypeVar("Plan", bound=HasRows)
 
 
-class Turns:
+class RoundRobin:
     """Requests take turns: those that were served longest ago come first.
 
     A step takes their passes in this order until it is full. The first one that does not fit ends
