@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request's way through its denoising steps: plan a pass, digest what it reports."""
+"""One request's way through its denoising steps: plan a pass, take what it reports."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class NotFiniteError(ValueError):
 class DenoisingRequest:
     """The state machine of one request.
 
-    ``plan`` names the next pass; ``finish_pass`` takes its result and commits tokens. Where the policy
-    finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that the
-    next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
+    ``plan`` names the next pass; ``finish_pass`` takes its result and commits tokens. Where the
+    policy finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that
+    the next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
     in the next pass. Where the policy predicts a part of the window first and too few of these
     predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
     all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that did not
