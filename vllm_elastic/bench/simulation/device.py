@@ -21,7 +21,7 @@ class Device:
         efficiency: share of these rates that is reached.
         step_seconds: of host time a step: scheduling, output, one synchronisation.
         layer_seconds: of host time a layer with rows: its kernels are launched one by one.
-        pass_seconds: of host time for each request's pass in a step: planning it and taking its result.
+        pass_seconds: of host time for each request's pass in a step: plan and result.
         statistics_seconds: the same where attention statistics are wanted.
         asynchronous: layers' host time hides behind the device's work, as on a GPU.
         factors: what a part takes relative to what the rates say; 1 where it is not named.
