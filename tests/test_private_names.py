@@ -36,7 +36,7 @@ FILES_THAT_IMPORT_VLLM = {
     "models/ranks.py",
     "runner/runner.py",
     "engine/worker.py",
-    "patches/finished_answer.py",
+    "patches/ended_requests.py",
     "models/layers.py",
     "models/llada.py",
     "models/transformer.py",

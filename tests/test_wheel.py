@@ -91,11 +91,12 @@ def test_serves(wheel: Path, tmp_path: Path) -> None:
 
 
 def install_command() -> list[str]:
-    """The README's way into an environment of one's own: what `pip` gets.
+    """The documented way into an environment of one's own: what `pip` gets.
 
     The address of an index is left to pip's own settings, as with `make setup`.
     """
-    lines = [line for line in documented("pip install", [ROOT / "README.md"]) if ".[cpu]" in line]
+    lines = documented("pip install", [ROOT / "docs/installing.md"])
+    lines = [line for line in lines if ".[cpu]" in line]
     (line,) = (line for line in lines if "--torch-backend" not in line)  # that one is for uv
     return ["install", *arguments(line.replace("--extra-index-url <address> ", ""))]
 

@@ -23,7 +23,7 @@ def register() -> None:
 
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
-    from vllm_elastic.patches.finished_answer import take_reports_of_ended_requests
+    from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
 
     for architecture, family in FAMILIES.items():

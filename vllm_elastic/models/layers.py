@@ -13,7 +13,6 @@ from torch import nn
 from vllm import _custom_ops as kernels
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -34,6 +33,15 @@ class KernelRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         kernels.rms_norm(out, x, self.weight.data, self.variance_epsilon)
+        return out
+
+
+class KernelSiluAndMul(nn.Module):
+    """silu(gate) * up of rows [R, 2 n] by vLLM's compiled kernel: one operator instead of five."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), x.shape[-1] // 2)
+        torch.ops._C.silu_and_mul(out, x)
         return out
 
 
@@ -132,7 +140,7 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(
             inner, width, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
         )
-        self.act = SiluAndMul()
+        self.act = KernelSiluAndMul()
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.gate_up_proj(normed)[0]))[0]

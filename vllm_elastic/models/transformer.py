@@ -157,7 +157,7 @@ class DiffusionTransformer(nn.Module):
         num_on = 0
         if before is not None:
             num_on = before.num_rows
-            store.write(x, before.slots[: before.num_finished])
+            store.write(x, _first(before.slots, before.num_finished))
         if now is before:
             return x
         joining = store.read(now.slots[num_on : now.num_rows])
@@ -181,7 +181,7 @@ class DiffusionTransformer(nn.Module):
         block: PreNormBlock, x: torch.Tensor, now: LayerRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
-        positions = now.positions[: len(x)]
+        positions = _first(now.positions, len(x))
         if len(now.calls) == 1:
             return block.project(x, positions)
         parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(now.calls, len(x))]
@@ -198,7 +198,9 @@ class DiffusionTransformer(nn.Module):
         now: LayerRows | CandidateRows,
     ) -> torch.Tensor:
         """The layer's output [R filled up, d]."""
-        attended = _attend(block.attn, q[: len(x)], k[: len(x)], v[: len(x)], now.calls)
+        count = len(x)
+        q, k, v = _first(q, count), _first(k, count), _first(v, count)
+        attended = _attend(block.attn, q, k, v, now.calls)
         if len(now.calls) == 1:
             return block.finish(x, attended)
         return torch.cat(
@@ -273,9 +275,14 @@ class DiffusionTransformer(nn.Module):
         return loaded
 
 
+def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The first so many rows; no operator where they are all."""
+    return rows if len(rows) == count else rows[:count]
+
+
 def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """Put keys and values [P, Hkv, D] into their slots [>= P] of the paged cache."""
-    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, slots[: len(k)])
+    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, _first(slots, len(k)))
 
 
 def _attend(
@@ -286,9 +293,13 @@ def _attend(
     calls: list[AttentionCall],
 ) -> torch.Tensor:
     """Attention output [R, Hq * D] of the queries [R, Hq, D]; 0 in rows of no call."""
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    output[calls[-1].stop :] = 0
-    for call in calls:
-        own = slice(call.start, call.stop)
-        attn.impl.forward(attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own])
+    output = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if len(calls) == 1:  # the backend takes as many rows as its metadata has
+        attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
+    else:
+        for call in calls:
+            own = slice(call.start, call.stop)
+            attn.impl.forward(
+                attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
+            )
     return output.view(len(q), -1)

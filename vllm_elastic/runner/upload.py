@@ -14,6 +14,13 @@ _ALIGNMENT = 16
 
 _FIRST_CAPACITY = 1 << 16
 
+_TYPES = {
+    np.int64: torch.int64,
+    np.int32: torch.int32,
+    np.float32: torch.float32,
+    np.bool_: torch.bool,
+}
+
 
 class Upload:
     """Host arrays put into one (pinned) buffer, and views of its twin on the device.
@@ -49,8 +56,8 @@ class Upload:
         start, stop = self._used, self._used + array.nbytes
         self._used = -(-stop // _ALIGNMENT) * _ALIGNMENT
         self._host_np[start:stop] = array.reshape(-1).view(np.uint8)
-        dtype = torch.from_numpy(array).dtype
-        return self._on_device[start:stop].view(dtype).view(array.shape)
+        view = self._on_device[start:stop].view(_TYPES[array.dtype.type])
+        return view if array.ndim == 1 else view.view(array.shape)
 
     def send(self) -> None:
         """Copy all that was put: one copy, but in the pass in which the buffer had to grow."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End tokens stay out of answers, reports out of responses and logs: patches/finished_answer."""
+"""End tokens stay out of answers, reports out of responses and logs: patches/ended_requests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_empty_answer_keeps_its_end_token() -> None:
 def test_patch_is_still_needed() -> None:
     (output,) = finish([[3, END]], report=False)
     if list(output.outputs[0].token_ids) != [3, END]:
-        pytest.fail("patch finished_answer: a part can go, stock vLLM leaves the end token out.")
+        pytest.fail("patch ended_requests: a part can go, stock vLLM leaves the end token out.")
 
 
 def counted(name: str, **labels: str) -> float:

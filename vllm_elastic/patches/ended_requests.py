@@ -21,7 +21,7 @@ _ENDED = "_vllm_elastic_ended"
 def take_reports_of_ended_requests() -> None:
     """Wrap the front end's output processing, once. Other models' outputs carry no report.
 
-    See patches/finished_answer: vLLM counts the end token as part of the answer, and its metrics
+    See patches/ended_requests: vLLM counts the end token as part of the answer, and its metrics
     have no room for another scheduler's counters.
     """
     if hasattr(OutputProcessor.process_outputs, _WRAPPED):
