@@ -20,6 +20,11 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 NAN = float("nan")
 
 
+on_cpu_builds = pytest.mark.skipif(
+    not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"), reason="a vLLM without CPU kernels"
+)
+
+
 def cpu_impl() -> Any:
     """The real implementation, without the engine configuration that its constructor asks for."""
     impl = object.__new__(CPUAttentionBackendImpl)
@@ -104,6 +109,7 @@ def check_reads(impl: Any, caches: torch.Tensor, isa: str = "", seed: int = 0) -
     return layout
 
 
+@on_cpu_builds
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("head_size", [32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,6 +121,7 @@ def test_keys_are_read_back_as_vllm_stores_them(
     check_reads(cpu_impl(), make_caches(DTYPES[dtype], head_size, block_size), isa)
 
 
+@on_cpu_builds
 @pytest.mark.parametrize(
     ("isa", "dtype", "head_size", "block_size", "tiling"),
     [

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker import gpu_worker
 
+from vllm_elastic.engine.worker import set_environment
 from vllm_elastic.runner.runner import ElasticRunner
 
 
@@ -30,3 +33,18 @@ def test_a_step_in_vllms_gpu_worker(v2: bool, monkeypatch: pytest.MonkeyPatch) -
     execute: Any = inspect.unwrap(gpu_worker.Worker.execute_model)
     output = execute(worker, SimpleNamespace(total_num_scheduled_tokens=0, elastic_plans=[]))
     assert output is EMPTY_MODEL_RUNNER_OUTPUT
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "ieee"), (torch.bfloat16, None)])
+def test_float32_is_multiplied_as_such(
+    dtype: torch.dtype, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's attention would multiply in TF32, and no answer be the oracle's on a GPU."""
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    set_environment(dtype)
+    assert os.environ.get("TRITON_F32_DEFAULT") == wanted
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "the operator's own"
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    set_environment(dtype)
+    assert os.environ["TRITON_F32_DEFAULT"] == "tf32"

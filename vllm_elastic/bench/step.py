@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         }
         product = runner.model.blocks[0].mlp.gate_up_proj
         rates = {
-            kind: rate(sum(p.num_rows for p in plans), product, args)
+            kind: rate(sum(p.num_rows for p in plans), product, runner.device, args)
             for kind, plans in passes.items()
         }
         for plans in passes.values():  # keys and hidden states for the others, and a warm-up
@@ -102,9 +102,9 @@ def main(args: argparse.Namespace) -> None:
         seconds: dict[str, list[float]] = defaultdict(list)
         for _ in range(args.repeats):
             for kind, plans in passes.items():
-                started = time.perf_counter()
+                started = _clock()
                 runner.run(plans)
-                seconds[kind].append(time.perf_counter() - started)
+                seconds[kind].append(_clock() - started)
         scheduling = {
             policy: scheduler_seconds(engine, policy, batch, args.canvas)
             for policy in {_policy_of(kind) for kind in passes}
@@ -112,9 +112,9 @@ def main(args: argparse.Namespace) -> None:
         for kind, plans in passes.items():
             scheduled = scheduling[_policy_of(kind)]
             with parts_timed() as parts:
-                started = time.perf_counter()
+                started = _clock()
                 runner.run(plans)
-                whole = time.perf_counter() - started + scheduled
+                whole = _clock() - started + scheduled
             parts["scheduler"] = scheduled
             median = statistics.median(seconds[kind]) + scheduled
             work = sum(operations(shape, plan) for plan in plans)
@@ -214,7 +214,7 @@ def make_plan(
     return plan
 
 
-def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
+def rate(rows: int, product: Any, device: Any, args: argparse.Namespace) -> float:
     """Operations a second of the faster of two products of so many rows, in this process.
 
     Torch's own, and the engine's: vLLM may have a faster one, and a floor that takes the slower
@@ -226,8 +226,8 @@ def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
     import torch
 
     dtype = getattr(torch, args.dtype)
-    x = torch.randn(rows, args.width, dtype=dtype)
-    weight = torch.randn(2 * args.mlp, args.width, dtype=dtype)
+    x = torch.randn(rows, args.width, dtype=dtype, device=device)
+    weight = torch.randn(2 * args.mlp, args.width, dtype=dtype, device=device)
     products: tuple[Callable[[], Any], ...] = (
         lambda: torch.nn.functional.linear(x, weight),
         lambda: product(x),
@@ -237,11 +237,20 @@ def rate(rows: int, product: Any, args: argparse.Namespace) -> float:
         for multiply in products:
             times = []
             for _ in range(12):
-                started = time.perf_counter()
+                started = _clock()
                 multiply()
-                times.append(time.perf_counter() - started)
+                times.append(_clock() - started)
             medians.append(statistics.median(times[2:]))
     return 4 * rows * args.width * args.mlp / min(medians)
+
+
+def _clock() -> float:
+    """Seconds, once an accelerator has done what it was given."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _policy_of(kind: str) -> str:
@@ -285,17 +294,17 @@ def _parts() -> dict[str, list[tuple[Any, str]]]:
 
 @contextlib.contextmanager
 def parts_timed() -> Iterator[dict[str, float]]:
-    """Seconds spent in each of ``PARTS`` while the context is open (on a CPU: no kernels wait)."""
+    """Seconds spent in each of ``PARTS`` while the context is open; each part is waited for."""
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = _clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] += time.perf_counter() - started
+                seconds[name] += _clock() - started
 
         return wrapper
 

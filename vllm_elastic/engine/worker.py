@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -17,14 +18,26 @@ else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _BaseWorker
 
 
+def set_environment(dtype: torch.dtype) -> None:
+    """What libraries are to know before they are first used; the operator's own settings stay.
+
+    Args:
+        dtype: of the model.
+    """
+    # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
+    # number of rows. Few rows are filled up, to 40 numbers (models/rows.py), four products each;
+    # other numbers are rarely of use again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
+    if dtype == torch.float32:
+        # Else Triton's attention multiplies in TF32, which is not exact.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
+
 class ElasticWorker(_BaseWorker):
     """The platform's worker; only the runner and the warm-up differ."""
 
     def init_device(self) -> None:
-        # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
-        # number of rows. Few rows are filled up, to 40 numbers (models/llada.py), four
-        # products each; other numbers are rarely of use again.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
+        set_environment(self.vllm_config.model_config.dtype)
         super().init_device()
         # The GPU worker makes its runner by the method below; the CPU worker makes its own.
         if not isinstance(self.model_runner, ElasticRunner):
