@@ -172,6 +172,9 @@ def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
     halves = [setting.seats >> n for n in range(1, setting.seats.bit_length())]
     if seats := next((n for n in halves if fits(seats=n)), None):
         found.append(f"--max-num-seqs {seats}")
+    windows = [setting.max_window >> n for n in range(1, setting.max_window.bit_length())]
+    if window := next((n for n in windows if n >= setting.window and fits(max_window=n)), None):
+        found.append(f"--max-window {window}")
     parts = rank_memory(setting)
     if parts.positions:
         found.append(f"--canvas {parts.positions}")
