@@ -246,7 +246,8 @@ class ElasticConfig:
         1024,
         _integer(1, _MOST),
         "the most positions that a step of any request may predict: bounds its `window`, or its "
-        "`block_length` with `dual-cache` and `steps`, and so the memory that one request can take",
+        "`block_length` with `dual-cache` and `steps` (with `elastic` on a longer canvas `reach` "
+        "and `track_num` as well), and so the memory that one request can take",
         per_request=False,
     )
     hidden_stride: int = _knob(
@@ -280,6 +281,11 @@ class ElasticConfig:
     def predicts_text_blocks(self) -> bool:
         """Whether a step predicts a text block of ``block_length``, and not the window."""
         return self.steps is not None or self.policy == "dual-cache"
+
+    @property
+    def most_predicted(self) -> int:
+        """The most positions that a step predicts."""
+        return self.block_length if self.predicts_text_blocks else self.window
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:

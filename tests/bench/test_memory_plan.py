@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.live_bytes import LiveBytes
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
 from vllm_elastic.bench.simulation import model_shape
+from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.models.registry import traits_of
 from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
 from vllm_elastic.reference.llada import weight_shapes
-from vllm_elastic.runner import candidates
-from vllm_elastic.runner.candidates import most_probable
+from vllm_elastic.runner import candidates, head
+from vllm_elastic.runner.statistics import memory
+from vllm_elastic.runner.trial_run import trial_run
+from vllm_elastic.runner.upload import Upload
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_llada" / "checkpoint"
@@ -156,9 +158,10 @@ def test_a_rank_is_what_vllm_builds(
     (rank,) = plan(*words).json["ranks"]
     built, config = one_of_several_ranks(directory, ranks, ranks - 1, stride)
     assert rank["weights"] == bytes_of(built.parameters())
-    layers = [block.self_attn.attn for block in built.blocks]
     pages = {
-        "keys_values_of_position": [layer.get_kv_cache_spec(config) for layer in layers],
+        "keys_values_of_position": [
+            layer.get_kv_cache_spec(config) for layer in built.attention_layers
+        ],
         "hidden_states_of_position": [
             store.get_kv_cache_spec(config) for store in built.hidden_states
         ],
@@ -210,73 +213,67 @@ def test_left_is_filled_with_whole_canvases(plan: Any) -> None:
     """LLaDA-8B on two ranks, worked out by hand; one block of 32 positions is vLLM's own."""
     words = ("--model", "llada-8b", "--memory", 80, "--tp", 2, "--canvas", 1000)
     (rank,) = plan(*words, "--row-budget", 1024, "--max-num-seqs", 64).json["ranks"]
-    logits = 126464 * (1024 * 2 + 8 * 265)  # 265 rows are 2^25 numbers, nearly
-    assert rank["step"] == logits
-    assert rank["left"] == int(80 * GIB * 0.9) - rank["weights"] - logits
+    # 4,000 rows in 32 layers: half of a row, but 1,000 old inputs whole; 64 seats' totals; and
+    # the statistics' 2^26 numbers four times, which are more than 1,024 rows take.
+    kept = 32 * (4000 * 2048 + 1000 * 2048) * 2 + 32 * 64 * 1000 * 4
+    assert rank["step"] == kept + 2**26 * 16
+    assert rank["left"] == int(80 * GIB * 0.9) - rank["weights"] - rank["step"]
     blocks = rank["left"] // (32 * 389_120) - 1
     assert rank["positions"] == 32 * blocks
     assert rank["canvases"] == blocks // 32  # 1,000 positions: 31.25 blocks
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that were made inside and are still alive; ``peak`` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage_of(leaf) for leaf in tree_leaves((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            key = _storage_of(leaf)
-            if key is not None and key not in given and key not in self.sizes:
-                self.sizes[key] = leaf.untyped_storage().nbytes()
-                weakref.finalize(leaf.untyped_storage(), self.sizes.pop, key, None)
-                self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
+# What decides, and the words and bounds with which it does.
+PHASES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "logits": ({}, {"logits": 22}),
+    "layer": ({}, {}),
+    "chunks": ({"--canvas": 1024, "--row-budget": 256}, {}),
+    "projection": ({"--canvas": 1024, "--row-budget": 64}, {}),
+    "statistics": ({}, {"attention": 22}),
+    "saved": ({"--max-window": 256, "--window": 256}, {"attention": 20}),
+    "totals": ({"--max-num-seqs": 512}, {"attention": 20}),
+}
 
 
-def _storage_of(leaf: object) -> int | None:
-    return leaf.untyped_storage()._cdata if isinstance(leaf, torch.Tensor) else None
-
-
-@pytest.mark.parametrize(
-    ("seats", "least", "most"),
-    # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
-    [(32, 0.99, 1.01), (1, 1.0, 1.15)],
-    ids=["logits", "layer"],
-)
+@pytest.mark.parametrize("phase", PHASES)
 def test_step_is_what_the_trial_run_holds(
     plan: Any,
     model: Any,
     one_of_several_ranks: Any,
-    seats: int,
-    least: float,
-    most: float,
+    phase: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """LLaDA-8B's proportions; the windows of 32 requests, or of one, among 1,024 rows."""
-    # The plan is a GPU's, which takes the softmax of more rows at once. Here of half of them.
-    at_once = candidates._NUMBERS_AT_ONCE[False]
-    assert at_once == model_shape.SOFTMAX_NUMBERS
-    monkeypatch.setattr(model_shape, "SOFTMAX_NUMBERS", at_once >> 4)
-    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (at_once, at_once >> 4))
+    """LLaDA-8B's proportions, with one layer; the bounds are a GPU's, but lower."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    changes, bounds = PHASES[phase]
+    logits, attention = 1 << bounds.get("logits", 16), 1 << bounds.get("attention", 12)
+    assert head.LOGITS_AT_ONCE == model_shape.LOGITS_AT_ONCE == candidates._NUMBERS_AT_ONCE[0]
+    for module in (head, model_shape):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (logits, logits))
+    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE_ON_GPU", attention)
 
     sizes = dict(d_model=256, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=768)
     directory = model(GROUPED | sizes | dict(vocab_size=7904, embedding_size=7904))
-    words = ("--row-budget", 1024, "--max-num-seqs", seats, "--memory", 1, "--window", 16)
-    (rank,) = plan("--model", directory, *words).json["ranks"]
+    words = {"--row-budget": 1024, "--canvas": 512, "--max-num-seqs": 8, "--memory": 1}
+    words |= {"--window": 16, "--max-window": 16} | changes
+    planned = plan("--model", directory, *(word for pair in words.items() for word in pair)).json
+    (rank,) = planned["ranks"]
     built, config = one_of_several_ranks(directory, 1, 0, 1, device="cpu")
+    limits = StepLimits.of(
+        *(planned[name] for name in ("row_budget", "seats", "window", "max_window", "canvas"))
+    )
+    traits = traits_of(config.model_config.hf_config)
     with torch.inference_mode():
         for parameter in built.parameters():
             parameter.zero_()
         process_weights_after_loading(built, config.model_config, torch.device("cpu"))
+        upload = Upload(torch.device("cpu"))
         with LiveBytes() as live:
-            most_probable(built.run_without_cache(1024, 16 * seats))
-    assert least <= live.peak / rank["step"] <= most
+            trial_run(built, traits, limits, planned["seats"], planned["canvas"], upload)
+    # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
+    assert 0.99 <= live.peak / rank["step"] <= (1.25 if phase in ("layer", "chunks") else 1.02)
 
 
 def test_table_and_file_say_the_same(plan: Any) -> None:
@@ -297,12 +294,12 @@ def test_table_and_file_say_the_same(plan: Any) -> None:
     ("words", "kinds"),
     [
         (
-            ["--memory", "23", "--max-num-seqs", "1024", "--row-budget", "16384"],
+            ["--memory", "25", "--max-num-seqs", "1024", "--row-budget", "16384"],
             {"--tp", "--max-num-seqs", "--canvas", "--memory"},
         ),
         (
-            ["--memory", "41", "--dtype", "float32", "--max-num-seqs", "16"],
-            {"--tp", "--hidden-stride", "--dtype", "--canvas", "--memory"},
+            ["--memory", "43", "--dtype", "float32", "--max-num-seqs", "16"],
+            {"--tp", "--hidden-stride", "--dtype", "--max-window", "--canvas", "--memory"},
         ),
         (["--memory", "16", "--tp", "32"], set()),
     ],
@@ -322,7 +319,7 @@ def test_each_remedy_is_enough(plan: Any, words: list[str], kinds: set[str]) -> 
 
 def test_least_remedies(plan: Any) -> None:
     """One less of what is proposed is not enough."""
-    words = ["--model", "llada-8b", "--memory", "41", "--dtype", "float32", "--max-num-seqs", "16"]
+    words = ["--model", "llada-8b", "--memory", "42", "--dtype", "float32", "--max-num-seqs", "16"]
     found = dict(remedy.split() for remedy in plan(*words).json["ranks"][0]["remedies"])
     for flag in ("--hidden-stride", "--memory"):
         assert plan(*words, flag, int(found[flag]) - 1).status == 1
@@ -339,7 +336,7 @@ def test_says_what_is_missing(plan: Any) -> None:
 def test_windows_beyond_the_default_limit(plan: Any) -> None:
     """Whoever raises max_window could not plan for it."""
     words = ("--model", "llada-8b", "--memory", 80, "--max-num-seqs", 2)
-    narrow, wide = (plan(*words, "--window", window) for window in (1024, 2048))
+    narrow, wide = (plan(*words, "--window", n, "--max-window", n) for n in (1024, 2048))
     assert (narrow.status, wide.status) == (0, 0)
     assert wide.json["ranks"][0]["step"] > narrow.json["ranks"][0]["step"]
 

@@ -72,7 +72,7 @@ def records(count: int, policy: str = "elastic") -> list[dict[str, Any]]:
 
 def one_pass(**changes: Any) -> dict[str, Any]:
     entry = {"kind": "window", "rows": 5, "segments": [[0, 3], [1, 2]], "window": 2}
-    entry |= {"queries": 0, "attention_stride": 1, "tested": 0, **changes}
+    entry |= {"queries": 0, "attention_stride": 1, "tested": 0, "saved_rows": 0, **changes}
     return {"policy": "none", "layers": 2, "canvas": 5, "token_ids": [1], "steps": [entry]}
 
 
@@ -460,7 +460,7 @@ def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> No
         rates.append(row["tokens_per_second"])
         assert row["shares"]["host"] == 0
         # 0.9 * 40 GiB less the weights and a layer's tensors of 8192 rows, in blocks of 16
-        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (9 * 4096 + 3 * 12288) * 2
+        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (4 * 4096 + 3 * 12288) * 2
         sizes = [-(-record["canvas"] // 16) for record in records(10)]
         assert row["canvases_that_fit"] == free // (16 * 778_240) * 10 // sum(sizes)
     assert rates[1] == pytest.approx(2 * rates[0])

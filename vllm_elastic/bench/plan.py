@@ -35,13 +35,18 @@ How much of a rank's memory the weights of a LLaDA take, how much a step, and ho
 in the rest. It is arithmetic; nothing of it was measured on a GPU.
 
   left = memory * gpu-memory-utilization - weights - step
-  step = max(rows * (5 * d_model + (2 * d_model + 3 * mlp) / ranks + 2 * kv) * b,   a layer
-             vocabulary * (window rows * b + 8 * rows at once))   logits, float64 softmax
+  step = saved rows * layers * (d_model / ranks) * b           kept for attention statistics
+         + max-num-seqs * canvas * layers * 4                  their totals
+         + the largest of
+             rows * (3 * d_model + (d_model + 3 * mlp) / ranks) * b      a layer
+             rows * d_model * b + 2^25 * (2 * b + 8)                     candidates
+             2^26 * 16                                                   attention statistics
 
-with kv the width of the rank's KV heads, b bytes a number, rows the row budget, and window rows
-max-num-seqs * window, at most rows; the softmax takes 2^25 logits at once. vLLM sets about as
-much aside by a trial run at start. Not counted is what CUDA, NCCL, attention kernels and the
-attention statistics take; it comes out of what is left, so leave some.
+with b bytes a number, rows the row budget, and saved rows 4 * max-window (or canvas, if that is
+less), or 2 * max-num-seqs * window if that is more, of which the row budget is the most. Long
+canvases, worked on in chunks of the row budget, and several ranks take somewhat more. It is what
+a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, NCCL and
+attention kernels take; it comes out of what is left, so leave some.
 Exit status: 0 if a canvas fits for one of the --tp values, 1 if for none, 2 for a bad value.
 """
 
@@ -96,6 +101,13 @@ def add_parser(commands: Any) -> None:
         default=ElasticConfig().window,
         metavar="N",
         help="the knob window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-window",
+        type=_count,
+        default=ElasticConfig().max_window,
+        metavar="N",
+        help="the knob max_window (default: %(default)s)",
     )
     parser.add_argument(
         "--canvas",
@@ -259,9 +271,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
             )
     try:
         ElasticConfig.from_dict({"hidden_stride": args.hidden_stride})
-        # A wider window than max_window's default is there for who raises both.
-        widest = max(args.window, ElasticConfig().max_window)
-        ElasticConfig.from_dict({"window": args.window, "max_window": widest})
+        ElasticConfig.from_dict({"window": args.window, "max_window": args.max_window})
     except ConfigError as error:
         fail(str(error))
     if 1 < args.hidden_stride >= config.n_layers:
@@ -291,6 +301,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         row_budget=args.row_budget,
         seats=args.max_num_seqs,
         window=args.window,
+        max_window=args.max_window,
         block_size=BLOCK_SIZE,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

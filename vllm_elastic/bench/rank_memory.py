@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes
+from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
 
 GIB = 1 << 30
 
@@ -28,7 +28,8 @@ class Setting:
         memory: bytes of a rank's device. utilization: share of it that vLLM may use.
         hidden_stride: the input of every so manyth layer is kept.
         canvas: positions of a full canvas.
-        row_budget: rows of a step. seats: requests at a time. window: positions of each.
+        row_budget: rows of a step. seats: requests at a time. window: positions that each
+            predicts where it does not say otherwise. max_window: that any may predict.
         block_size: positions of a KV block.
     """
 
@@ -42,6 +43,7 @@ class Setting:
     row_budget: int
     seats: int
     window: int
+    max_window: int
     block_size: int
 
     @property
@@ -128,17 +130,23 @@ def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
 
 
 def step_bytes(setting: Setting) -> int:
-    """Bytes of a step on one rank, estimated: what vLLM's trial run at start holds at its peak."""
+    """Bytes of a step on one rank: what the trial run at start holds at its peak."""
     rows = setting.row_budget
     key_width = _key_width(setting.shape, setting.kv_heads, setting.ranks)
     shape = replace(setting.shape, key_width=key_width)
-    window_rows = min(rows, setting.seats * setting.window)
-    limits = StepLimits.of(rows, setting.seats, setting.window, setting.canvas)
+    limits = StepLimits.of(rows, setting.seats, setting.window, setting.max_window, setting.canvas)
     heads, kv_heads = shape.heads // setting.ranks, max(1, setting.kv_heads // setting.ranks)
     head_dim = shape.width // shape.heads
-    saved = saved_bytes(limits.saved_rows, shape.layers, heads, head_dim, shape.bytes_per_number)
-    reading = reading_bytes(setting.window, setting.canvas, heads, kv_heads, head_dim)
-    return saved + max(shape.activation_bytes(rows, window_rows, setting.ranks), reading)
+    lasting = saved_bytes(
+        limits.saved_rows, shape.layers, heads, head_dim, shape.width, shape.bytes_per_number
+    ) + totals_bytes(setting.seats, setting.canvas, shape.layers)
+    computed = max(rows, setting.canvas)
+    tested = min(computed, limits.saved_rows // 4)
+    return lasting + max(
+        shape.layer_bytes(computed, rows, tested, setting.ranks),
+        shape.logits_bytes(computed),
+        reading_bytes(setting.canvas, heads, kv_heads, head_dim),
+    )
 
 
 def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
@@ -164,6 +172,9 @@ def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
     halves = [setting.seats >> n for n in range(1, setting.seats.bit_length())]
     if seats := next((n for n in halves if fits(seats=n)), None):
         found.append(f"--max-num-seqs {seats}")
+    windows = [setting.max_window >> n for n in range(1, setting.max_window.bit_length())]
+    if window := next((n for n in windows if n >= setting.window and fits(max_window=n)), None):
+        found.append(f"--max-window {window}")
     parts = rank_memory(setting)
     if parts.positions:
         found.append(f"--canvas {parts.positions}")

@@ -17,6 +17,7 @@ from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
 from vllm_elastic.bench.simulation.replica import Capacity, Replica
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 
 BATCH_SIZES = (1, 16, 256)
@@ -206,10 +207,11 @@ def capacity_of(
     row_budget = max(args.max_num_batched_tokens, batch_size)  # vLLM wants a row a request
     window_rows = min(row_budget, batch_size * recording.window)
     free = device.memory * args.memory_utilization - shape.weight_bytes
-    free -= shape.activation_bytes(row_budget, window_rows)
+    free -= max(shape.layer_bytes(row_budget, row_budget), shape.logits_bytes(window_rows))
     blocks = int(free // (args.block_size * shape.position_bytes))
     longest = max(request.canvas for request in recording.requests)
-    limits = StepLimits.of(row_budget, batch_size, recording.window, longest)
+    max_window = max(recording.window, ElasticConfig().max_window)
+    limits = StepLimits.of(row_budget, batch_size, recording.window, max_window, longest)
     capacity = Capacity(batch_size, blocks, args.block_size, limits)
     if capacity.blocks_of(longest) > blocks:
         raise SystemExit(

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from vllm_elastic.config import ElasticConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,20 +17,37 @@ class StepLimits:
 
     Attributes:
         rows: that are computed (``max_num_batched_tokens``).
-        saved_rows: of which queries or old keys of every layer are kept for measurements.
+        saved_rows: of which something of every layer (a query, a key, an input) is kept for
+            measurements, each as often as something is.
     """
 
     rows: int
     saved_rows: int
 
     @classmethod
-    def of(cls, rows: int, seats: int, window: int, canvas: int) -> StepLimits:
-        """The limits of an engine.
+    def of_engine(cls, vllm_config: Any) -> StepLimits:
+        """The limits of an engine of this ``VllmConfig``."""
+        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        scheduler = vllm_config.scheduler_config
+        return cls.of(
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            elastic.window,
+            elastic.max_window,
+            vllm_config.model_config.max_model_len,
+        )
+
+    @classmethod
+    def of(cls, rows: int, seats: int, window: int, max_window: int, canvas: int) -> StepLimits:
+        """The same from the numbers.
 
         Args:
             rows: a step's row budget; seats: requests that run at a time.
             window: positions that a request predicts at a step, where it does not say otherwise.
-            canvas: positions of the longest canvas. One request saves at most three rows a
-                position: its query, its query as it was, its key as it was.
+            max_window: that any request may predict.
+            canvas: positions of the longest canvas. One request saves at most four rows a
+                position: its query; its query, its input and its key as they were. So a canvas
+                of ``max_window`` is always within the limits; a request whose longer one might
+                not be is refused (``RefreshPolicy.most_saved_rows``).
         """
-        return cls(rows, max(3 * canvas, min(rows, 2 * seats * window)))
+        return cls(rows, max(4 * min(canvas, max_window), min(rows, 2 * seats * window)))

@@ -132,9 +132,10 @@ class PassPlan:
 
     @property
     def num_saved_rows(self) -> int:
-        """Rows of which a query or a key of every layer is kept, each as often as it is kept."""
+        """Rows of which something of every layer is kept, each as often as something is."""
         old_keys = len(self.segments[0].positions) if self.tested.size else 0
-        return len(self.queries) + self.tested.size + old_keys
+        # Of a tested row the old query and the old input.
+        return len(self.queries) + 2 * self.tested.size + old_keys + len(self.probes)
 
     def row_layers(self, num_layers: int) -> int:
         """Rows computed, summed over layers: the machine-independent measure of work."""

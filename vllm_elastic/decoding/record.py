@@ -72,4 +72,5 @@ class DecodingRecord:
                 entry["queries"] = len(plan.queries)
                 entry["attention_stride"] = plan.attention_stride
                 entry["tested"] = len(plan.tested)
+                entry["saved_rows"] = plan.num_saved_rows
             self.steps.append(entry)

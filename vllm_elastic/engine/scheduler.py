@@ -60,6 +60,7 @@ class ElasticScheduler(Scheduler):
             self.max_num_scheduled_tokens,
             self.max_num_running_reqs,
             self.elastic_config.window,
+            self.elastic_config.max_window,
             self.max_model_len,
         )
 

@@ -27,7 +27,6 @@ from vllm_elastic.models.hidden_states import HiddenStateCache
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import (
     AttentionCall,
-    CandidateRows,
     LayerRows,
     PassRows,
     Recorder,
@@ -121,15 +120,20 @@ class DiffusionTransformer(nn.Module):
                 continue
             if layer:
                 x = self._store_and_join(layer, x, before, now)
-            q, k, v = self._project(block, self._with_old(layer, x, now, recorder), now)
+            projected = self._with_old(layer, x, now, recorder)
+            positions = _first(now.positions, len(projected))
+            q, k, v = self._project(block, projected, positions, now.calls)
+            del projected
             if recorder is not None:
                 recorder.save_queries(layer, now, q)
             _write(block.attn, k, v, now.slots)
+            before, calls = now, now.calls
             if layer == self.num_layers - 1:
-                x = self._finish_window(block, x, q, k, v, rows.window)
-            else:
-                x = self._finish(block, x, q, k, v, now)
-            before = now
+                x, q, calls = x[rows.window.rows], q[rows.window.rows], rows.window.calls
+            q, k, v = (_first(rows_of, len(x)) for rows_of in (q, k, v))
+            attended = _attend(block.attn, q, k, v, calls)
+            del q, k, v  # the MLP needs the room
+            x = self._finish(block, x, attended, calls)
         return self.norm(x)[: rows.num_window_rows]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -178,13 +182,12 @@ class DiffusionTransformer(nn.Module):
 
     @staticmethod
     def _project(
-        block: PreNormBlock, x: torch.Tensor, now: LayerRows
+        block: PreNormBlock, x: torch.Tensor, positions: torch.Tensor, calls: list[AttentionCall]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
-        positions = _first(now.positions, len(x))
-        if len(now.calls) == 1:
+        if len(calls) == 1:
             return block.project(x, positions)
-        parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(now.calls, len(x))]
+        parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(calls, len(x))]
         q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
         return q, k, v
 
@@ -192,48 +195,41 @@ class DiffusionTransformer(nn.Module):
     def _finish(
         block: PreNormBlock,
         x: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        now: LayerRows | CandidateRows,
+        attended: torch.Tensor,
+        calls: list[AttentionCall],
     ) -> torch.Tensor:
         """The layer's output [R filled up, d]."""
-        count = len(x)
-        q, k, v = _first(q, count), _first(k, count), _first(v, count)
-        attended = _attend(block.attn, q, k, v, now.calls)
-        if len(now.calls) == 1:
+        if len(calls) == 1:
             return block.finish(x, attended)
-        return torch.cat(
-            [block.finish(x[a:b], attended[a:b]) for a, b in chunks(now.calls, len(x))]
-        )
-
-    def _finish_window(
-        self,
-        block: PreNormBlock,
-        x: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        window: CandidateRows,
-    ) -> torch.Tensor:
-        """The last layer's output [W filled up, d], of the window's rows alone."""
-        # The backends attend to the paged keys; of the rows' own they take the number.
-        return self._finish(block, x[window.rows], q[window.rows], k, v, window)
+        return torch.cat([block.finish(x[a:b], attended[a:b]) for a, b in chunks(calls, len(x))])
 
     # Memory and weights.
 
-    def run_without_cache(self, num_rows: int) -> torch.Tensor:
-        """What a pass of so many rows allocates at its peak, for vLLM's memory profiling.
+    def run_without_cache(self, num_rows: int, num_tested: int, chunk_rows: int) -> torch.Tensor:
+        """Allocate what a pass allocates at its peak, for vLLM's memory profiling.
 
         One block is enough, all are alike; attention itself is left out, there is no cache yet.
+
+        Args:
+            num_tested: of the rows, projected once more as they were stored.
+            chunk_rows: rows that are worked on at a time.
 
         Returns:
             [num_rows, d] of no meaning.
         """
-        positions = torch.zeros(num_rows, dtype=torch.int64, device=self.embed_tokens.weight.device)
-        x = self.embed_tokens(positions)
-        q, _, _ = self.blocks[0].project(x, positions)
-        return self.norm(self.blocks[0].finish(x, q.reshape(num_rows, -1)))
+        block, device = self.blocks[0], self.embed_tokens.weight.device
+        positions = torch.zeros(num_rows + num_tested, dtype=torch.int64, device=device)
+        calls = [
+            AttentionCall(start, min(start + chunk_rows, num_rows), None)
+            for start in range(0, num_rows, chunk_rows)
+        ]
+        x = self.embed_tokens(positions[:num_rows])
+        projected = torch.cat([x, x[:num_tested]])
+        q, k, v = self._project(block, projected, positions, calls)
+        del projected
+        attended = torch.zeros_like(q[:num_rows]).view(num_rows, -1)
+        del q, k, v
+        return self.norm(self._finish(block, x, attended, calls))
 
     def load_named(
         self,
@@ -292,9 +288,12 @@ def _attend(
     v: torch.Tensor,
     calls: list[AttentionCall],
 ) -> torch.Tensor:
-    """Attention output [R, Hq * D] of the queries [R, Hq, D]; 0 in rows of no call."""
+    """Attention output [R, Hq * D] of the queries [R, Hq, D]; 0 in rows of no call.
+
+    The backends attend to the paged keys; of the rows' own they take the number.
+    """
     output = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    if len(calls) == 1:  # the backend takes as many rows as its metadata has
+    if len(calls) == 1:  # as many rows as its metadata has
         attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
     else:
         for call in calls:

@@ -14,6 +14,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.engine.engine_config import is_served_by_us
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
@@ -50,6 +52,7 @@ def check_requests_at_admission() -> None:
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params)
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
+            check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
             check_transport(request)
         return request
@@ -124,6 +127,31 @@ def check_canvas(prompt_length: int, params: SamplingParams, vllm_config: VllmCo
             f"is {limit}. Lower it to {max(limit - prompt_length, 0)} or shorten the prompt.",
             parameter="max_tokens",
             value=params.max_tokens,
+        )
+
+
+def check_saved_rows(
+    prompt_length: int, params: SamplingParams, config: ElasticConfig, vllm_config: VllmConfig
+) -> None:
+    """Refuse a request whose steps may keep more for their measurements than the engine has room.
+
+    Args:
+        config: the request's own settings.
+
+    Raises:
+        VLLMValidationError: names the knobs, both numbers and the remedy.
+    """
+    canvas = prompt_length + (params.max_tokens or 1)
+    num_layers = traits_of(vllm_config.model_config.hf_config).num_layers
+    most = make_policy(config).most_saved_rows(canvas, num_layers)
+    limit = StepLimits.of_engine(vllm_config).saved_rows
+    if most > limit:
+        raise VLLMValidationError(
+            f"elastic_window={config.most_predicted}: with reach and track_num a step of policy "
+            f"{config.policy} may keep {most} rows of this canvas for its measurements, and the "
+            f"engine has room for {limit}. Lower elastic_window, elastic_reach or "
+            "elastic_track_num, or raise max_window with --elastic-config.",
+            parameter="vllm_xargs",
         )
 
 

@@ -25,10 +25,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
-from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
-from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.runner.batch import BatchBuilder
@@ -37,8 +35,8 @@ from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.row_order import RowOrder
-from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes
 from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 
 logger = init_logger("vllm.vllm_elastic.runner")
@@ -62,7 +60,6 @@ class ElasticRunner:
         self.model_config = vllm_config.model_config
         self.device = device
         self.max_chunk_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        self.elastic_config = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
         # Bytes that the weights take; the GPU worker asks.
         self.model_memory_usage = 0
         self.traits = traits_of(self.model_config.hf_config)
@@ -87,32 +84,10 @@ class ElasticRunner:
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """Allocate what the limits of a step allow, so that vLLM can size the KV cache (GPU)."""
-        canvas, elastic = self.model_config.max_model_len, self.elastic_config
         seats = self.vllm_config.scheduler_config.max_num_seqs
-        limits = StepLimits.of(self.max_chunk_rows, seats, elastic.window, canvas)
-        attention = self.model.attention_layers[0]
-        heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_size
-        number_bytes = self.model_config.dtype.itemsize
-        layers = self.traits.num_layers
-        saved = self._room(saved_bytes(limits.saved_rows, layers, heads, dim, number_bytes))
-        hidden = self.model.run_without_cache(self.max_chunk_rows)
-        self._predict_everything(hidden)
-        del hidden
-        self._room(reading_bytes(elastic.window, canvas, heads, kv_heads, dim))
-        del saved
-
-    def _room(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-
-    def _predict_everything(self, hidden: torch.Tensor) -> None:
-        """The head for a request that wants all that takes memory."""
-        window = np.arange(len(hidden), dtype=np.int32)
-        wishes = Sampling(temperature=1.0, top_p=0.9, num_logprobs=1)
-        plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
-        self._upload.start()
-        head = Head([plan], self.traits, self._upload)
-        self._upload.send()
-        head.predict(self.model, hidden)
+        limits = StepLimits.of_engine(self.vllm_config)
+        canvas = self.model_config.max_model_len
+        trial_run(self.model, self.traits, limits, seats, canvas, self._upload)
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -204,6 +179,7 @@ class ElasticRunner:
         statistics.before(self.model_config.dtype)
         hidden = self._executor.run(rows, statistics.recorder)
         candidates = head.predict(self.model, hidden)
+        del hidden  # the statistics need the room
         statistics.after()
         if candidates is None:
             return None

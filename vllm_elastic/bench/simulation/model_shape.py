@@ -104,16 +104,39 @@ class ModelShape:
         keys_values = self.layers * 2 * self.key_width
         return self.bytes_per_number * (keys_values + (self.layers - 1) * self.width)
 
-    def activation_bytes(self, rows: int, window_rows: int, ranks: int = 1) -> int:
-        """What a step of so many rows needs on each rank beside weights and cache, at its peak.
+    def layer_bytes(self, rows: int, chunk_rows: int, tested_rows: int = 0, ranks: int = 1) -> int:
+        """What a layer needs of a rank beside weights and cache, at its peak.
 
-        The larger of a layer's tensors (``LLaDAModelLM.run_without_cache``: five of the model's
-        width; the rank's share of the queries twice and of the MLP's three; ``key_width`` twice),
-        and of the candidates' logits, ``LOGITS_AT_ONCE``, which every rank has in full: themselves,
-        a copy where log probabilities are asked for, and what is made of them in float64.
+        The larger of the two parts of a layer (``DiffusionTransformer.run_without_cache``):
+        queries, keys and values, which all rows' exist at once, in two copies where they are
+        worked out in chunks; and what follows the attention, whose MLP has a chunk's rows.
+
+        Args:
+            rows: that are computed; tested_rows: of these, projected once more.
+            chunk_rows: rows that are worked on at a time.
         """
-        shared = (2 * self.width + 3 * self.mlp) // ranks + 2 * self.key_width
-        layer = rows * (5 * self.width + shared) * self.bytes_per_number
+        projected, whole = rows + tested_rows, rows <= chunk_rows
+        chunk, last_chunk = min(rows, chunk_rows), chunk_rows + tested_rows
+        qkv = self.width // ranks + 2 * self.key_width
+        if whole:
+            project = rows * self.width + projected * (2 * self.width + qkv)
+            finish = rows * (self.width + self.width // ranks)
+        else:
+            in_chunk = last_chunk * self.width
+            project = (rows + projected) * self.width + max(
+                projected * qkv + in_chunk, projected * qkv * 2
+            )
+            finish = rows * (2 * self.width + self.width // ranks)
+        finish += chunk * (2 * self.width + 3 * self.mlp // ranks)
+        return self.bytes_per_number * max(project, finish)
+
+    def logits_bytes(self, window_rows: int) -> int:
+        """What the candidates of so many rows need on each rank, at its peak.
+
+        Their logits, ``LOGITS_AT_ONCE``, which every rank has in full: themselves, a copy where
+        log probabilities are asked for, and what is made of them in float64. And the rows' final
+        hidden states.
+        """
         at_once = min(window_rows, max(1, LOGITS_AT_ONCE // self.vocabulary))
         logits = self.vocabulary * at_once * (2 * self.bytes_per_number + 8)
-        return max(layer, logits)
+        return window_rows * self.width * self.bytes_per_number + logits

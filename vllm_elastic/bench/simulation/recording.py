@@ -18,7 +18,9 @@ KINDS = ("first", "window", "refresh")
 """Passes as a table shows them; replays and repeated full passes count as refreshes."""
 
 NEEDED = {"policy", "layers", "canvas", "token_ids", "steps"}
-NEEDED_OF_A_PASS = {"kind", "rows", "segments", "window", "queries", "attention_stride", "tested"}
+NEEDED_OF_A_PASS = {
+    "kind", "rows", "segments", "window", "queries", "attention_stride", "tested", "saved_rows",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,7 @@ class Recording:
                 )
             passes = []
             for entry in record["steps"]:
-                saved = entry["queries"] + entry["tested"]
-                saved += entry["segments"][0][1] if entry["tested"] else 0  # old keys
-                passes.append(RecordedPass(len(rows), entry["rows"], saved))
+                passes.append(RecordedPass(len(rows), entry["rows"], entry["saved_rows"]))
                 rows.append(self._work(entry, record["canvas"], record["layers"]))
             tokens = len(record["token_ids"])
             self.requests.append(RecordedRequest(record["canvas"], tokens, passes))

@@ -66,6 +66,10 @@ class RefreshPolicy:
         """
         return None
 
+    def most_saved_rows(self, canvas: int, num_layers: int) -> int:
+        """The most that ``PassPlan.num_saved_rows`` can be of a request with so many positions."""
+        return 0
+
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
         """After a step's first pass, where it measured something: what turned out to be stale.
 

@@ -55,6 +55,15 @@ class Elastic(RefreshPolicy):
             statistic=self.config.statistic,
         )
 
+    def most_saved_rows(self, canvas: int, num_layers: int) -> int:
+        window = self.config.most_predicted
+        reach = self.reach if self.config.reach is None else self.config.reach
+        tracked = min(canvas, num_layers * self.config.track_num)
+        queries = min(canvas, window + tracked)
+        # Rows from layer 0 on: the window, what it committed with the neighbours, what is tracked.
+        written = min(canvas, window + window * (1 + 2 * reach) + tracked)
+        return queries + 2 * tracked + written
+
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
         assert isinstance(measured, MeasuredDrift)
         if measured.similarities is None:

@@ -84,6 +84,9 @@ class ElasticBlock(RefreshPolicy):
             attention_stride=self.config.attention_stride,
         )
 
+    def most_saved_rows(self, canvas: int, num_layers: int) -> int:
+        return min(canvas, self.config.most_predicted) + min(canvas, self.config.probes)
+
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
         assert isinstance(measured, MeasuredBlocks)
         step = plan.denoising_step

@@ -11,6 +11,7 @@ import torch
 from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import DriftTest
 from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.statistics import memory
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 
@@ -42,6 +43,12 @@ class AttentionReader:
             old, new = compared[:, :, num_new:], compared[:, :, own.tested_on_device]
             sums += ops.drift_sums(old, new, own.measure.statistic)
         return sums
+
+    def rows_at_once(self, own: OwnRows) -> int:
+        """Queries of a plan of which one layer's attention is within ``NUMBERS_AT_ONCE_ON_GPU``."""
+        # A tested row has its attention before the pass behind it.
+        each = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
+        return max(1, memory.NUMBERS_AT_ONCE_ON_GPU // each)
 
     def numbers_at_hand(self, own: OwnRows) -> int:
         """Numbers of a layer that are needed at once: keys, or attention rows if they are more."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_elastic.attention import attention_statistics as ops
@@ -14,6 +16,16 @@ from vllm_elastic.runner.statistics.saved_rows import OwnRows
 
 _SORTED_AT_ONCE = 1 << 24
 """Positions times layers that are ranked at a time, by their attention."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """``ops.drift_sums`` [layers, ...] of one plan, of stored layers from ``first`` on."""
+
+    index: int
+    first: int
+    num_rows: int
+    sums: list[torch.Tensor]
 
 
 class DriftTotals:
@@ -29,17 +41,43 @@ class DriftTotals:
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
         # A layer that a plan does not look at stays 0, and so does what is beyond its canvas.
         self._mass = torch.zeros(cache.num_layers, len(owners), longest, device=device)
-        self._drift: dict[int, list[torch.Tensor]] = {}
+        self._pending: list[_Sums] = []
+        self._similarities: dict[int, torch.Tensor] = {}
 
     def add_mass(self, indices: list[int], layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position."""
         places = [self._nth[index] for index in indices]
         self._mass[layers.start : layers.stop, places, : mass.shape[-1]] = mass
 
-    def add_drift(self, index: int, sums: list[torch.Tensor]) -> None:
-        """``ops.drift_sums`` of the layers of one plan."""
+    def add_drift(self, index: int, layers: range, num_rows: int, sums: list[torch.Tensor]) -> None:
+        """``ops.drift_sums`` of some layers and ``num_rows`` of the tested rows of one plan."""
+        first = -(-layers.start // self._cache.hidden_stride)
         tested = self._cache.num_tested(self._measure(index).tested_layers)
-        self._drift[index] = [part[:tested] for part in sums]
+        stop = None if tested is None else max(0, tested - first)
+        self._pending.append(_Sums(index, first, num_rows, [part[:stop] for part in sums]))
+
+    @property
+    def num_pending(self) -> int:
+        """Numbers that wait for ``take_similarities``."""
+        return sum(part.numel() for part in self.pending())
+
+    def pending(self) -> list[torch.Tensor]:
+        """Views of the sums that have to be added up over ranks."""
+        return [part for each in self._pending for part in each.sums]
+
+    def take_similarities(self) -> None:
+        """Turn the sums, added up over ranks, into similarities; they are overwritten."""
+        for each in self._pending:
+            own, statistic = self._owners[each.index], self._measure(each.index).statistic
+            num_attention_rows = self._cache.num_heads * ranks.count() * own.tested.size
+            found = ops.similarity_of_sums(each.sums, statistic, num_attention_rows)
+            if statistic == "released":  # a mean over these rows alone
+                found *= each.num_rows / own.tested.size
+            kept = self._similarities.setdefault(
+                each.index, found.new_zeros(self._cache.num_layers)
+            )
+            kept[each.first : each.first + len(found)] += found
+        self._pending = []
 
     def parts(self) -> list[torch.Tensor]:
         """Views of what adds up over ranks, without what fills up the shorter canvases."""
@@ -47,7 +85,7 @@ class DriftTotals:
             self._mass[own.plan.start_layer :, self._nth[index], : len(own.plan.tokens)]
             for index, own in self._owners.items()
         ]
-        return mass + [part for sums in self._drift.values() for part in sums]
+        return mass + self.pending()
 
     def most_attended(self) -> dict[int, torch.Tensor]:
         """int32 [layers from the start layer on, track_num] of each plan."""
@@ -68,15 +106,14 @@ class DriftTotals:
         }
 
     def similarities(self) -> dict[int, torch.Tensor]:
-        """float32 [tested layers] of each plan that tests; overwrites the sums."""
+        """float32 [tested layers] of each plan that tests."""
         found = {}
-        for index, sums in self._drift.items():
-            measure, own = self._measure(index), self._owners[index]
-            num_rows = self._cache.num_heads * ranks.count() * own.tested.size
-            tested = ops.similarity_of_sums(sums, measure.statistic, num_rows)
-            similarities = tested.new_full((self._cache.num_layers,), torch.nan)
-            similarities[:: self._cache.hidden_stride][: len(tested)] = tested
-            found[index] = similarities[: measure.tested_layers]
+        for index, stored in self._similarities.items():
+            tested_layers = self._measure(index).tested_layers
+            similarities = torch.full_like(stored, torch.nan)
+            places = similarities[:: self._cache.hidden_stride]
+            places.copy_(stored[: len(places)])
+            found[index] = similarities[:tested_layers]
         return found
 
     def _measure(self, index: int) -> DriftTest:

@@ -7,23 +7,41 @@ Imports no torch.
 from __future__ import annotations
 
 NUMBERS_AT_ONCE_ON_GPU = 1 << 26
-"""Keys and attention rows that are at hand at a time, in numbers of 4 bytes."""
+"""Keys and attention rows that are at hand at a time, in numbers of 4 bytes. One plan's rows are
+cut into pieces of no more, on any device."""
+
+SUMS_AT_ONCE = 1 << 24
+"""Sums of drift tests that wait to be added up over ranks, in numbers of 4 bytes."""
+
+_COPIES_OF_READING = 4
+"""Keys, scores and their softmax; beside them what a drift test compares and sums."""
 
 
-def saved_bytes(saved_rows: int, layers: int, heads: int, head_dim: int, number_bytes: int) -> int:
-    """What the recorder keeps of so many rows: a query or a key of every layer.
+def saved_bytes(
+    saved_rows: int, layers: int, heads: int, head_dim: int, width: int, number_bytes: int
+) -> int:
+    """What the recorder keeps of so many rows, in every layer.
+
+    A row is a query, a key, or a stored input of this rank's columns; but a tested row's old input
+    is all of the width, and at most every fourth row is one (``PassPlan.num_saved_rows``).
 
     Args:
         heads: query heads of one rank, no fewer than its KV heads.
     """
-    return saved_rows * layers * heads * head_dim * number_bytes
+    own = heads * head_dim
+    numbers = saved_rows * own + saved_rows // 4 * max(0, width - own)
+    return layers * numbers * number_bytes
 
 
-def reading_bytes(window: int, canvas: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """What working out attention holds at its peak: keys, scores, and their softmax, in float32.
+def totals_bytes(seats: int, canvas: int, layers: int) -> int:
+    """The attention that each position of so many canvases is paid in each layer, in float32."""
+    return 4 * seats * canvas * layers
 
-    Of several plans and layers together no more than ``NUMBERS_AT_ONCE_ON_GPU`` numbers; of one
-    plan and layer all that a window's rows and as many tested ones before and after take.
+
+def reading_bytes(canvas: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """What working out attention holds at its peak, in float32, however wide a window is.
+
+    The least is a layer's keys of one canvas, or the attention of one row before and after.
     """
-    one_layer = canvas * max(kv_heads * head_dim, heads * 3 * window)
-    return 3 * 4 * max(NUMBERS_AT_ONCE_ON_GPU, one_layer)
+    one_layer = canvas * max(kv_heads * head_dim, 2 * heads)
+    return 4 * _COPIES_OF_READING * max(NUMBERS_AT_ONCE_ON_GPU, one_layer)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,25 @@ class OwnRows:
     written: IntArray
     tested_on_device: torch.Tensor
     written_on_device: torch.Tensor
+
+    def pieces(self, count: int) -> list[OwnRows]:
+        """The same by at most ``count`` of the queries at a time; itself where it has no more."""
+        total = len(self.in_window)
+        if total <= count:
+            return [self]
+        return [self._piece(start, min(start + count, total)) for start in range(0, total, count)]
+
+    def _piece(self, start: int, stop: int) -> OwnRows:
+        first, last = np.searchsorted(self.tested, (start, stop)).tolist()
+        queries, old = self.queries.start, self.old_queries.start
+        return replace(
+            self,
+            queries=slice(queries + start, queries + stop),
+            in_window=self.in_window[start:stop],
+            tested=self.tested[first:last] - start,
+            old_queries=slice(old + first, old + last),
+            tested_on_device=self.tested_on_device[first:last] - start,
+        )
 
 
 class SavedRows:

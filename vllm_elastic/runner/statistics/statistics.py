@@ -8,6 +8,7 @@ turns the totals into what the policies asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,7 +28,7 @@ from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.attention import AttentionReader
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
-from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU
+from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU, SUMS_AT_ONCE
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
@@ -67,10 +68,8 @@ class Statistics:
             self._add_attention(alike, layers)
         if self.recorder.old_probes is not None:
             self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
-        if ranks.count() > 1:
-            parts = self._drift.parts() + self._blocks.parts()
-            for part, total in zip(parts, ranks.add_up(parts), strict=True):
-                part.copy_(total)
+        _add_up(self._drift.parts() + self._blocks.parts())
+        self._drift.take_similarities()
 
     def results(self, download: Download) -> dict[int, Fetched[Measured]]:
         """What each plan that measures asked for, once the download has arrived."""
@@ -108,31 +107,71 @@ class Statistics:
         """
         assert self.recorder is not None
         reader, owners = AttentionReader(self._cache, self.recorder), self.saved.owners
+        pieces = {
+            index: owners[index].pieces(reader.rows_at_once(owners[index])) for index in indices
+        }
         room = _NUMBERS_AT_ONCE[self.recorder.queries.is_cpu]
-        room //= max(reader.numbers_at_hand(owners[index]) for index in indices)
+        room //= max(reader.numbers_at_hand(own) for owns in pieces.values() for own in owns)
+        # A plan in several pieces leaves no room for another one.
         num_plans, num_layers = max(1, room // len(layers)), max(1, room)
         # Neighbours in length: the shorter ones are filled up.
         indices = sorted(indices, key=lambda index: len(owners[index].plan.tokens))
         for first in range(0, len(indices), num_plans):
             some = indices[first : first + num_plans]
             parts = [
-                reader.sums([owners[index] for index in some], layers[i : i + num_layers])
+                self._mass_of(reader, some, pieces, layers[i : i + num_layers])
                 for i in range(0, len(layers), num_layers)
             ]
-            mass, *drift = (torch.cat(part) for part in zip(*parts, strict=True))
+            mass = torch.cat(parts)
             if isinstance(owners[some[0]].measure, BlockProbe):
                 self._blocks.add_mass(some, mass)
-                continue
-            self._drift.add_mass(some, layers, mass)
+            else:
+                self._drift.add_mass(some, layers, mass)
+
+    def _mass_of(
+        self,
+        reader: AttentionReader,
+        indices: list[int],
+        pieces: dict[int, list[OwnRows]],
+        layers: range,
+    ) -> torch.Tensor:
+        """The attention [layers, plans, longest T] that the windows pay; drift goes to its total.
+
+        Args:
+            pieces: of each plan; more than one only of a plan that is alone.
+        """
+        masses = []
+        for nth in range(len(pieces[indices[0]])):
+            owners = [pieces[index][nth] for index in indices]
+            mass, *drift = reader.sums(owners, layers)
+            masses.append(mass)
             if drift:  # of a plan that is alone
-                self._drift.add_drift(some[0], drift)
+                self._drift.add_drift(indices[0], layers, owners[0].tested.size, drift)
+            if self._drift.num_pending > SUMS_AT_ONCE:
+                _add_up(self._drift.pending())
+                self._drift.take_similarities()
+        return functools.reduce(torch.add, masses)
 
     def _probe_sums(self, old_probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
-        old = old_probes.float()
-        new = self._cache.hidden[:, self.saved.probe_slots].float()
-        # The square of a rounded norm has that norm for its root: one rank's numbers are unchanged.
-        return (new - old).norm(dim=-1).square(), old.norm(dim=-1).square()
+        sums = []
+        at_once = max(1, NUMBERS_AT_ONCE_ON_GPU // max(1, old_probes[:1].numel()))
+        for layers in range(0, len(old_probes), at_once):
+            some = slice(layers, layers + at_once)
+            old = old_probes[some].float()
+            new = self._cache.hidden[some, self.saved.probe_slots].float()
+            # The square of a rounded norm has that norm for its root: one rank's numbers are
+            # unchanged.
+            sums.append(((new - old).norm(dim=-1).square(), old.norm(dim=-1).square()))
+        change, before = (torch.cat(part) for part in zip(*sums, strict=True))
+        return change, before
+
+
+def _add_up(parts: list[torch.Tensor]) -> None:
+    """Sum over all ranks, in place."""
+    if ranks.count() > 1:
+        for part, total in zip(parts, ranks.add_up(parts), strict=True):
+            part.copy_(total)
 
 
 def _of_kind(owners: dict[int, OwnRows], kind: type) -> dict[int, OwnRows]:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The most that a step can take, allocated once at start, so that vLLM can size the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
+from vllm_elastic.runner.upload import Upload
+
+
+def trial_run(
+    model: Any, traits: DecodingTraits, limits: StepLimits, seats: int, canvas: int, upload: Upload
+) -> None:
+    """Hold, one after the other, what a step of all that the limits allow holds in its phases.
+
+    What lasts from before the pass to its end (what the recorder keeps, the totals) is there all
+    the time; beside it the layers, then the candidates, then the attention that is worked out.
+
+    Args:
+        seats: requests that run at a time; canvas: positions of the longest one.
+    """
+    attention, weight = model.attention_layers[0], model.embed_tokens.weight
+
+    def room(num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=weight.device)
+
+    sizes = attention.num_heads, attention.num_kv_heads, attention.head_size
+    heads, _, head_dim = sizes
+    saved = room(
+        saved_bytes(
+            limits.saved_rows, traits.num_layers, heads, head_dim, model.width, weight.itemsize
+        )
+    )
+    totals = room(totals_bytes(seats, canvas, traits.num_layers))
+    # A canvas beyond the row budget is computed alone, chunk by chunk.
+    num_rows = max(limits.rows, canvas)
+    num_tested = min(num_rows, limits.saved_rows // 4)
+    hidden = model.run_without_cache(num_rows, num_tested, limits.rows)
+    _predict_everything(model, traits, hidden, upload)
+    del hidden
+    room(reading_bytes(canvas, *sizes))
+    del saved, totals
+
+
+def _predict_everything(
+    model: Any, traits: DecodingTraits, hidden: torch.Tensor, upload: Upload
+) -> None:
+    """The head for a request that wants all that takes memory."""
+    window = np.arange(len(hidden), dtype=np.int32)
+    wishes = Sampling(temperature=1.0, top_p=0.9, num_logprobs=1)
+    plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
+    upload.start()
+    head = Head([plan], traits, upload)
+    upload.send()
+    head.predict(model, hidden)
