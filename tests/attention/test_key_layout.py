@@ -92,7 +92,9 @@ def check_reads(impl: Any, caches: torch.Tensor, isa: str = "", seed: int = 0) -
     # A replay reads from its first layer on; canvases have different numbers of blocks.
     for first_layer in (0, 1):
         tables = [blocks[:1].tolist(), blocks.tolist(), blocks[2:5].tolist()]
-        read = layout.read_blocks(caches[first_layer:], tables)
+        longest = max(map(len, tables))
+        index = torch.tensor([[*own, *[0] * (longest - len(own))] for own in tables])
+        read = layout.read_blocks(caches[first_layer:], tables, index)
         assert read.shape == (NUM_LAYERS - first_layer, 3, *expected.shape[1:])
         assert read.dtype == torch.float32
         for nth, (start, stop) in enumerate([(0, 1), (0, len(blocks)), (2, 5)]):

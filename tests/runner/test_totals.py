@@ -16,6 +16,7 @@ from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
 from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
+from vllm_elastic.runner.upload import Upload
 
 LAYERS = 4
 CACHE: Any = SimpleNamespace(num_layers=LAYERS, hidden_stride=2, num_heads=2)
@@ -45,10 +46,14 @@ def tracking(length: int, track_num: int, seed: int, start: int = 0) -> Any:
     return own(length, test, start)
 
 
+def places_of(owners: dict[int, Any], indices: list[int]) -> torch.Tensor:
+    return torch.tensor([list(owners).index(index) for index in indices])
+
+
 def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """Totals of three requests, and the mass [layers, T] that each was given."""
     owners = {0: probing(5, 3, [1, 4], 1), 4: probing(16, 4, [2], 4), 7: probing(13, 3, [], 5)}
-    totals, masses = BlockTotals(owners, CACHE, DEVICE), {}
+    totals, masses = BlockTotals(owners, CACHE, Upload(DEVICE)), {}
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([0], 4), ([7, 4], 2)):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -57,14 +62,14 @@ def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(indices, mass)
+        totals.add_mass(places_of(owners, indices), mass)
     return totals, owners, masses
 
 
 def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """The same of requests that track."""
     owners = {1: tracking(9, 3, 2), 3: tracking(7, 1, 3, start=2), 5: tracking(13, 2, 6)}
-    totals, masses = DriftTotals(owners, CACHE, DEVICE), {}
+    totals, masses = DriftTotals(owners, CACHE, Upload(DEVICE)), {}
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([1, 5], range(4)), ([3], range(2, 4))):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -73,7 +78,7 @@ def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.T
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(indices, layers, mass)
+        totals.add_mass(places_of(owners, indices), layers, mass)
     return totals, owners, masses
 
 
@@ -124,13 +129,13 @@ def test_a_request_that_is_not_a_number_stays_alone() -> None:
     """One request's NaN would reach those that share its tensors."""
     expected, _, _ = blocks()
     totals, _, _ = blocks()
-    totals.add_mass([0], torch.full((4, 1, 5), torch.nan))
+    totals.add_mass(torch.tensor([0]), torch.full((4, 1, 5), torch.nan))
     for index in (4, 7):
         for got, wanted in zip(totals.blocks()[index], expected.blocks()[index], strict=True):
             assert torch.equal(got, wanted)
     expected_drift, _, _ = drift()
     totals_drift, _, _ = drift()
-    totals_drift.add_mass([1], range(4), torch.full((4, 1, 9), torch.nan))
+    totals_drift.add_mass(torch.tensor([0]), range(4), torch.full((4, 1, 9), torch.nan))
     for index in (3, 5):
         wanted = expected_drift.most_attended()[index]
         assert torch.equal(totals_drift.most_attended()[index], wanted)

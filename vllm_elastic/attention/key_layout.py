@@ -84,12 +84,15 @@ class KeyLayout:
         offsets[found[where]] = where
         return cls(offsets.view(block_size, dim).t().contiguous(), cache.shape[3])
 
-    def read_blocks(self, cache: torch.Tensor, tables: Sequence[Sequence[int]]) -> torch.Tensor:
+    def read_blocks(
+        self, cache: torch.Tensor, tables: Sequence[Sequence[int]], index: torch.Tensor
+    ) -> torch.Tensor:
         """Keys of whole blocks of some canvases, transposed for a score product.
 
         Args:
             cache: [..., blocks, Hkv, block_size, C].
             tables: each canvas's blocks by their numbers, as the host knows them.
+            index: int64 [canvases, B], the same on the device, filled up with any block.
 
         Returns:
             float32 [..., canvases, Hkv, D, B * block_size], in slot order, B of the canvas with
@@ -103,9 +106,6 @@ class KeyLayout:
             moved = _copy_of_blocks(words, tables, words.dtype).flatten(-3)
             return self._unpacked(moved, cache.dtype)
         # By indexing: index_select takes a hundred times as long on a view with strides.
-        longest = max(map(len, tables))
-        filled = [[*blocks, *[0] * (longest - len(blocks))] for blocks in tables]
-        index = torch.tensor(filled, device=cache.device)
         if self.plain:
             view = cache[..., index, :, :, : self.head_dim]
             return _float_copy(view.movedim((-4, -2), (-2, -1))).flatten(-2)

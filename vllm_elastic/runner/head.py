@@ -50,6 +50,7 @@ class Head:
         self.slices = [
             slice(end - len(plan.window), end) for plan, end in zip(plans, ends, strict=True)
         ]
+        self._never_chosen = upload.put(np.array(traits.never_chosen, dtype=np.int64))
         self._positions = upload.put(
             np.concatenate([plan.window for plan in plans]).astype(np.int64)
         )
@@ -83,7 +84,7 @@ class Head:
             logprobs: filled in where asked for; they are of what the model says, not of what a
                 request's constraints leave of it.
         """
-        logits[:, list(self._traits.never_chosen)] = float("-inf")
+        logits.index_fill_(-1, self._never_chosen, float("-inf"))
         raw = {}
         for index, own, at in self._wishes(rows):
             sampling = self._plans[index].sampling

@@ -172,10 +172,12 @@ class ElasticRunner:
         )
         saved = statistics.saved
         rows = builder.lay_out(self.traits.num_layers, saved.tested_positions, saved.query_rows)
+        half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()
         builder.finish()
-        self._clear_padding(plans)
+        if half_filled is not None:
+            self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
         hidden = self._executor.run(rows, statistics.recorder)
         candidates = head.predict(self.model, hidden)
@@ -199,16 +201,16 @@ class ElasticRunner:
             for index, own in enumerate(head.slices)
         ]
 
-    def _clear_padding(self, plans: list[PassPlan]) -> None:
-        """Zero the block that a fresh canvas fills only in part.
+    def _half_filled(self, plans: list[PassPlan]) -> torch.Tensor | None:
+        """Blocks that fresh canvases fill only in part, and that have to be zeroed; None: none.
 
         Attention kernels multiply a whole block by probabilities that are 0 beyond T, and a NaN
         that an earlier owner left there would survive that.
         """
         last = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.cache.block_size]
-        if last:
-            blocks = torch.tensor(self.cache.kernel_blocks(last), device=self.device)
-            self.cache.keys[:, blocks] = 0
+        if not last:
+            return None
+        return self._upload.put(np.array(self.cache.kernel_blocks(last), dtype=np.int64))
 
     # Asked by vLLM's worker now and then.
 

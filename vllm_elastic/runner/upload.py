@@ -28,11 +28,14 @@ class Upload:
     The buffers stay from pass to pass, so a view's address depends on what was put before it in
     the same pass and on nothing else. On a CPU host and device share one buffer.
 
+    Attributes:
+        device: where the views are.
+
     Invariant: what ``put`` returned holds its numbers from ``send`` on, until the next ``start``.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._used = 0
         self._sent: torch.cuda.Event | None = None
         self._outgrown: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -65,7 +68,7 @@ class Upload:
             return
         for host, on_device in [*self._outgrown, (self._host[: self._used], self._on_device)]:
             on_device[: host.numel()].copy_(host, non_blocking=True)
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self._sent = torch.cuda.Event()
             self._sent.record()
 
@@ -76,9 +79,9 @@ class Upload:
         self._used = 0
 
     def _allocate(self, num_bytes: int) -> None:
-        pinned = self._device.type == "cuda"
+        pinned = self.device.type == "cuda"
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._host_np = self._host.numpy()
         self._on_device = self._host
-        if self._device.type != "cpu":
-            self._on_device = torch.zeros_like(self._host, device=self._device)
+        if self.device.type != "cpu":
+            self._on_device = torch.zeros_like(self._host, device=self.device)

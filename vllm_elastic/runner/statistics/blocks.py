@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import BlockProbe
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.statistics.flags import flags_on
+from vllm_elastic.runner.statistics.flags import filled_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
+from vllm_elastic.runner.upload import Upload
 
 
 class BlockTotals:
@@ -19,16 +21,27 @@ class BlockTotals:
     all of them are found together.
     """
 
-    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, device: torch.device) -> None:
-        self._owners, self._cache, self._device = owners, cache, device
+    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, upload: Upload) -> None:
+        self._owners, self._cache = owners, cache
         self._nth = {index: nth for nth, index in enumerate(owners)}
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
-        self._mass = torch.zeros(len(owners), longest, device=device)
+        self._mass = torch.zeros(len(owners), longest, device=upload.device)
+        watched = [self._measure(index).watched for index in owners]
+        self._watched = upload.put(filled_up(watched, longest))
+        # Plans whose blocks have as many positions are worked out together.
+        self._alike: list[tuple[int, list[int], torch.Tensor]] = []
+        for size in sorted({self._measure(index).block_size for index in owners}):
+            alike = [index for index in owners if self._measure(index).block_size == size]
+            places = upload.put(np.array([self._nth[index] for index in alike]))
+            self._alike.append((size, alike, places))
         self._probes: list[torch.Tensor] = []
 
-    def add_mass(self, indices: list[int], mass: torch.Tensor) -> None:
-        """The attention [layers, plans, T] that some plans' windows pay each position."""
-        places = [self._nth[index] for index in indices]
+    def add_mass(self, places: torch.Tensor, mass: torch.Tensor) -> None:
+        """The attention [layers, plans, T] that some plans' windows pay each position.
+
+        Args:
+            places: int64 [plans], theirs among all plans that probe blocks.
+        """
         # Summed over layers already: a layer's own mass would be L times as much to send.
         self._mass[places, : mass.shape[-1]] = mass.sum(dim=0)
 
@@ -48,17 +61,11 @@ class BlockTotals:
         """float32 [blocks] mass and int32 [blocks] most attended position of each plan."""
         if not self._owners:
             return {}
-        measures = {index: self._measure(index) for index in self._owners}
-        watched = flags_on(
-            self._device, [measure.watched for measure in measures.values()], self._mass.shape[-1]
-        )
         # The norm is the whole canvas's attention, whether it is watched or not.
         share = self._mass / self._mass.sum(dim=-1, keepdim=True)
         found = {}
-        for block_size in {measure.block_size for measure in measures.values()}:
-            alike = [i for i, measure in measures.items() if measure.block_size == block_size]
-            rows = [self._nth[index] for index in alike]
-            mass, best = ops.attended_blocks(share[rows], watched[rows], block_size)
+        for block_size, alike, places in self._alike:
+            mass, best = ops.attended_blocks(share[places], self._watched[places], block_size)
             best = best.to(torch.int32)
             for nth, index in enumerate(alike):
                 own = slice(-(-len(self._owners[index].plan.tokens) // block_size))

@@ -11,8 +11,9 @@ from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import DriftTest
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.statistics.flags import flags_on
+from vllm_elastic.runner.statistics.flags import filled_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
+from vllm_elastic.runner.upload import Upload
 
 _SORTED_AT_ONCE = 1 << 24
 """Positions times layers that are ranked at a time, by their attention."""
@@ -35,18 +36,24 @@ class DriftTotals:
     attended positions of all of them are found together.
     """
 
-    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, device: torch.device) -> None:
-        self._owners, self._cache, self._device = owners, cache, device
+    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, upload: Upload) -> None:
+        self._owners, self._cache = owners, cache
         self._nth = {index: nth for nth, index in enumerate(owners)}
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
         # A layer that a plan does not look at stays 0, and so does what is beyond its canvas.
-        self._mass = torch.zeros(cache.num_layers, len(owners), longest, device=device)
+        self._mass = torch.zeros(cache.num_layers, len(owners), longest, device=upload.device)
+        measures = [self._measure(index) for index in owners]
+        self._trackable = upload.put(filled_up([m.trackable for m in measures], longest))
+        self._track_num = max((measure.track_num for measure in measures), default=0)
         self._pending: list[_Sums] = []
         self._similarities: dict[int, torch.Tensor] = {}
 
-    def add_mass(self, indices: list[int], layers: range, mass: torch.Tensor) -> None:
-        """The attention [layers, plans, T] that some plans' windows pay each position."""
-        places = [self._nth[index] for index in indices]
+    def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
+        """The attention [layers, plans, T] that some plans' windows pay each position.
+
+        Args:
+            places: int64 [plans], theirs among all plans that test drift.
+        """
         self._mass[layers.start : layers.stop, places, : mass.shape[-1]] = mass
 
     def add_drift(self, index: int, layers: range, num_rows: int, sums: list[torch.Tensor]) -> None:
@@ -91,14 +98,11 @@ class DriftTotals:
         """int32 [layers from the start layer on, track_num] of each plan."""
         if not self._owners:
             return {}
-        measures = [self._measure(index) for index in self._owners]
-        length = self._mass.shape[-1]
-        trackable = flags_on(self._device, [measure.trackable for measure in measures], length)
-        wanted = max(measure.track_num for measure in measures)
         # A sort takes several times the room of what it sorts.
-        num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * length))
-        pieces = zip(self._mass.split(num_plans, dim=1), trackable.split(num_plans), strict=True)
-        best = torch.cat([ops.most_attended(*piece, wanted) for piece in pieces], dim=1)
+        num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * self._mass.shape[-1]))
+        masses, flags = self._mass.split(num_plans, dim=1), self._trackable.split(num_plans)
+        pieces = zip(masses, flags, strict=True)
+        best = torch.cat([ops.most_attended(*piece, self._track_num) for piece in pieces], dim=1)
         best = best.to(torch.int32)
         return {
             index: best[own.plan.start_layer :, self._nth[index], : self._measure(index).track_num]

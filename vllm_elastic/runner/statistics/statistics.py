@@ -9,7 +9,7 @@ turns the totals into what the policies asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ from vllm_elastic.runner.statistics.attention import AttentionReader
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
 from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU, SUMS_AT_ONCE
+from vllm_elastic.runner.statistics.reading import Reading, ReadingPlanner
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
@@ -51,9 +52,10 @@ class Statistics:
         self.saved = SavedRows(plans, order, upload)
         self.recorder: PassRecorder | None = None
         self._cache = cache
-        owners, device = self.saved.owners, cache.keys.device
-        self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, device)
-        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, device)
+        owners, at_once = self.saved.owners, _NUMBERS_AT_ONCE[cache.keys.is_cpu]
+        self._readings = ReadingPlanner(owners, cache, upload, at_once).readings()
+        self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, upload)
+        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload)
 
     def before(self, dtype: torch.dtype) -> None:
         """Once the upload was sent: read what the pass is going to overwrite."""
@@ -64,8 +66,9 @@ class Statistics:
         """Once the pass is over, on every rank: sums over its heads, then over all ranks."""
         if self.recorder is None:
             return
-        for layers, alike in self._alike():
-            self._add_attention(alike, layers)
+        reader = AttentionReader(self._cache, self.recorder)
+        for reading in self._readings:
+            self._read(reader, reading)
         if self.recorder.old_probes is not None:
             self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
         _add_up(self._drift.parts() + self._blocks.parts())
@@ -82,71 +85,23 @@ class Statistics:
             fetched[index] = download.of(MeasuredBlocks, mass, best, probe_drift.get(index))
         return fetched
 
-    def _alike(self) -> Iterator[tuple[range, list[int]]]:
-        """Layers, and the plans of one kind whose attention is read in these.
+    def _read(self, reader: AttentionReader, reading: Reading) -> None:
+        """Work out some plans' attention and add it to the totals."""
+        mass = torch.cat([self._mass(reader, reading, layers) for layers in reading.layer_parts()])
+        if isinstance(reading.pieces[0].owners[0].measure, BlockProbe):
+            self._blocks.add_mass(reading.places, mass)
+        else:
+            self._drift.add_mass(reading.places, reading.layers, mass)
 
-        A plan that tests stays alone: it reads every layer, and no two have as many rows.
-        """
-        last = self._cache.num_layers - 1
-        alike: dict[tuple[type, range], list[int]] = {}
-        for index, own in self.saved.owners.items():
-            start, stride = own.plan.start_layer, own.plan.attention_stride
-            # From the start layer on, counted down from the last.
-            layers = range(start + (last - start) % stride, last + 1, stride)
-            if own.tested.size:
-                yield layers, [index]
-            else:
-                alike.setdefault((type(own.measure), layers), []).append(index)
-        for (_, layers), indices in alike.items():
-            yield layers, indices
-
-    def _add_attention(self, indices: list[int], layers: range) -> None:
-        """Work out these plans' attention in these layers and add it to the totals.
-
-        As many plans and layers at a time as a CPU's cache, or a GPU's spare memory, has room for.
-        """
-        assert self.recorder is not None
-        reader, owners = AttentionReader(self._cache, self.recorder), self.saved.owners
-        pieces = {
-            index: owners[index].pieces(reader.rows_at_once(owners[index])) for index in indices
-        }
-        room = _NUMBERS_AT_ONCE[self.recorder.queries.is_cpu]
-        room //= max(reader.numbers_at_hand(own) for owns in pieces.values() for own in owns)
-        # A plan in several pieces leaves no room for another one.
-        num_plans, num_layers = max(1, room // len(layers)), max(1, room)
-        # Neighbours in length: the shorter ones are filled up.
-        indices = sorted(indices, key=lambda index: len(owners[index].plan.tokens))
-        for first in range(0, len(indices), num_plans):
-            some = indices[first : first + num_plans]
-            parts = [
-                self._mass_of(reader, some, pieces, layers[i : i + num_layers])
-                for i in range(0, len(layers), num_layers)
-            ]
-            mass = torch.cat(parts)
-            if isinstance(owners[some[0]].measure, BlockProbe):
-                self._blocks.add_mass(some, mass)
-            else:
-                self._drift.add_mass(some, layers, mass)
-
-    def _mass_of(
-        self,
-        reader: AttentionReader,
-        indices: list[int],
-        pieces: dict[int, list[OwnRows]],
-        layers: range,
-    ) -> torch.Tensor:
-        """The attention [layers, plans, longest T] that the windows pay; drift goes to its total.
-
-        Args:
-            pieces: of each plan; more than one only of a plan that is alone.
-        """
+    def _mass(self, reader: AttentionReader, reading: Reading, layers: range) -> torch.Tensor:
+        """The attention [layers, plans, longest T] that windows pay; drift goes to its total."""
         masses = []
-        for nth in range(len(pieces[indices[0]])):
-            owners = [pieces[index][nth] for index in indices]
-            mass, *drift = reader.sums(owners, layers)
+        for piece in reading.pieces:
+            mass, *drift = reader.sums(reading, piece, layers)
             masses.append(mass)
             if drift:  # of a plan that is alone
-                self._drift.add_drift(indices[0], layers, owners[0].tested.size, drift)
+                num_rows = piece.owners[0].tested.size
+                self._drift.add_drift(reading.indices[0], layers, num_rows, drift)
             if self._drift.num_pending > SUMS_AT_ONCE:
                 _add_up(self._drift.pending())
                 self._drift.take_similarities()
