@@ -156,7 +156,9 @@ class Statistics:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
         sums = []
         at_once = max(1, NUMBERS_AT_ONCE_ON_GPU // max(1, old_probes[:1].numel()))
-        for layers in range(0, len(old_probes), at_once):
+        for layers in range(
+            0, max(1, len(old_probes)), at_once
+        ):  # once for a model that stores none
             some = slice(layers, layers + at_once)
             old = old_probes[some].float()
             new = self._cache.hidden[some, self.saved.probe_slots].float()
