@@ -135,6 +135,15 @@ def test_the_window_is_the_first_masked_positions(scenario: Scenario) -> None:
 
 
 @drives
+@given(scenarios())
+def test_no_pass_keeps_more_rows_than_its_policy_says(scenario: Scenario) -> None:
+    """A request that was admitted by what it may keep would take more memory than there is."""
+    trace = drive(scenario)
+    policy = trace.request.policy
+    most = policy.most_saved_rows(scenario.length, scenario.num_layers)
+    assert max(p.plan.num_saved_rows for p in trace.passes) <= min(most, 4 * scenario.length)
+
+
 @given(scenarios(policies=("elastic-block",), restart_rates=(0.0,)))
 def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
     """A step would commit a guess unseen by the rest, or leave a sure prediction behind."""

@@ -55,6 +55,30 @@ def test_canvas_that_just_fits(processor: Any) -> None:
     assert request.sampling_params.max_tokens == 24
 
 
+def test_rows_kept_for_measurements() -> None:
+    """One request's drift test would take more memory than the trial run has set aside."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    knobs = {"elastic": {"max_window": 8, "window": 4, "policy": "elastic"}}
+    args = EngineArgs(
+        model=str(MODEL),
+        dtype="float32",
+        max_model_len=LENGTH,
+        max_num_seqs=1,
+        additional_config=knobs,
+    )
+    processor = InputProcessor(args.create_engine_config())
+    # 8 layers track 8 rows: 4 + 8 queries, 8 old ones, 8 old inputs, 4 + 4 + 8 old keys.
+    with pytest.raises(VLLMValidationError, match=r"may keep 44 rows .* room for 32\. Lower elast"):
+        admit(processor, InputProcessor.process_inputs, prompt_length=20, max_tokens=20)
+    # Of 8 positions no more than 32 rows can be kept.
+    admit(processor, InputProcessor.process_inputs, prompt_length=4, max_tokens=4)
+    for knobs in ({"elastic_policy": "elastic-block"}, {"elastic_policy": "none"}):
+        admit(processor, InputProcessor.process_inputs, max_tokens=50, extra_args=knobs)
+
+
 def test_settings_are_parsed_once(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request passes every check with one reading of its knobs."""
     from vllm_elastic.config import ElasticConfig

@@ -111,8 +111,9 @@ class Statistics:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
         sums = []
         at_once = max(1, NUMBERS_AT_ONCE_ON_GPU // max(1, old_probes[:1].numel()))
-        for layers in range(0, len(old_probes), at_once):
-            some = slice(layers, layers + at_once)
+        # Once for a model that stores none.
+        for first in range(0, max(1, len(old_probes)), at_once):
+            some = slice(first, first + at_once)
             old = old_probes[some].float()
             new = self._cache.hidden[some, self.saved.probe_slots].float()
             # The square of a rounded norm has that norm for its root: one rank's numbers are
