@@ -32,16 +32,8 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
         return lambda: Upload(CPU)
 
     def copied() -> Upload:
-        upload = Upload(CPU)
-        allocate = upload._allocate
-
-        def twice(num_bytes: int) -> None:
-            allocate(num_bytes)
-            upload._on_device = torch.zeros_like(upload._host)
-
-        monkeypatch.setattr(upload, "_allocate", twice)
-        twice(module._FIRST_CAPACITY)
-        return upload
+        monkeypatch.setattr(Upload, "_twin", lambda _, host: torch.zeros_like(host))
+        return Upload(CPU)
 
     return copied
 

@@ -57,9 +57,10 @@ class Upload:
         if self._used + array.nbytes > self._host.numel():
             self._grow(array.nbytes)
         start, stop = self._used, self._used + array.nbytes
-        self._used = -(-stop // _ALIGNMENT) * _ALIGNMENT
+        self._used = _aligned(stop)
         self._host_np[start:stop] = array.reshape(-1).view(np.uint8)
-        view = self._on_device[start:stop].view(_TYPES[array.dtype.type])
+        size = array.itemsize
+        view = self._typed[array.dtype.type][start // size : stop // size]
         return view if array.ndim == 1 else view.view(array.shape)
 
     def send(self) -> None:
@@ -80,8 +81,15 @@ class Upload:
 
     def _allocate(self, num_bytes: int) -> None:
         pinned = self.device.type == "cuda"
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._host = torch.zeros(_aligned(num_bytes), dtype=torch.uint8, pin_memory=pinned)
         self._host_np = self._host.numpy()
-        self._on_device = self._host
-        if self.device.type != "cpu":
-            self._on_device = torch.zeros_like(self._host, device=self.device)
+        self._on_device = self._twin(self._host)
+        # A slice of one of these is one operator, a slice seen as another type is two.
+        self._typed = {numpy: self._on_device.view(own) for numpy, own in _TYPES.items()}
+
+    def _twin(self, host: torch.Tensor) -> torch.Tensor:
+        return host if self.device.type == "cpu" else torch.zeros_like(host, device=self.device)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

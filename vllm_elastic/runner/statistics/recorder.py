@@ -19,39 +19,44 @@ from vllm_elastic.runner.statistics.saved_rows import SavedRows
 class PassRecorder:
     """Made before a pass, filled by it (``models.rows.Recorder``).
 
+    Args:
+        read_layers: those whose attention is going to be read.
+
     Attributes:
-        queries: [L, S, Hq, D], 0 in layers in which a row is not active.
+        queries: [L, S, Hq, D]; of no meaning in layers that are not read, nor where a row is not
+            active.
         old_queries: [L, M, Hq, D] of tested rows, 0 in layers whose input is not stored; None:
             nothing is tested.
         old_keys: [L, K, Hkv, D]; old_probes: [stored, probes, d / ranks]; None: none are wanted.
     """
 
-    def __init__(self, saved: SavedRows, cache: CacheView, dtype: torch.dtype) -> None:
+    def __init__(
+        self, saved: SavedRows, cache: CacheView, dtype: torch.dtype, read_layers: set[int]
+    ) -> None:
+        self._read_layers = read_layers
         self._query_rows = saved.queries_on_device
         self.tested_rows = saved.tested_on_device
-        shape = cache.num_layers, -1, cache.num_heads, cache.head_dim
-        self.queries = self._zeros(shape, len(saved.query_rows), dtype)
+        num_queries, num_tested = len(saved.query_rows), len(saved.tested_positions)
+        layers, heads, dim = cache.num_layers, cache.num_heads, cache.head_dim
+        self.queries = cache.keys.new_empty(layers, num_queries, heads, dim, dtype=dtype)
         self.old_inputs: torch.Tensor | None = None
         self.old_queries: torch.Tensor | None = None
         self.old_keys: torch.Tensor | None = None
         self.old_probes: torch.Tensor | None = None
         if saved.num_probes:
             self.old_probes = cache.hidden[:, saved.probe_slots]
-        if len(saved.tested_positions):
+        if num_tested:
             self.old_inputs = ranks.gather_columns(cache.hidden[:, saved.tested_slots])
             self.old_keys = cache.key_layout.read_slots(cache.keys, saved.old_key_slots)
-            self.old_queries = self._zeros(shape, len(saved.tested_positions), dtype)
-
-    def _zeros(
-        self, shape: tuple[int, int, int, int], count: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        layers, _, heads, dim = shape
-        return torch.zeros(layers, count, heads, dim, dtype=dtype, device=self._query_rows.device)
+            self.old_queries = cache.keys.new_zeros(layers, num_tested, heads, dim, dtype=dtype)
 
     def save_queries(self, layer: int, rows: LayerRows, q: torch.Tensor) -> None:
+        if layer not in self._read_layers:
+            return
         count = rows.num_queries
         if count:
-            self.queries[layer, :count] = q[self._query_rows[:count]]
+            kept = self.queries[layer, :count]
+            torch.index_select(q, 0, self._query_rows[:count], out=kept)
         # A layer whose input is not stored projects the active rows only.
         if self.old_queries is not None and len(q) == len(rows.positions):
             first = rows.num_rows

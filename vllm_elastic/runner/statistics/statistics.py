@@ -60,7 +60,8 @@ class Statistics:
     def before(self, dtype: torch.dtype) -> None:
         """Once the upload was sent: read what the pass is going to overwrite."""
         if self.saved.owners:
-            self.recorder = PassRecorder(self.saved, self._cache, dtype)
+            read_layers = {layer for reading in self._readings for layer in reading.layers}
+            self.recorder = PassRecorder(self.saved, self._cache, dtype, read_layers)
 
     def after(self) -> None:
         """Once the pass is over, on every rank: sums over its heads, then over all ranks."""
