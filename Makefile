@@ -6,6 +6,7 @@ CONSTRAINTS ?= scripts/constraints.txt
 PYTEST_ARGS ?=
 MINUTES ?= 30
 REQUESTS ?= 5000
+WORKERS ?= 2
 VERSION ?= 0.33.0
 
 RUN := $(VENV)/bin/python -m
@@ -23,8 +24,8 @@ help: ## list the targets
 setup: ## make .venv with vLLM's CPU build and this project in it; at once when it is there
 	@VENV=$(VENV) PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) bash scripts/setup.sh
 
-test: lint ## lint, then all tests but the long ones
-	$(RUN) pytest $(PYTEST_ARGS)
+test: lint ## lint, then all tests but the long ones, a file at a time on each of WORKERS
+	$(RUN) pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-long: setup ## the long tests only
 	$(RUN) pytest -m long $(PYTEST_ARGS)
