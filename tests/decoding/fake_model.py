@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.commits import COMMIT_RULES
 from vllm_elastic.decoding.measurement import (
     BlockProbe,
     DriftTest,
@@ -88,6 +89,11 @@ def scenarios(
             "policy": st.sampled_from(policies),
             "window": st.integers(1, 12) | st.just(100),
             "threshold": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+            "commit": st.sampled_from(list(COMMIT_RULES)),
+            "factor": st.sampled_from([0.0, 0.75, 2.0, 10.0]),
+            "frechet_margin": st.sampled_from([0.0, 0.25, 1.0]),
+            "relaxed_threshold": st.sampled_from([0.0, 0.5, 1.0]),
+            "anchor_radius": st.integers(0, 4) | st.just(100),
             "gamma": st.sampled_from([0.0, 0.5, 0.9, 2.0]),
             "track_num": st.integers(1, 4),
             "tokens_per_step": st.none() | st.integers(1, 5) | st.just(100),

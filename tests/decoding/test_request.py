@@ -21,6 +21,7 @@ from tests.decoding.fake_model import (
     quiet,
     scenarios,
 )
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift
 from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
@@ -104,11 +105,30 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
             chosen = [q for w, q in zip(window, probabilities, strict=True) if w in p.committed]
             assert min(chosen) >= max(others, default=0.0)
         else:
-            bar = min(config.threshold, max(probabilities))
-            assert p.committed == [
-                w for w, q in zip(window, probabilities, strict=True) if q >= bar
+            best = [
+                w for w, q in zip(window, probabilities, strict=True) if q >= max(probabilities)
             ]
+            assert p.committed == (sure_of(config, window, probabilities) or best)
         assert p.committed
+
+
+def sure_of(config: ElasticConfig, window: list[int], probabilities: list[float]) -> list[int]:
+    """Positions that the commit rule is sure of together, ascending."""
+    known = dict(zip(window, probabilities, strict=True))
+    if config.commit in ("threshold", "local"):
+        anchors = [w for w in window if known[w] >= config.threshold]
+        if config.commit == "threshold":
+            return anchors
+        near = [w for w in window if any(abs(w - a) <= config.anchor_radius for a in anchors)]
+        return sorted({*anchors, *(w for w in near if known[w] >= config.relaxed_threshold)})
+    ranked = sorted(window, key=lambda w: -known[w])
+    for count in range(len(ranked), 0, -1):
+        doubts = [1 - known[w] for w in ranked[:count]]
+        factor = (count + 1) * doubts[-1] < config.factor
+        frechet = 1 - sum(doubts) - doubts[-1] > config.frechet_margin
+        if factor if config.commit == "factor" else frechet:
+            return sorted(ranked[:count])
+    return []
 
 
 def whole_window(scenario: Scenario, p: Pass) -> list[int]:
@@ -167,8 +187,9 @@ def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
         if p.replayed:
             continue
         needed = min(config.tokens_per_step or 1, len(whole))
-        enough = sum(q >= config.threshold for q in probability.values()) >= needed
-        assert enough or sorted(probability) == whole
+        looked_at = sorted(probability)
+        enough = sure_of(config, looked_at, [probability[q] for q in looked_at])
+        assert len(enough) >= needed or looked_at == whole
         last |= probability
         just_committed = p.committed
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .commit import CommitOptions, near_anchors, slack_of_factor, slack_of_frechet, sure
+
 
 def on_cpu(values: Tensor | Sequence[float]) -> Tensor:
     """(n,) float64 values, wherever they were."""
@@ -39,13 +41,33 @@ def of_threshold(values: Tensor | Sequence[float], threshold: float) -> float:
     return (on_cpu(values) - threshold).abs().min().item() if len(values) else math.inf
 
 
-def of_commit(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> float:
+def of_sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> float:
+    """Of ``commit.sure``, in confidence: n tokens that are judged together share the distance."""
+    if options.commit == "threshold":
+        return of_threshold(confidence, options.threshold)
+    if options.commit == "local":
+        near = near_anchors(confidence, positions, options)
+        return min(
+            of_threshold(confidence, options.threshold),
+            of_threshold(confidence[near], options.relaxed_threshold),
+        )
+    falling = on_cpu(confidence).sort(descending=True).values.tolist()
+    slack = slack_of_factor if options.commit == "factor" else slack_of_frechet
+    counts = range(1, len(falling) + 1)
+    distance = min(abs(slack(falling, n, options)) / (n + 1) for n in counts)
+    count = int(sure(confidence, positions, options).sum())
+    return min(distance, of_ranking(confidence, count))
+
+
+def of_commit(confidence: Tensor, positions: Tensor, options: CommitOptions) -> float:
     """Of ``commit.choose``."""
-    if tokens_per_step is not None:
-        return of_ranking(confidence, tokens_per_step)
-    if confidence.max() < threshold:
+    if options.tokens_per_step is not None:
+        return of_ranking(confidence, options.tokens_per_step)
+    if sure(confidence, positions, options).any():
+        return of_sure(confidence, positions, options)
+    if options.commit == "threshold":  # the best is committed on either side of the threshold
         return of_ranking(confidence, 1)
-    return of_threshold(confidence, threshold)
+    return min(of_ranking(confidence, 1), of_sure(confidence, positions, options))
 
 
 def of_candidates(logits: Tensor) -> float:
