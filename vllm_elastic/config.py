@@ -21,7 +21,7 @@ REQUEST_PREFIX = "elastic_"
 POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 """Names of the policies in ``decoding.policies``, which reads this module."""
 
-COMMIT_RULES = ("threshold", "factor", "frechet", "local")
+COMMIT_RULES = ("threshold", "factor", "frechet", "local", "entropy")
 """Names of the rules in ``decoding.commits``, likewise."""
 
 _MOST = 1 << 20
@@ -166,6 +166,12 @@ class ElasticConfig:
         4,
         _integer(0, _MOST),
         "of the commit rule `local`: positions on either side of such a prediction that are near",
+    )
+    entropy_bound: float = _knob(
+        0.1,
+        _number(0.0, 100.0),
+        "of the commit rule `entropy`: the most, in nats, that the entropies of the tokens "
+        "committed together, without the largest, add up to; larger commits more",
     )
     gamma: float = _knob(
         0.9,

@@ -18,12 +18,18 @@ from vllm_elastic.decoding.canvas import Canvas
 from vllm_elastic.decoding.schedule import make_schedule
 
 
-def commit(positions: list[int], confidences: list[float], **knobs: Any) -> list[int]:
+def commit(
+    positions: list[int],
+    confidences: list[float],
+    entropies: list[float] | None = None,
+    **knobs: Any,
+) -> list[int]:
     """Indices that a step commits."""
     window = np.array(positions, dtype=np.int32)
     canvas = Canvas([1], positions[-1], 99)
     schedule = make_schedule(replace(ElasticConfig(), **knobs), positions[-1])
-    return schedule.choose(canvas, window, np.array(confidences), 0).tolist()
+    of_each = None if entropies is None else np.array(entropies)
+    return schedule.choose(canvas, window, np.array(confidences), 0, of_each).tolist()
 
 
 def test_rules_are_the_registered_ones() -> None:
@@ -47,6 +53,15 @@ def test_rules_by_hand(
     knobs: dict[str, Any], positions: list[int], confidences: list[float], committed: list[int]
 ) -> None:
     assert commit(positions, confidences, **knobs) == committed
+
+
+@pytest.mark.parametrize(("bound", "confidences", "entropies", "committed"), commit_rules.ENTROPY)
+def test_entropy_by_hand(
+    bound: float, confidences: list[float], entropies: list[float], committed: list[int]
+) -> None:
+    positions = list(range(1, len(confidences) + 1))
+    chosen = commit(positions, confidences, entropies, commit="entropy", entropy_bound=bound)
+    assert chosen == committed
 
 
 CONFIDENCES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12)

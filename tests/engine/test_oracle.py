@@ -107,11 +107,14 @@ RULES: dict[str, dict[str, Any]] = {
     "factor": {"policy": "none", "commit": "factor"},
     "frechet": {"policy": "none", "commit": "frechet"},
     "local": {"policy": "none", "commit": "local"},
+    "entropy": {"policy": "none", "commit": "entropy"},
     "factor-elastic": {"policy": "elastic", "commit": "factor", "factor": 1.0, "gamma": 0.8},
     "factor-lazy": {**LAZY, "commit": "factor", "factor": 0.5, "reach": 2},
     "frechet-interval": {"policy": "interval", "commit": "frechet", "frechet_margin": 0.5},
     "frechet-lazy": {**LAZY, "commit": "frechet", "frechet_margin": 0.1, "reach": 1},
     "frechet-lazy-topk": {**LAZY, "commit": "frechet", "reach": 1, "tokens_per_step": 3},
+    "entropy-lazy": {**LAZY, "commit": "entropy", "entropy_bound": 0.5, "reach": 2},
+    "entropy-ends": {"policy": "elastic", "commit": "entropy", "confidence_eos_eot_inf": True},
     "local-dual-cache": {"policy": "dual-cache", "commit": "local", "block_length": 8},
     "local-lazy": {
         **LAZY,
@@ -262,7 +265,9 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     assert {p["kind"] for r in results for p in r["steps"]} >= {"widened", "replay", "refresh"}
     for name in RULES:
         assert sum(len(committed) > 1 for committed in commits[name]) > len(prompts), name
-    assert commits["threshold"] not in [commits[name] for name in ("factor", "frechet", "local")]
+    assert commits["threshold"] not in [
+        commits[name] for name in ("factor", "frechet", "local", "entropy")
+    ]
 
 
 @pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])

@@ -8,6 +8,8 @@ With c_1 >= c_2 >= ... the confidences in falling order:
   max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > margin.
 * local (LocalLeap): an anchor reaches the threshold; what lies within the radius of an anchor is
   committed from the relaxed threshold on.
+* entropy (EB-Sampler, in the order of confidence): the first n, for the largest n whose entropies
+  without the largest of them add up to the bound or less; one alone if its own does.
 
 Where nothing qualifies the best is committed. A confidence of 0 qualifies nowhere.
 """
@@ -81,4 +83,22 @@ COMMITS: list[tuple[dict[str, Any], list[int], list[float], list[int]]] = [
     ({"commit": "frechet", "tokens_per_step": 5}, [3, 4, 5, 6, 7], PROFILE, [0, 1, 2, 3, 4]),
     ({"commit": "local", "tokens_per_step": 1}, NEIGHBOURS, CONFIDENCES, [1]),
     ({"commit": "threshold"}, NEIGHBOURS, CONFIDENCES, [1]),
+]
+
+# (bound, confidences, entropies, indices committed)
+ENTROPY: list[tuple[float, list[float], list[float], list[int]]] = [
+    # In the order of confidence 0.25, 0.5, 0.125, 1. One: 0.25; two: 0.75 - 0.5 = 0.25;
+    # three: 0.875 - 0.5 = 0.375; four: 1.875 - 1 = 0.875.
+    (0.125, [0.7, 0.9, 0.5, 0.8], [0.125, 0.25, 1.0, 0.5], [1]),
+    (0.25, [0.7, 0.9, 0.5, 0.8], [0.125, 0.25, 1.0, 0.5], [1, 3]),
+    (0.374, [0.7, 0.9, 0.5, 0.8], [0.125, 0.25, 1.0, 0.5], [1, 3]),
+    (0.375, [0.7, 0.9, 0.5, 0.8], [0.125, 0.25, 1.0, 0.5], [0, 1, 3]),
+    (0.875, [0.7, 0.9, 0.5, 0.8], [0.125, 0.25, 1.0, 0.5], [0, 1, 2, 3]),
+    (0.0, [0.7, 1.0, 0.5, 1.0], [0.125, 0.0, 1.0, 0.0], [0, 1, 3]),
+    # One: 0.5; two: 0.75 - 0.5 = 0.25. The largest n counts, not the first that is too much.
+    (0.3, [0.9, 0.8], [0.5, 0.25], [0, 1]),
+    # Nothing qualifies: the best with its equal.
+    (0.1, [0.6, 0.2, 0.6], [0.5, 0.75, 0.5], [0, 2]),
+    (9.0, [0.0, 0.4, 0.0], [0.5, 0.5, 0.5], [1]),
+    (9.0, [0.0, 0.0], [0.5, 0.5], [0]),
 ]

@@ -215,7 +215,7 @@ class DenoisingRequest:
         whole = len(self.schedule.window(self.canvas))
         if len(plan.window) == whole:
             return True
-        return self.schedule.may_choose(plan.window, result.probabilities, whole)
+        return self.schedule.may_choose(plan.window, result.probabilities, whole, result.entropies)
 
     def _commit(self, plan: PassPlan, result: PassResult) -> None:
         window, found = plan.window, result
@@ -223,7 +223,9 @@ class DenoisingRequest:
             window, found = join_candidates(*self._predicted, window, found)
             self._predicted = None
         self.last_probability[window] = found.probabilities
-        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
+        chosen = self.schedule.choose(
+            self.canvas, window, found.probabilities, plan.denoising_step, found.entropies
+        )
         self.just_committed = window[chosen]
         self.canvas.commit(self.just_committed, found.token_ids[chosen])
         if found.logprobs is not None:

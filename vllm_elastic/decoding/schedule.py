@@ -21,13 +21,22 @@ class Schedule(Protocol):
         ...
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
         """Indices into the window that are committed, ascending, at least one."""
         ...
 
     def may_choose(
-        self, window: Positions, probabilities: npt.NDArray[np.float64], whole: int
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        whole: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> bool:
         """Whether a step may choose from these predictions of a part of its window alone.
 
@@ -47,17 +56,27 @@ class SlidingWindow:
         return canvas.first_masked(self._config.window)
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
         if self._config.tokens_per_step is not None:
             return by_rank(probabilities, self._config.tokens_per_step)
-        return self._rule.choose(window, probabilities)
+        return self._rule.choose(window, probabilities, entropies)
 
     def may_choose(
-        self, window: Positions, probabilities: npt.NDArray[np.float64], whole: int
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        whole: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> bool:
         needed = min(self._config.tokens_per_step or 1, whole)
-        return int(np.count_nonzero(self._rule.sure(window, probabilities))) >= needed
+        sure = self._rule.sure(window, probabilities, entropies)
+        return int(np.count_nonzero(sure)) >= needed
 
 
 class TextBlocks(SlidingWindow):
@@ -109,7 +128,12 @@ class FixedSteps(TextBlocks):
         self._seed = seed % (1 << 64)  # numpy takes no negative key, vLLM does
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
         share, rest = divmod(self._config.block_length, self._steps_per_block)
         count = share + (step % self._steps_per_block < rest)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Rule = Literal["threshold", "factor", "frechet", "local"]
+Rule = Literal["threshold", "factor", "frechet", "local", "entropy"]
 
 
 def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -58,7 +58,7 @@ class CommitOptions:
         commit: the rule, see ``sure``.
         threshold: epsilon, confidence from which a prediction is sure; above 1: one token a step
             (more only if equally confident).
-        factor, frechet_margin, relaxed_threshold, anchor_radius: of the other rules.
+        factor, frechet_margin, relaxed_threshold, anchor_radius, entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
         drop_after_every_eos: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
@@ -70,6 +70,7 @@ class CommitOptions:
     frechet_margin: float = 0.25
     relaxed_threshold: float = 0.75
     anchor_radius: int = 4
+    entropy_bound: float = 0.1
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
     never: tuple[int, ...] = ()
@@ -82,10 +83,19 @@ class CommitOptions:
             raise ValueError(f"commit is {self.commit!r}, must be one of {get_args(Rule)}")
 
 
-def sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tensor:
+def entropies(logits: Tensor, mask_token_id: int, never: Sequence[int] = ()) -> Tensor:
+    """(R,) float64 in nats, of the distributions that ``candidates`` takes its tokens from."""
+    probabilities = without(logits, (mask_token_id, *never)).softmax(dim=-1)
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def sure(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> Tensor:
     """(n,) bool: what may be committed together; perhaps nothing. A confidence of 0 never is.
 
-    With c_1 >= c_2 >= ... the confidences in falling order, equals by position:
+    With c_1 >= c_2 >= ... the confidences in falling order, equals by position, and h_1, h_2, ...
+    the entropies in the same order:
 
     * ``threshold`` (Elastic-Cache, step 6): every c of at least ``threshold``.
     * ``factor`` (Fast-dLLM): the first n, n the largest with (n + 1) (1 - c_n) < ``factor``.
@@ -93,13 +103,13 @@ def sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tenso
       max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > ``frechet_margin``.
     * ``local`` (LocalLeap): every c of at least ``threshold``, an anchor, and every c of at least
       ``relaxed_threshold`` at most ``anchor_radius`` positions from an anchor.
+    * ``entropy`` (EB-Sampler): the first n, n the largest with
+      h_1 + ... + h_n - max(h_1, ..., h_n) <= ``entropy_bound``; a single one only if its own is.
 
     Args:
         confidence: (n,) of the predictions for ``positions`` (n,), ascending.
+        entropy: (n,) of their distributions; ``entropy`` alone needs it.
     """
-    order = confidence.argsort(descending=True, stable=True)
-    falling = confidence[order].tolist()
-    counts = range(1, len(falling) + 1)
     if options.commit == "threshold":
         chosen = confidence >= options.threshold
     elif options.commit == "local":
@@ -107,13 +117,31 @@ def sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tenso
         chosen = confidence >= options.threshold
         chosen = chosen | relaxed & near_anchors(confidence, positions, options)
     else:
-        if options.commit == "factor":
-            fitting = [n for n in counts if slack_of_factor(falling, n, options) > 0]
-        else:
-            fitting = [n for n in counts if slack_of_frechet(falling, n, options) > 0]
-        chosen = torch.zeros_like(confidence, dtype=torch.bool)
-        chosen[order[: max(fitting, default=0)]] = True
+        count = 0
+        for n, room in enumerate(rooms(confidence, options, entropy), start=1):
+            if room > 0 or (room == 0 and options.commit == "entropy"):
+                count = n
+        chosen = most_confident(confidence, count)
     return chosen & (confidence > 0)
+
+
+def rooms(confidence: Tensor, options: CommitOptions, entropy: Tensor | None = None) -> list[float]:
+    """For n = 1, 2, ...: how far the n most confident are within the rule's bound; below 0: not."""
+    order = confidence.argsort(descending=True, stable=True)
+    falling = confidence[order].tolist()
+    found = []
+    for n in range(1, len(falling) + 1):
+        if options.commit == "factor":
+            found.append(options.factor - (n + 1) * (1 - falling[n - 1]))
+        elif options.commit == "frechet":
+            together = max(0.0, sum(falling[:n]) - (n - 1))
+            found.append(together - (1 - falling[n - 1]) - options.frechet_margin)
+        else:
+            assert entropy is not None
+            first = entropy[order[:n]].tolist()
+            shared = sum(first) - max(first) if n > 1 else first[0]
+            found.append(options.entropy_bound - shared)
+    return found
 
 
 def near_anchors(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tensor:
@@ -124,17 +152,6 @@ def near_anchors(confidence: Tensor, positions: Tensor, options: CommitOptions) 
     return near
 
 
-def slack_of_factor(falling: list[float], count: int, options: CommitOptions) -> float:
-    """Above 0 where the ``count`` most confident may be committed together."""
-    return options.factor - (count + 1) * (1 - falling[count - 1])
-
-
-def slack_of_frechet(falling: list[float], count: int, options: CommitOptions) -> float:
-    """Above 0 where the ``count`` most confident may be committed together."""
-    together = max(0.0, sum(falling[:count]) - (count - 1))
-    return together - (1 - falling[count - 1]) - options.frechet_margin
-
-
 def most_confident(confidence: Tensor, count: int) -> Tensor:
     """(n,) bool: the ``count`` highest, all if there are fewer; equals go to the earlier one."""
     chosen = torch.zeros_like(confidence, dtype=torch.bool)
@@ -142,15 +159,17 @@ def most_confident(confidence: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def choose(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tensor:
-    """(n,) bool, which of the window to commit: a fixed number a step, or what is sure.
+def choose(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> Tensor:
+    """(n,) bool, which of the window to commit: a fixed number a step, or what is ``sure``.
 
     If nothing is, the best and those equal to it are. If all confidences are 0 the earliest is:
     LLaDA's code, which commits a fixed number a step, has no rule for this case.
     """
     if options.tokens_per_step is not None:
         return most_confident(confidence, options.tokens_per_step)
-    chosen = sure(confidence, positions, options)
+    chosen = sure(confidence, positions, options, entropy)
     if chosen.any():
         return chosen
     if confidence.max() > 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import CommitOptions, candidates, choose, without
+from .commit import CommitOptions, candidates, choose, entropies, without
 from .llada import LLaDA
 from .result import DecodingResult
 
@@ -42,12 +42,13 @@ def commit_predictions(
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
     token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
-    chosen = choose(confidence, window, options)
+    entropy = entropies(logits, mask, options.never) if options.commit == "entropy" else None
+    chosen = choose(confidence, window, options, entropy)
     canvas.commit(window[chosen], token_ids[chosen])
     # Where a prediction alone can make a row unconfident, those that are not committed decide, too.
     deciding = logits if options.unconfident else logits[chosen]
     result.close_call(
-        margin.of_commit(confidence, window, options),
+        margin.of_commit(confidence, window, options, entropy),
         margin.of_candidates(without(deciding, (mask, *options.never))),
     )
     return window[chosen]

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import candidates, sure
+from .commit import candidates, entropies, sure
 from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -244,12 +244,17 @@ class ElasticBlock:
         part = [p for p in window.tolist() if p not in old]
         return self.positions(part) if part else window
 
-    def is_sure(self, confidence: Tensor, window: Tensor, whole: int) -> bool:
-        """Whether a step may choose from (W,) predictions of a part of its ``whole`` window."""
-        options = self.options
-        self.result.close_call(margin.of_sure(confidence, window, options))
+    def is_sure(self, hidden: Tensor, window: Tensor, whole: int) -> bool:
+        """Whether a step may choose from (W,) predictions of a part of its ``whole`` window.
+
+        ``hidden``: (W, d) that they are made from.
+        """
+        options, mask = self.options, self.model.config.mask_token_id
+        confidence = self.confidence_of(hidden)
+        entropy = entropies(self.model.head(hidden), mask, options.never)
+        self.result.close_call(margin.of_sure(confidence, window, options, entropy))
         needed = min(options.tokens_per_step or 1, whole)
-        return bool(sure(confidence, window, options).sum() >= needed)
+        return bool(sure(confidence, window, options, entropy).sum() >= needed)
 
     def confidence_of(self, hidden: Tensor) -> Tensor:
         """(W,) of the predictions from (W, d) output of the last layer."""
@@ -286,7 +291,7 @@ class ElasticBlock:
                 self.computed_at[position] = self.result.denoising_steps
         hidden = measured.hidden
         confidence = self.confidence_of(hidden)
-        if len(window) < len(whole) and not self.is_sure(confidence, window, len(whole)):
+        if len(window) < len(whole) and not self.is_sure(hidden, window, len(whole)):
             looked_at = torch.isin(whole, window)
             predicting = self.canvas.rows_predicting(whole[~looked_at])
             join = self.joins(predicting.tolist(), 0)

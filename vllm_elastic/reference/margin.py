@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .commit import CommitOptions, near_anchors, slack_of_factor, slack_of_frechet, sure
+from .commit import CommitOptions, near_anchors, rooms, sure
 
 
 def on_cpu(values: Tensor | Sequence[float]) -> Tensor:
@@ -41,8 +41,10 @@ def of_threshold(values: Tensor | Sequence[float], threshold: float) -> float:
     return (on_cpu(values) - threshold).abs().min().item() if len(values) else math.inf
 
 
-def of_sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> float:
-    """Of ``commit.sure``, in confidence: n tokens that are judged together share the distance."""
+def of_sure(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> float:
+    """Of ``commit.sure``: n tokens that are judged together share the distance from the bound."""
     if options.commit == "threshold":
         return of_threshold(confidence, options.threshold)
     if options.commit == "local":
@@ -51,23 +53,26 @@ def of_sure(confidence: Tensor, positions: Tensor, options: CommitOptions) -> fl
             of_threshold(confidence, options.threshold),
             of_threshold(confidence[near], options.relaxed_threshold),
         )
-    falling = on_cpu(confidence).sort(descending=True).values.tolist()
-    slack = slack_of_factor if options.commit == "factor" else slack_of_frechet
-    counts = range(1, len(falling) + 1)
-    distance = min(abs(slack(falling, n, options)) / (n + 1) for n in counts)
-    count = int(sure(confidence, positions, options).sum())
-    return min(distance, of_ranking(confidence, count))
+    distances = rooms(confidence, options, entropy)
+    count = int(sure(confidence, positions, options, entropy).sum())
+    return min(
+        of_ranking(confidence, count),
+        *(abs(room) / (n + 1) for n, room in enumerate(distances, start=1)),
+    )
 
 
-def of_commit(confidence: Tensor, positions: Tensor, options: CommitOptions) -> float:
+def of_commit(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> float:
     """Of ``commit.choose``."""
     if options.tokens_per_step is not None:
         return of_ranking(confidence, options.tokens_per_step)
-    if sure(confidence, positions, options).any():
-        return of_sure(confidence, positions, options)
+    of_rule = of_sure(confidence, positions, options, entropy)
+    if sure(confidence, positions, options, entropy).any():
+        return of_rule
     if options.commit == "threshold":  # the best is committed on either side of the threshold
         return of_ranking(confidence, 1)
-    return min(of_ranking(confidence, 1), of_sure(confidence, positions, options))
+    return min(of_ranking(confidence, 1), of_rule)
 
 
 def of_candidates(logits: Tensor) -> float:

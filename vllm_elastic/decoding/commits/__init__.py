@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_elastic.decoding.commits.base import CommitRule
 from vllm_elastic.decoding.commits.by_rank import by_rank
+from vllm_elastic.decoding.commits.entropy import Entropy
 from vllm_elastic.decoding.commits.factor import Factor
 from vllm_elastic.decoding.commits.frechet import Frechet
 from vllm_elastic.decoding.commits.local import Local
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
 
 COMMIT_RULES: dict[str, type[CommitRule]] = {
-    rule.name: rule for rule in (Threshold, Factor, Frechet, Local)
+    rule.name: rule for rule in (Threshold, Factor, Frechet, Local, Entropy)
 }
 
 

@@ -21,15 +21,20 @@ class CommitRule:
 
     Attributes:
         name: what ``commit`` in the config calls it.
+        needs_entropies: whether a pass has to report them.
     """
 
     name: ClassVar[str]
+    needs_entropies: ClassVar[bool] = False
 
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
 
     def accepts(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         """bool [W]: what the rule would commit of its own accord, perhaps nothing.
 
@@ -39,27 +44,34 @@ class CommitRule:
         Args:
             window: the positions predicted, ascending, W >= 1.
             probabilities: float64 [W], of each position's prediction.
+            entropies: float64 [W], of its distribution, in nats; None where not needed.
         """
         raise NotImplementedError
 
     @final
     def sure(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         """bool [W]: those accepted; a probability of 0 (``confidence_eos_eot_inf``: a predicted
         end) is a guess under any rule."""
-        return self.accepts(window, probabilities) & (probabilities > 0)
+        return self.accepts(window, probabilities, entropies) & (probabilities > 0)
 
     @final
     def choose(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.intp]:
         """Indices into the window that are committed, ascending, at least one.
 
         Where nothing is sure it is the best, with those equal to it; of zeros only the earliest,
         since all of them would be guesses.
         """
-        sure = np.flatnonzero(self.sure(window, probabilities))
+        sure = np.flatnonzero(self.sure(window, probabilities, entropies))
         if len(sure):
             return sure
         best = np.flatnonzero(probabilities == probabilities.max())

@@ -22,7 +22,10 @@ class Factor(CommitRule):
     name = "factor"
 
     def accepts(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         falling = -np.sort(-probabilities)
         counts = np.arange(1, len(falling) + 1)

@@ -24,7 +24,10 @@ class Frechet(CommitRule):
     name = "frechet"
 
     def accepts(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         falling = -np.sort(-probabilities)
         # c_1 + ... + c_n - (n - 1), written so that probabilities near 1 do not lose their digits.

@@ -21,7 +21,10 @@ class Local(CommitRule):
     name = "local"
 
     def accepts(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         anchors = probabilities >= self.config.threshold
         distances = np.abs(window[:, None] - window[anchors])

@@ -17,6 +17,9 @@ class Threshold(CommitRule):
     name = "threshold"
 
     def accepts(
-        self, window: Positions, probabilities: npt.NDArray[np.float64]
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        entropies: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
         return probabilities >= self.config.threshold
