@@ -21,6 +21,9 @@ REQUEST_PREFIX = "elastic_"
 POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 """Names of the policies in ``decoding.policies``, which reads this module."""
 
+COMMIT_RULES = ("threshold", "factor", "frechet", "local", "entropy")
+"""Names of the rules in ``decoding.commits``, likewise."""
+
 _MOST = 1 << 20
 
 
@@ -132,8 +135,43 @@ class ElasticConfig:
     threshold: float = _knob(
         0.9,
         _number(0.0, 1.0),
-        "a prediction at least this probable is committed (epsilon); the best one of a step in "
-        "any case",
+        "of the commit rules `threshold` and `local`: a prediction at least this probable is "
+        "committed (epsilon)",
+    )
+    commit: str = _knob(
+        "threshold",
+        _choice(*COMMIT_RULES),
+        "which predictions of a step are committed together ([commit rules](commit-rules.md)); "
+        "the best one in any case. Not used with `tokens_per_step` or `steps`",
+    )
+    factor: float = _knob(
+        0.75,
+        _number(0.0, 10.0),
+        "of the commit rule `factor`: n tokens are committed together if (n + 1) times what the "
+        "least probable of them lacks to 1 is below it; larger commits more",
+    )
+    frechet_margin: float = _knob(
+        0.25,
+        _number(0.0, 1.0),
+        "of the commit rule `frechet`: how much more probable than any other choice the tokens "
+        "committed together have to be, at the least; larger commits fewer",
+    )
+    relaxed_threshold: float = _knob(
+        0.75,
+        _number(0.0, 1.0),
+        "of the commit rule `local`: the threshold near a prediction that reaches `threshold`; "
+        "from `threshold` on it changes nothing",
+    )
+    anchor_radius: int = _knob(
+        4,
+        _integer(0, _MOST),
+        "of the commit rule `local`: positions on either side of such a prediction that are near",
+    )
+    entropy_bound: float = _knob(
+        0.1,
+        _number(0.0, 100.0),
+        "of the commit rule `entropy`: the most, in nats, that the entropies of the tokens "
+        "committed together, without the largest, add up to; larger commits more",
     )
     gamma: float = _knob(
         0.9,
@@ -164,8 +202,8 @@ class ElasticConfig:
         False,
         _FLAG,
         "of `elastic-block`: a step first predicts those positions of the window that are new in "
-        "it, within `reach` of the last commits, or were sure before; where too few of these "
-        "reach the threshold, another pass predicts the rest "
+        "it, within `reach` of the last commits, or reached `threshold` before; where the commit "
+        "rule accepts too few of these, another pass predicts the rest "
         "([policies](policies.md#the-lazy-window)). Ignored with `steps`",
     )
     probes: int = _knob(
@@ -204,8 +242,8 @@ class ElasticConfig:
     tokens_per_step: int | None = _knob(
         None,
         _or_null(_integer(1, _MOST)),
-        "commit just this many positions a step, by rank, whatever the threshold; null: by "
-        "threshold",
+        "commit just this many positions a step, by rank, whatever the commit rule says; null: by "
+        "rule",
     )
     block_length: int = _knob(
         32, _integer(1, _MOST), "text block of `dual-cache` and of `steps`, in positions"
@@ -214,8 +252,8 @@ class ElasticConfig:
         None,
         _or_null(_integer(1, _MOST)),
         "LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly by "
-        "its text blocks; `window`, `threshold` and `tokens_per_step` are not used. `max_tokens` "
-        "must be a multiple of `block_length`, `steps` of the number of blocks",
+        "its text blocks; `window`, `commit`, `threshold` and `tokens_per_step` are not used. "
+        "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks",
     )
     remasking: str = _knob(
         "low_confidence",
@@ -233,7 +271,7 @@ class ElasticConfig:
         _FLAG,
         "end-of-text and end-of-turn have no part in the confidences: a predicted one has "
         "confidence 0, and is committed only where a step has nothing else to commit (by "
-        "threshold, then one a step)",
+        "rule, then one a step)",
     )
     canvas: tuple[int, ...] | None = _knob(
         None,

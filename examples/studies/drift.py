@@ -17,7 +17,7 @@ from vllm_elastic.bench.arguments import add_json, add_model, add_prompts
 from vllm_elastic.bench.run import read_jsonl
 from vllm_elastic.reference import LLaDA
 from vllm_elastic.reference.canvas import Canvas
-from vllm_elastic.reference.commit import candidates, choose
+from vllm_elastic.reference.commit import CommitOptions, candidates, choose
 
 REGIONS = ("prompt", "settled answer", "recent answer", "just committed", "window", "tail")
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)  # from a commit, up to and with
@@ -116,7 +116,7 @@ def measure(
             for distance, layer, value in changes(history[step - 1], history[step], near):
                 yield ("near", str(distance), 1, layer), value
         token_ids, confidence = candidates(model.head(hidden[window]), model.config.mask_token_id)
-        chosen = choose(confidence, args.threshold, None)
+        chosen = choose(confidence, window, CommitOptions(threshold=args.threshold))
         canvas.commit(window[chosen], token_ids[chosen])
         committed_at[window[chosen]] = step
 

@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.commits import COMMIT_RULES
 from vllm_elastic.decoding.measurement import (
     BlockProbe,
     DriftTest,
@@ -88,6 +89,12 @@ def scenarios(
             "policy": st.sampled_from(policies),
             "window": st.integers(1, 12) | st.just(100),
             "threshold": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+            "commit": st.sampled_from(list(COMMIT_RULES)),
+            "factor": st.sampled_from([0.0, 0.75, 2.0, 10.0]),
+            "frechet_margin": st.sampled_from([0.0, 0.25, 1.0]),
+            "relaxed_threshold": st.sampled_from([0.0, 0.5, 1.0]),
+            "anchor_radius": st.integers(0, 4) | st.just(100),
+            "entropy_bound": st.sampled_from([0.0, 0.5, 2.0]),
             "gamma": st.sampled_from([0.0, 0.5, 0.9, 2.0]),
             "track_num": st.integers(1, 4),
             "tokens_per_step": st.none() | st.integers(1, 5) | st.just(100),
@@ -139,7 +146,10 @@ class FakeModel:
             measured = self._drift(plan.measure, plan.start_layer)
         elif isinstance(plan.measure, BlockProbe):
             measured = self._blocks(plan.measure)
-        return PassResult(answer, probabilities, measured=measured)
+        entropies = None
+        if scenario.config.commit == "entropy":
+            entropies = rng.choice([0.0, 0.1, 0.5, 1.0], count)
+        return PassResult(answer, probabilities, entropies, measured=measured)
 
     def _drift(self, measure: DriftTest, start_layer: int) -> MeasuredDrift:
         scenario, rng = self.scenario, self.rng

@@ -60,12 +60,12 @@ def test_row_layers_add_up(case: tuple[int, list[int]]) -> None:
 
 
 def test_candidates_of_two_passes_are_joined_in_order() -> None:
-    """A position would be committed with another one's token or log probabilities."""
+    """A position would be committed with another one's token, entropy or log probabilities."""
 
     def found(positions: list[int]) -> PassResult:
         ids = np.array(positions, dtype=np.int32)
         logprobs = Logprobs(ids[:, None], ids[:, None].astype(np.float32), ids)
-        return PassResult(ids, ids.astype(np.float64), logprobs=logprobs)
+        return PassResult(ids, ids / 1.0, entropies=ids / 2.0, logprobs=logprobs)
 
     first, rest = [3, 7, 8], [2, 5, 9]
     window, joined = join_candidates(
@@ -73,6 +73,8 @@ def test_candidates_of_two_passes_are_joined_in_order() -> None:
     )
     assert window.tolist() == [2, 3, 5, 7, 8, 9]
     assert joined.token_ids.tolist() == joined.probabilities.tolist() == window.tolist()
+    assert joined.entropies is not None
+    assert (2 * joined.entropies).tolist() == window.tolist()
     assert joined.logprobs is not None
     assert joined.logprobs.token_ids[:, 0].tolist() == joined.logprobs.ranks.tolist()
     assert joined.logprobs.ranks.tolist() == joined.logprobs.logprobs[:, 0].tolist()

@@ -21,6 +21,7 @@ from tests.decoding.fake_model import (
     quiet,
     scenarios,
 )
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift
 from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
@@ -91,24 +92,54 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
         if p.replayed:
             assert p.emitted == []
             continue
-        window, probabilities = p.plan.window.tolist(), p.result.probabilities.tolist()
+        known = predictions_of(p)
         if p.plan.kind == "widened":
-            first = trace.passes[index - 1]
-            window += first.plan.window.tolist()
-            probabilities += first.result.probabilities.tolist()
-            probabilities = [q for _, q in sorted(zip(window, probabilities, strict=True))]
-            window.sort()
+            known |= predictions_of(trace.passes[index - 1])
+        window, probabilities = sorted(known), [known[w][0] for w in sorted(known)]
         if config.tokens_per_step is not None:
             assert len(p.committed) == min(config.tokens_per_step, len(window))
             others = [q for w, q in zip(window, probabilities, strict=True) if w not in p.committed]
             chosen = [q for w, q in zip(window, probabilities, strict=True) if w in p.committed]
             assert min(chosen) >= max(others, default=0.0)
         else:
-            bar = min(config.threshold, max(probabilities))
-            assert p.committed == [
-                w for w, q in zip(window, probabilities, strict=True) if q >= bar
+            best = [
+                w for w, q in zip(window, probabilities, strict=True) if q >= max(probabilities)
             ]
+            assert p.committed == (sure_of(config, known) or best)
         assert p.committed
+
+
+def predictions_of(p: Pass) -> dict[int, tuple[float, float]]:
+    """Probability and entropy (0: not reported) by position."""
+    probabilities, entropies = p.result.probabilities, p.result.entropies
+    entropies = np.zeros(len(probabilities)) if entropies is None else entropies
+    pairs = zip(probabilities.tolist(), entropies.tolist(), strict=True)
+    return dict(zip(p.plan.window.tolist(), pairs, strict=True))
+
+
+def sure_of(config: ElasticConfig, known: dict[int, tuple[float, float]]) -> list[int]:
+    """Positions that the commit rule is sure of together, ascending."""
+    probability = {w: known[w][0] for w in sorted(known)}
+    if config.commit in ("threshold", "local"):
+        anchors = [w for w, q in probability.items() if q >= config.threshold]
+        if config.commit == "threshold":
+            return anchors
+        relaxed = [w for w, q in probability.items() if q >= config.relaxed_threshold]
+        near = [w for w in relaxed if any(abs(w - a) <= config.anchor_radius for a in anchors)]
+        return sorted({*anchors, *near})
+    ranked = sorted(probability, key=lambda w: -probability[w])
+    for count in range(len(ranked), 0, -1):
+        doubts = [1 - probability[w] for w in ranked[:count]]
+        entropies = [known[w][1] for w in ranked[:count]]
+        shared = sum(entropies) - max(entropies) if count > 1 else entropies[0]
+        fits = {
+            "factor": (count + 1) * doubts[-1] < config.factor,
+            "frechet": 1 - sum(doubts) - doubts[-1] > config.frechet_margin,
+            "entropy": shared <= config.entropy_bound,
+        }
+        if fits[config.commit]:
+            return sorted(ranked[:count])
+    return []
 
 
 def whole_window(scenario: Scenario, p: Pass) -> list[int]:
@@ -167,18 +198,17 @@ def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
             left_out = set(known) - set(sure[: config.tokens_per_step or 1])
             part = [q for q in whole if q not in left_out]
             assert plan.window.tolist() == (part or whole)
-        probability = dict(zip(plan.window.tolist(), p.result.probabilities, strict=True))
+        known_now = predictions_of(p)
         if plan.kind == "widened":
             assert before is not None
-            probability |= zip(
-                before.plan.window.tolist(), before.result.probabilities, strict=True
-            )
+            known_now |= predictions_of(before)
         if p.replayed:
             continue
         needed = min(config.tokens_per_step or 1, len(whole))
-        enough = sum(q >= config.threshold for q in probability.values()) >= needed
-        assert enough or sorted(probability) == whole
-        last |= probability
+        looked_at = sorted(known_now)
+        enough = sure_of(config, known_now)
+        assert len(enough) >= needed or looked_at == whole
+        last |= {position: q for position, (q, _) in known_now.items()}
         just_committed = p.committed
 
 

@@ -35,6 +35,10 @@ SHIFTED = {
 EAGER_TO_END = {
     "eager": dict(d_model=128, n_heads=4, n_kv_heads=4, n_layers=3, weight_tying=False),
 }
+# As above, and is sure of much: several tokens are committed at a step.
+SURE = {
+    "sure": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=4, weight_tying=False),
+}
 
 
 @dataclass
@@ -100,10 +104,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if name not in loaded:
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
-            options = (RANDOM_MODELS | SHIFTED | EAGER_TO_END)[name]
+            options = (RANDOM_MODELS | SHIFTED | EAGER_TO_END | SURE)[name]
             oracle = LLaDA.random(random_config(**options), seed=3)
             if name in EAGER_TO_END:
                 oracle.weights[HEAD][EOS] *= 2.5
+            if name in SURE:
+                oracle.weights[HEAD] *= 3
             oracle.save_pretrained(directory)
             loaded[name] = Served(name, directory, oracle, make_engine(directory))
         return loaded[name]

@@ -101,6 +101,37 @@ ENDS: dict[str, dict[str, Any]] = {
     "last-dual-cache": {"policy": "dual-cache", "confidence_eos_eot_inf": True},
     "last-elastic": {"policy": "elastic", "gamma": 0.9, "confidence_eos_eot_inf": True},
 }
+# Each at the settings its paper has, and over every policy.
+RULES: dict[str, dict[str, Any]] = {
+    "threshold": {"policy": "none"},
+    "factor": {"policy": "none", "commit": "factor"},
+    "frechet": {"policy": "none", "commit": "frechet"},
+    "local": {"policy": "none", "commit": "local"},
+    "entropy": {"policy": "none", "commit": "entropy"},
+    "factor-elastic": {"policy": "elastic", "commit": "factor", "factor": 1.0, "gamma": 0.8},
+    "factor-lazy": {**LAZY, "commit": "factor", "factor": 0.5, "reach": 2},
+    "frechet-interval": {"policy": "interval", "commit": "frechet", "frechet_margin": 0.5},
+    "frechet-lazy": {**LAZY, "commit": "frechet", "frechet_margin": 0.1, "reach": 1},
+    "frechet-lazy-topk": {**LAZY, "commit": "frechet", "reach": 1, "tokens_per_step": 3},
+    "entropy-lazy": {**LAZY, "commit": "entropy", "entropy_bound": 0.5, "reach": 2},
+    "entropy-ends": {"policy": "elastic", "commit": "entropy", "confidence_eos_eot_inf": True},
+    "local-dual-cache": {"policy": "dual-cache", "commit": "local", "block_length": 8},
+    "local-lazy": {
+        **LAZY,
+        "commit": "local",
+        "threshold": 0.8,
+        "relaxed_threshold": 0.6,
+        "anchor_radius": 2,
+        "reach": 2,
+    },
+    "local-replay": {
+        "policy": "elastic-block",
+        "commit": "local",
+        "granularity": 8,
+        "refresh": "replay",
+        "relaxed_threshold": 0.5,
+    },
+}
 LENGTHS = [1, 7, 16, 33, 20]
 
 
@@ -209,6 +240,34 @@ def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
     assert answers["as-predicted"] != answers["never"]
     assert answers["as-predicted"] != answers["last"]
     assert all(len(a) == p[1] for a, p in zip(answers["never"], prompts, strict=True))
+
+
+def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
+    """All rules in one batch, with a model that is sure of much; each has to commit several tokens
+    at a step, and others than by threshold."""
+    served = serve("sure")
+    prompts = problems(16)
+    cases = list(itertools.product(range(len(prompts)), RULES))
+    results = served.engine.run(  # type: ignore[attr-defined]
+        [
+            {"prompt_token_ids": prompts[index][0], "max_tokens": prompts[index][1]}
+            | {f"elastic_{key}": value for key, value in RULES[name].items()}
+            for index, name in cases
+        ]
+    )
+    equal = []
+    commits: dict[str, list[list[int]]] = {name: [] for name in RULES}
+    for (index, name), result in zip(cases, results, strict=True):
+        expected = ask_oracle(served, *prompts[index], RULES[name])
+        equal.append(agrees(result, expected, (index, name)))
+        commits[name] += [entry["committed"] for entry in result["steps"]]
+    assert equal.count(False) <= len(cases) / 100
+    assert {p["kind"] for r in results for p in r["steps"]} >= {"widened", "replay", "refresh"}
+    for name in RULES:
+        assert sum(len(committed) > 1 for committed in commits[name]) > len(prompts), name
+    assert commits["threshold"] not in [
+        commits[name] for name in ("factor", "frechet", "local", "entropy")
+    ]
 
 
 @pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from tests.golden import commit_rule, end_options
+from tests.golden import commit_rule, commit_rules, end_options
 from vllm_elastic.reference import margin
 from vllm_elastic.reference.canvas import Canvas
-from vllm_elastic.reference.commit import candidates, choose
+from vllm_elastic.reference.commit import CommitOptions, candidates, choose, entropies
 
 
 def tensor(*values: int) -> torch.Tensor:
@@ -125,7 +125,13 @@ def test_lladas_end_options_by_hand(logits_eos_inf, confidence_eos_eot_inf):
 )
 def test_what_is_committed_with_lladas_end_options(never, unconfident, threshold, count, rows):
     _, confidence = end_candidates(never, unconfident)
-    assert choose(confidence, threshold, count).nonzero().flatten().tolist() == rows
+    options = CommitOptions(threshold=threshold, tokens_per_step=count)
+    assert committed(confidence, options) == rows
+
+
+def committed(confidence, options, positions=None, entropy=None):
+    positions = torch.arange(len(confidence)) if positions is None else torch.tensor(positions)
+    return choose(confidence, positions, options, entropy).nonzero().flatten().tolist()
 
 
 def end_candidates(logits_eos_inf: bool, confidence_eos_eot_inf: bool):
@@ -139,8 +145,30 @@ def end_candidates(logits_eos_inf: bool, confidence_eos_eot_inf: bool):
 
 @pytest.mark.parametrize(("values", "threshold", "count", "rows"), commit_rule.COMMITS)
 def test_commit_rule_by_hand(values, threshold, count, rows):
+    options = CommitOptions(threshold=threshold, tokens_per_step=count)
+    assert committed(torch.tensor(values, dtype=torch.float64), options) == rows
+
+
+@pytest.mark.parametrize(("settings", "positions", "values", "rows"), commit_rules.COMMITS)
+def test_commit_rules_by_hand(settings, positions, values, rows):
     confidence = torch.tensor(values, dtype=torch.float64)
-    assert choose(confidence, threshold, count).nonzero().flatten().tolist() == rows
+    assert committed(confidence, CommitOptions(**settings), positions) == rows
+
+
+@pytest.mark.parametrize(("bound", "values", "entropy", "rows"), commit_rules.ENTROPY)
+def test_entropy_by_hand(bound, values, entropy, rows):
+    options = CommitOptions(commit="entropy", entropy_bound=bound)
+    confidence = torch.tensor(values, dtype=torch.float64)
+    assert committed(confidence, options, entropy=torch.tensor(entropy).double()) == rows
+
+
+def test_entropies():
+    """Of two, four and one equally likely tokens, the mask and what is never chosen left out."""
+    never, mask = -3.0, 7.0
+    rows = [[0, 0, -99, -99, mask, never], [1, 1, 1, 1, mask, never], [0, 99, 0, 0, mask, never]]
+    logits = torch.tensor(rows, dtype=torch.float64)
+    expected = [math.log(2), math.log(4), 0.0]
+    assert entropies(logits, 4, (5, 77)).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_order_of_zeros_is_no_near_tie():

@@ -69,7 +69,7 @@ def test_decode_is_the_obvious_loop(llada, prompt, max_tokens, window, threshold
     assert result.steps[0]["kind"] == "first"
 
 
-@pytest.mark.parametrize("options", [{"window": 0}, {"tokens_per_step": 0}])
+@pytest.mark.parametrize("options", [{"window": 0}, {"tokens_per_step": 0}, {"commit": "sure"}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         DecodingOptions(**options)

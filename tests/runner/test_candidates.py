@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -58,6 +60,17 @@ def test_most_probable_is_float64_softmax() -> None:
     torch.testing.assert_close(probabilities, logits.double().softmax(-1).amax(-1))
     logits[2, 4] = float("nan")
     assert torch.isnan(most_probable(logits)[1][2])
+
+
+@pytest.mark.parametrize("at_once", [1 << 17, 20])
+def test_entropies(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forbidden token would make them NaN, or rows worked on together would mix."""
+    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (at_once, at_once))
+    logits = torch.tensor([[2.0, 2.0, -torch.inf, 2.0, 2.0], [0.0, 900.0, 0.0, 0.0, 0.0]])
+    logits = torch.cat([logits, logits_of(4, 5)])
+    logprobs = logits[2:].double().log_softmax(-1)
+    expected = [math.log(4), 0.0, *(-logprobs.exp() * logprobs).sum(-1).tolist()]
+    assert candidates.entropies_of(logits).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

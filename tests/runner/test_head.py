@@ -23,7 +23,7 @@ WISHES = [
     None,
     Sampling(temperature=0.7, top_p=0.8, seed=3),
     Sampling(num_logprobs=2, banned_token_ids=(1, 2, 3)),
-    Sampling(temperature=1.3, seed=9, num_logprobs=1),
+    Sampling(temperature=1.3, seed=9, num_logprobs=1, entropies=True),
 ]
 
 
@@ -61,6 +61,8 @@ def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch)
     assert max(calls) == rows_at_once and sum(calls) == 25
     assert torch.equal(parts.token_ids, whole.token_ids)
     torch.testing.assert_close(parts.probabilities, whole.probabilities)
+    torch.testing.assert_close(parts.entropies, whole.entropies)
+    assert whole.entropies.nonzero().flatten().tolist() == list(range(18, 25))
     assert parts.logprobs.keys() == whole.logprobs.keys() == {2, 3}
     for index, found in parts.logprobs.items():
         wanted = whole.logprobs[index]

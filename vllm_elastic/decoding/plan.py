@@ -149,12 +149,14 @@ class PassResult:
     Attributes:
         token_ids: int32 [W], the candidate of each window position.
         probabilities: float64 [W], its probability; NaN where the logits were not finite.
+        entropies: float64 [W], of the distributions that they are of, in nats; None: not asked for.
         logprobs: of the window's candidates; None: not asked for.
         measured: of the kind that the plan's ``measure`` asks for; None: nothing was.
     """
 
     token_ids: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float64]
+    entropies: npt.NDArray[np.float64] | None = None
     logprobs: Logprobs | None = None
     measured: Measured | None = None
 
@@ -168,6 +170,8 @@ def join_candidates(
         np.concatenate([result.token_ids, other.token_ids])[order],
         np.concatenate([result.probabilities, other.probabilities])[order],
     )
+    if result.entropies is not None and other.entropies is not None:
+        joined.entropies = np.concatenate([result.entropies, other.entropies])[order]
     if result.logprobs is not None and other.logprobs is not None:
         joined.logprobs = result.logprobs.followed_by(other.logprobs).take(order)
     return both[order], joined

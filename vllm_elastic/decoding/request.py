@@ -36,10 +36,10 @@ class DenoisingRequest:
     ``plan`` names the next pass; ``finish_pass`` takes its result and commits tokens. Where the
     policy finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that
     the next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
-    in the next pass. Where the policy predicts a part of the window first and too few of these
-    predictions reach the threshold, a *widened* pass predicts the rest, and the step chooses from
-    all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that did not
-    fit a batch is simply asked for again.
+    in the next pass. Where the policy predicts a part of the window first and the commit rule
+    accepts too few of these predictions, a *widened* pass predicts the rest, and the step chooses
+    from all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that
+    did not fit a batch is simply asked for again.
 
     Attributes:
         refresh: ``replay`` or ``next``.
@@ -211,12 +211,11 @@ class DenoisingRequest:
 
     def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
         """Whether the step may choose from these predictions: a whole window's, or enough of
-        them that reach the threshold. A best guess is the best of the whole window."""
+        them that the commit rule accepts. A best guess is the best of the whole window."""
         whole = len(self.schedule.window(self.canvas))
         if len(plan.window) == whole:
             return True
-        needed = min(self.config.tokens_per_step or 1, whole)
-        return int(np.count_nonzero(result.probabilities >= self.config.threshold)) >= needed
+        return self.schedule.may_choose(plan.window, result.probabilities, whole, result.entropies)
 
     def _commit(self, plan: PassPlan, result: PassResult) -> None:
         window, found = plan.window, result
@@ -224,7 +223,9 @@ class DenoisingRequest:
             window, found = join_candidates(*self._predicted, window, found)
             self._predicted = None
         self.last_probability[window] = found.probabilities
-        chosen = self.schedule.choose(self.canvas, window, found.probabilities, plan.denoising_step)
+        chosen = self.schedule.choose(
+            self.canvas, window, found.probabilities, plan.denoising_step, found.entropies
+        )
         self.just_committed = window[chosen]
         self.canvas.commit(self.just_committed, found.token_ids[chosen])
         if found.logprobs is not None:

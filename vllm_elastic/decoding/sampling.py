@@ -22,6 +22,7 @@ class Sampling:
         unconfident_token_ids: may be predicted, but their logits count as -inf where the confidence
             is read, so such a prediction has confidence 0.
         end_token_ids: not chosen at canvas positions before ``first_end_position``.
+        entropies: whether the entropy of every prediction is wanted (the commit rule ``entropy``).
         num_logprobs: alternatives to report with each committed token, -1 all, None: no report.
     """
 
@@ -36,4 +37,5 @@ class Sampling:
     unconfident_token_ids: tuple[int, ...] = ()
     end_token_ids: tuple[int, ...] = ()
     first_end_position: int = 0
+    entropies: bool = False
     num_logprobs: int | None = None

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commit import choose_commits
+from vllm_elastic.decoding.commits import by_rank, make_commit_rule
 
 
 class Schedule(Protocol):
@@ -21,25 +21,62 @@ class Schedule(Protocol):
         ...
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
         """Indices into the window that are committed, ascending, at least one."""
         ...
 
+    def may_choose(
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        whole: int,
+        entropies: npt.NDArray[np.float64] | None = None,
+    ) -> bool:
+        """Whether a step may choose from these predictions of a part of its window alone.
+
+        ``whole``: positions of the whole window, the most that a step can commit.
+        """
+        ...
+
 
 class SlidingWindow:
-    """Elastic-Cache's: the first ``window`` masks; commit by threshold or by rank."""
+    """Elastic-Cache's: the first ``window`` masks; commit by a rule or by rank."""
 
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
+        self._rule = make_commit_rule(config)
 
     def window(self, canvas: Canvas) -> Positions:
         return canvas.first_masked(self._config.window)
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
-        return choose_commits(probabilities, self._config.threshold, self._config.tokens_per_step)
+        if self._config.tokens_per_step is not None:
+            return by_rank(probabilities, self._config.tokens_per_step)
+        return self._rule.choose(window, probabilities, entropies)
+
+    def may_choose(
+        self,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        whole: int,
+        entropies: npt.NDArray[np.float64] | None = None,
+    ) -> bool:
+        needed = min(self._config.tokens_per_step or 1, whole)
+        sure = self._rule.sure(window, probabilities, entropies)
+        return int(np.count_nonzero(sure)) >= needed
 
 
 class TextBlocks(SlidingWindow):
@@ -91,7 +128,12 @@ class FixedSteps(TextBlocks):
         self._seed = seed % (1 << 64)  # numpy takes no negative key, vLLM does
 
     def choose(
-        self, canvas: Canvas, window: Positions, probabilities: npt.NDArray[np.float64], step: int
+        self,
+        canvas: Canvas,
+        window: Positions,
+        probabilities: npt.NDArray[np.float64],
+        step: int,
+        entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
         share, rest = divmod(self._config.block_length, self._steps_per_block)
         count = share + (step % self._steps_per_block < rest)
@@ -101,7 +143,7 @@ class FixedSteps(TextBlocks):
             key = np.array([self._seed, step], dtype=np.uint64)
             random = np.random.Generator(np.random.Philox(key=key))
             priorities = random.random(canvas.length)[window]
-        return choose_commits(priorities, 1.0, count)
+        return by_rank(priorities, count)
 
 
 def text_block(canvas: Canvas, length: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from vllm.sampling_params import SamplingParams
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.commits import COMMIT_RULES
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 
@@ -51,6 +52,7 @@ def sampling_of(
         unconfident_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
+        entropies=COMMIT_RULES[config.commit].needs_entropies and config.steps is None,
         num_logprobs=params.num_logprobs,
     )
     if sampling == Sampling() and config.remasking != "random":

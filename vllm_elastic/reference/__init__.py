@@ -17,6 +17,9 @@ Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingRe
     dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
     low_confidence  LowConfidenceOptions(steps=128, block_length=32)
 
+All but the last take a commit rule: ``commit="threshold"``, "factor", "frechet", "local" or
+"entropy".
+
 ``LLaDAConfig(logits_shift=1)`` makes a model whose position m is predicted from row m - 1.
 One request at a time, temperature 0. An engine is to agree with it token for token, pass for
 pass in float32; in bfloat16 rounding decides near ties, and it need not. The same holds for a

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Rule = Literal["threshold", "factor", "frechet", "local", "entropy"]
 
 
 def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -46,14 +50,106 @@ def candidates(
     return token_ids, probabilities.gather(1, token_ids[:, None]).squeeze(1)
 
 
-def at_threshold(confidence: Tensor, threshold: float) -> Tensor:
-    """(n,) bool: at least ``min(threshold, best)``, so at least one (Elastic-Cache, step 6).
+@dataclass(frozen=True)
+class CommitOptions:
+    """Which predictions of a step are committed, whatever is cached.
 
-    A confidence of 0 reaches no threshold. If there is no other, one is committed, the earliest:
-    LLaDA's code, which commits a fixed number a step, has no rule for this case.
+    Attributes:
+        commit: the rule, see ``sure``.
+        threshold: epsilon, confidence from which a prediction is sure; above 1: one token a step
+            (more only if equally confident).
+        factor, frechet_margin, relaxed_threshold, anchor_radius, entropy_bound: of the other rules.
+        tokens_per_step: commit this many, the most confident, whatever the rule.
+        drop_after_every_eos: see ``Canvas``.
+        never, unconfident: token ids, see ``candidates``.
     """
-    reached = (confidence >= min(threshold, confidence.max().item())) & (confidence > 0)
-    return reached if reached.any() else most_confident(confidence, 1)
+
+    commit: Rule = "threshold"
+    threshold: float = 0.9
+    factor: float = 0.75
+    frechet_margin: float = 0.25
+    relaxed_threshold: float = 0.75
+    anchor_radius: int = 4
+    entropy_bound: float = 0.1
+    tokens_per_step: int | None = None
+    drop_after_every_eos: bool = True
+    never: tuple[int, ...] = ()
+    unconfident: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
+        if self.commit not in get_args(Rule):
+            raise ValueError(f"commit is {self.commit!r}, must be one of {get_args(Rule)}")
+
+
+def entropies(logits: Tensor, mask_token_id: int, never: Sequence[int] = ()) -> Tensor:
+    """(R,) float64 in nats, of the distributions that ``candidates`` takes its tokens from."""
+    probabilities = without(logits, (mask_token_id, *never)).softmax(dim=-1)
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def sure(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> Tensor:
+    """(n,) bool: what may be committed together; perhaps nothing. A confidence of 0 never is.
+
+    With c_1 >= c_2 >= ... the confidences in falling order, equals by position, and h_1, h_2, ...
+    the entropies in the same order:
+
+    * ``threshold`` (Elastic-Cache, step 6): every c of at least ``threshold``.
+    * ``factor`` (Fast-dLLM): the first n, n the largest with (n + 1) (1 - c_n) < ``factor``.
+    * ``frechet`` (Fast-dLLM++): the first n, n the largest with
+      max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > ``frechet_margin``.
+    * ``local`` (LocalLeap): every c of at least ``threshold``, an anchor, and every c of at least
+      ``relaxed_threshold`` at most ``anchor_radius`` positions from an anchor.
+    * ``entropy`` (EB-Sampler): the first n, n the largest with
+      h_1 + ... + h_n - max(h_1, ..., h_n) <= ``entropy_bound``; a single one only if its own is.
+
+    Args:
+        confidence: (n,) of the predictions for ``positions`` (n,), ascending.
+        entropy: (n,) of their distributions; ``entropy`` alone needs it.
+    """
+    if options.commit == "threshold":
+        chosen = confidence >= options.threshold
+    elif options.commit == "local":
+        relaxed = confidence >= options.relaxed_threshold
+        chosen = confidence >= options.threshold
+        chosen = chosen | relaxed & near_anchors(confidence, positions, options)
+    else:
+        count = 0
+        for n, room in enumerate(rooms(confidence, options, entropy), start=1):
+            if room > 0 or (room == 0 and options.commit == "entropy"):
+                count = n
+        chosen = most_confident(confidence, count)
+    return chosen & (confidence > 0)
+
+
+def rooms(confidence: Tensor, options: CommitOptions, entropy: Tensor | None = None) -> list[float]:
+    """For n = 1, 2, ...: how far the n most confident are within the rule's bound; below 0: not."""
+    order = confidence.argsort(descending=True, stable=True)
+    falling = confidence[order].tolist()
+    found = []
+    for n in range(1, len(falling) + 1):
+        if options.commit == "factor":
+            found.append(options.factor - (n + 1) * (1 - falling[n - 1]))
+        elif options.commit == "frechet":
+            together = max(0.0, sum(falling[:n]) - (n - 1))
+            found.append(together - (1 - falling[n - 1]) - options.frechet_margin)
+        else:
+            assert entropy is not None
+            first = entropy[order[:n]].tolist()
+            shared = sum(first) - max(first) if n > 1 else first[0]
+            found.append(options.entropy_bound - shared)
+    return found
+
+
+def near_anchors(confidence: Tensor, positions: Tensor, options: CommitOptions) -> Tensor:
+    """(n,) bool: within ``anchor_radius`` of a confidence of at least ``threshold``."""
+    near = torch.zeros_like(confidence, dtype=torch.bool)
+    for anchor in positions[confidence >= options.threshold]:
+        near |= (positions - anchor).abs() <= options.anchor_radius
+    return near
 
 
 def most_confident(confidence: Tensor, count: int) -> Tensor:
@@ -63,8 +159,19 @@ def most_confident(confidence: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def choose(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> Tensor:
-    """(n,) bool, which of the window to commit: by threshold, or a fixed number a step."""
-    if tokens_per_step is None:
-        return at_threshold(confidence, threshold)
-    return most_confident(confidence, tokens_per_step)
+def choose(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> Tensor:
+    """(n,) bool, which of the window to commit: a fixed number a step, or what is ``sure``.
+
+    If nothing is, the best and those equal to it are. If all confidences are 0 the earliest is:
+    LLaDA's code, which commits a fixed number a step, has no rule for this case.
+    """
+    if options.tokens_per_step is not None:
+        return most_confident(confidence, options.tokens_per_step)
+    chosen = sure(confidence, positions, options, entropy)
+    if chosen.any():
+        return chosen
+    if confidence.max() > 0:
+        return confidence == confidence.max()
+    return most_confident(confidence, 1)

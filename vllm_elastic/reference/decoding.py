@@ -10,32 +10,9 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import candidates, choose, without
+from .commit import CommitOptions, candidates, choose, entropies, without
 from .llada import LLaDA
 from .result import DecodingResult
-
-
-@dataclass(frozen=True)
-class CommitOptions:
-    """Which predictions of a step are committed, whatever is cached.
-
-    Attributes:
-        threshold: epsilon, confidence from which a prediction is committed; the best of a step
-            always is. Above 1: one token a step (more only if equally confident).
-        tokens_per_step: commit this many, the most confident, whatever the threshold.
-        drop_after_every_eos: see ``Canvas``.
-        never, unconfident: token ids, see ``candidates``.
-    """
-
-    threshold: float = 0.9
-    tokens_per_step: int | None = None
-    drop_after_every_eos: bool = True
-    never: tuple[int, ...] = ()
-    unconfident: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -65,12 +42,13 @@ def commit_predictions(
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
     token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
-    chosen = choose(confidence, options.threshold, options.tokens_per_step)
+    entropy = entropies(logits, mask, options.never) if options.commit == "entropy" else None
+    chosen = choose(confidence, window, options, entropy)
     canvas.commit(window[chosen], token_ids[chosen])
     # Where a prediction alone can make a row unconfident, those that are not committed decide, too.
     deciding = logits if options.unconfident else logits[chosen]
     result.close_call(
-        margin.of_commit(confidence, options.threshold, options.tokens_per_step),
+        margin.of_commit(confidence, window, options, entropy),
         margin.of_candidates(without(deciding, (mask, *options.never))),
     )
     return window[chosen]

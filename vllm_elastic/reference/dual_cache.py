@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import Canvas, index_in, union
-from .decoding import CommitOptions, commit_predictions
+from .commit import CommitOptions
+from .decoding import commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
 from .result import DecodingResult

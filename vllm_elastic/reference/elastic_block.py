@@ -34,9 +34,10 @@ Then, in this order:
 "next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
-If only a part of the window was predicted, and fewer than ``tokens_per_step`` (or one) of these
-predictions reach the threshold, the rest of the window is computed from layer 0 and predicted in a
-pass of kind "widened", which measures nothing. The step commits from both passes' predictions.
+If only a part of the window was predicted, and the commit rule is sure of fewer than
+``tokens_per_step`` (or one) of these predictions, the rest of the window is computed from layer 0
+and predicted in a pass of kind "widened", which measures nothing. The step commits from both
+passes' predictions.
 
 With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
 only, and blocks join at one of them or at layer 0.
@@ -53,7 +54,7 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import candidates
+from .commit import candidates, entropies, sure
 from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -233,22 +234,27 @@ class ElasticBlock:
             return window
         count, threshold = self.options.tokens_per_step or 1, self.options.threshold
         known = [p for p in window.tolist() if p in self.confidence]
-        sure = [p for p in known if self.confidence[p] >= threshold]
-        sure.sort(key=lambda p: -self.confidence[p])
+        reached = [p for p in known if self.confidence[p] >= threshold]
+        reached.sort(key=lambda p: -self.confidence[p])
         self.result.close_call(
             margin.of_threshold([self.confidence[p] for p in known], threshold),
-            margin.of_ranking([self.confidence[p] for p in sure], count),
+            margin.of_ranking([self.confidence[p] for p in reached], count),
         )
-        old = set(known) - self.near_commits() - set(sure[:count])
+        old = set(known) - self.near_commits() - set(reached[:count])
         part = [p for p in window.tolist() if p not in old]
         return self.positions(part) if part else window
 
-    def is_sure(self, confidence: Tensor, window_size: int) -> bool:
-        """Whether a step may choose from predictions of a part of its window."""
-        threshold = self.options.threshold
-        self.result.close_call(margin.of_threshold(confidence, threshold))
-        needed = min(self.options.tokens_per_step or 1, window_size)
-        return bool((confidence >= threshold).sum() >= needed)
+    def is_sure(self, hidden: Tensor, window: Tensor, whole: int) -> bool:
+        """Whether a step may choose from (W,) predictions of a part of its ``whole`` window.
+
+        ``hidden``: (W, d) that they are made from.
+        """
+        options, mask = self.options, self.model.config.mask_token_id
+        confidence = self.confidence_of(hidden)
+        entropy = entropies(self.model.head(hidden), mask, options.never)
+        self.result.close_call(margin.of_sure(confidence, window, options, entropy))
+        needed = min(options.tokens_per_step or 1, whole)
+        return bool(sure(confidence, window, options, entropy).sum() >= needed)
 
     def confidence_of(self, hidden: Tensor) -> Tensor:
         """(W,) of the predictions from (W, d) output of the last layer."""
@@ -285,7 +291,7 @@ class ElasticBlock:
                 self.computed_at[position] = self.result.denoising_steps
         hidden = measured.hidden
         confidence = self.confidence_of(hidden)
-        if len(window) < len(whole) and not self.is_sure(confidence, len(whole)):
+        if len(window) < len(whole) and not self.is_sure(hidden, window, len(whole)):
             looked_at = torch.isin(whole, window)
             predicting = self.canvas.rows_predicting(whole[~looked_at])
             join = self.joins(predicting.tolist(), 0)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .commit import CommitOptions, near_anchors, rooms, sure
+
 
 def on_cpu(values: Tensor | Sequence[float]) -> Tensor:
     """(n,) float64 values, wherever they were."""
@@ -39,13 +41,38 @@ def of_threshold(values: Tensor | Sequence[float], threshold: float) -> float:
     return (on_cpu(values) - threshold).abs().min().item() if len(values) else math.inf
 
 
-def of_commit(confidence: Tensor, threshold: float, tokens_per_step: int | None) -> float:
+def of_sure(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> float:
+    """Of ``commit.sure``: n tokens that are judged together share the distance from the bound."""
+    if options.commit == "threshold":
+        return of_threshold(confidence, options.threshold)
+    if options.commit == "local":
+        near = near_anchors(confidence, positions, options)
+        return min(
+            of_threshold(confidence, options.threshold),
+            of_threshold(confidence[near], options.relaxed_threshold),
+        )
+    distances = rooms(confidence, options, entropy)
+    count = int(sure(confidence, positions, options, entropy).sum())
+    return min(
+        of_ranking(confidence, count),
+        *(abs(room) / (n + 1) for n, room in enumerate(distances, start=1)),
+    )
+
+
+def of_commit(
+    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+) -> float:
     """Of ``commit.choose``."""
-    if tokens_per_step is not None:
-        return of_ranking(confidence, tokens_per_step)
-    if confidence.max() < threshold:
+    if options.tokens_per_step is not None:
+        return of_ranking(confidence, options.tokens_per_step)
+    of_rule = of_sure(confidence, positions, options, entropy)
+    if sure(confidence, positions, options, entropy).any():
+        return of_rule
+    if options.commit == "threshold":  # the best is committed on either side of the threshold
         return of_ranking(confidence, 1)
-    return of_threshold(confidence, threshold)
+    return min(of_ranking(confidence, 1), of_rule)
 
 
 def of_candidates(logits: Tensor) -> float:

@@ -22,6 +22,9 @@ counts on it), on a CPU what a core's own cache holds (1 MB)."""
 _COPIES_OF_SAMPLED = 6
 """Such numbers for each logit of a row that is sampled: with top_p 46 bytes."""
 
+_COPIES_OF_ENTROPIES = 2
+"""For each logit of a row whose entropy is reported: 16 bytes."""
+
 _COPIES_OF_LOGPROBS = (2, 4)
 """For each logit of a row whose log probabilities are reported, 13 bytes; of all tokens, 28."""
 
@@ -120,6 +123,19 @@ def leave_out_of_confidence(
         # An end's is 0 by its name: where a request allows nothing but ends, `left` is NaN.
         ends = torch.isin(token_ids[rows], ids)
         confidence[rows] = torch.where(ends, 0.0 * confidence[rows], left)
+
+
+def entropies_of(logits: torch.Tensor) -> torch.Tensor:
+    """float64 [W], in nats, of the distributions of logits [W, V], constrained already.
+
+    Of the logits that the candidates are chosen from, at temperature 1 as their probability is.
+    """
+    entropies = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for rows in _some_at_once(logits, _COPIES_OF_ENTROPIES):
+        wide = logits[rows].softmax(dim=-1, dtype=torch.float64)
+        entropies[rows] = torch.special.entr(wide).sum(dim=-1)
+        del wide  # before the next ones are made
+    return entropies
 
 
 def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:

@@ -15,6 +15,7 @@ from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.candidates import (
     constrain,
+    entropies_of,
     leave_out_of_confidence,
     logprobs_of,
     most_probable,
@@ -33,11 +34,13 @@ class Candidates:
 
     Attributes:
         token_ids: int32 [W]; probabilities: float64 [W]; both on the device.
+        entropies: float64 [W] on the device, 0 where not asked for; None: nobody asked.
         logprobs: of the plans that asked, by their index.
     """
 
     token_ids: torch.Tensor
     probabilities: torch.Tensor
+    entropies: torch.Tensor | None
     logprobs: dict[int, Logprobs]
 
 
@@ -62,25 +65,35 @@ class Head:
         """
         token_ids, probabilities = [], []
         logprobs: dict[int, Logprobs] = {}
+        entropies = None
+        if any(plan.sampling is not None and plan.sampling.entropies for plan in self._plans):
+            entropies = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
         count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
         for start in range(0, len(hidden), count):
             rows = slice(start, min(start + count, len(hidden)))
             logits = model.compute_logits(hidden[rows])
             if not ranks.reports():
                 continue
-            ids, confidence = self._choose(logits, rows, logprobs)
+            ids, confidence = self._choose(logits, rows, entropies, logprobs)
             token_ids.append(ids)
             probabilities.append(confidence)
         if not ranks.reports():
             return None
-        return Candidates(torch.cat(token_ids).to(torch.int32), torch.cat(probabilities), logprobs)
+        return Candidates(
+            torch.cat(token_ids).to(torch.int32), torch.cat(probabilities), entropies, logprobs
+        )
 
     def _choose(
-        self, logits: torch.Tensor, rows: slice, logprobs: dict[int, Logprobs]
+        self,
+        logits: torch.Tensor,
+        rows: slice,
+        entropies: torch.Tensor | None,
+        logprobs: dict[int, Logprobs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and probabilities of some of the window rows, from their logits.
 
         Args:
+            entropies: float64, of all window rows: filled in where asked for.
             logprobs: filled in where asked for; they are of what the model says, not of what a
                 request's constraints leave of it.
         """
@@ -100,6 +113,9 @@ class Head:
                 token_ids[own], confidence[own] = sampled(
                     logits[own], sampling, plan.denoising_step, self._positions[at]
                 )
+            if sampling.entropies:
+                assert entropies is not None
+                entropies[at] = entropies_of(logits[own])
             if sampling.unconfident_token_ids:
                 leave_out_of_confidence(
                     confidence[own], token_ids[own], logits[own], sampling.unconfident_token_ids

@@ -187,14 +187,17 @@ class ElasticRunner:
             return None
         # Back.
         download = Download()
-        found = download.of(_pair, candidates.token_ids, candidates.probabilities)
+        found = download.of(
+            _together, candidates.token_ids, candidates.probabilities, candidates.entropies
+        )
         measured = statistics.results(download)
         download.run()
-        token_ids, probabilities = found.get()
+        token_ids, probabilities, entropies = found.get()
         return [
             PassResult(
                 token_ids[own],
                 probabilities[own],
+                entropies=None if entropies is None else entropies[own],
                 logprobs=candidates.logprobs.get(index),
                 measured=measured[index].get() if index in measured else None,
             )
@@ -256,5 +259,7 @@ class ElasticRunner:
         """Asked by the GPU worker after a weight update: there is none."""
 
 
-def _pair(token_ids: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return token_ids, probabilities
+def _together(
+    token_ids: np.ndarray, probabilities: np.ndarray, entropies: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return token_ids, probabilities, entropies

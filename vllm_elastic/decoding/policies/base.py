@@ -44,7 +44,7 @@ class RefreshPolicy:
     def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
         """Those positions of the window that a step predicts at first, ascending, at least one.
 
-        Where too few of them reach the threshold, another pass predicts the rest. Asked
+        Where the commit rule accepts too few of them, another pass predicts the rest. Asked
         again for a replay: depends on nothing that changes within a step.
         """
         return window

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commit rules by name. A rule is one small file with one class, listed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_elastic.decoding.commits.base import CommitRule
+from vllm_elastic.decoding.commits.by_rank import by_rank
+from vllm_elastic.decoding.commits.entropy import Entropy
+from vllm_elastic.decoding.commits.factor import Factor
+from vllm_elastic.decoding.commits.frechet import Frechet
+from vllm_elastic.decoding.commits.local import Local
+from vllm_elastic.decoding.commits.threshold import Threshold
+
+if TYPE_CHECKING:
+    from vllm_elastic.config import ElasticConfig
+
+COMMIT_RULES: dict[str, type[CommitRule]] = {
+    rule.name: rule for rule in (Threshold, Factor, Frechet, Local, Entropy)
+}
+
+
+def make_commit_rule(config: ElasticConfig) -> CommitRule:
+    """The rule that ``config.commit`` names (checked when the config was made)."""
+    return COMMIT_RULES[config.commit](config)
+
+
+__all__ = ["COMMIT_RULES", "CommitRule", "by_rank", "make_commit_rule"]
