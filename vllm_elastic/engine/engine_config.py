@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ BLOCK_SIZE = 32
 a multiple of 32."""
 
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
-
-_CEILING = "elastic_max_tokens_ceiling"  # key in additional_config
 
 END_OF_TURN = "<|eot_id|>"
 """LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
@@ -75,12 +74,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         vllm_config.attention_config.use_non_causal = True
         # Plans change shape at every step; there is nothing to compile or capture yet.
         model.enforce_eager = True
-        # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
-        defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
-        # An operator's default is a ceiling too; a second check of this config would see ours.
-        ceiling = {_CEILING: model.override_generation_config.get("max_new_tokens")}
-        vllm_config.additional_config = ceiling | vllm_config.additional_config
-        model.override_generation_config = {**defaults, **model.override_generation_config}
+        set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_end_of_turn(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
 
@@ -88,12 +82,6 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
     """Whether this engine runs our scheduler."""
     return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
-
-
-def max_tokens_ceiling(vllm_config: VllmConfig) -> int | None:
-    """The operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None."""
-    ceiling: int | None = vllm_config.additional_config.get(_CEILING)
-    return ceiling
 
 
 def _find_end_of_turn(vllm_config: VllmConfig) -> None:
