@@ -42,7 +42,7 @@ RULES: dict[str, Rule] = {
     "seed": Rule(
         "deviates",
         "random numbers depend on seed, position and step only, not on the batch; -1 is no seed, "
-        "as in vLLM",
+        "as in vLLM; a request without one gets the next of the engine's `--seed`",
     ),
     "top_k": Rule("kept"),
     "top_p": Rule("kept"),
@@ -55,7 +55,11 @@ RULES: dict[str, Rule] = {
     ),
     "stop": Rule("kept", "looked for in the finished left-to-right prefix"),
     "stop_token_ids": Rule("deviates", "once one is committed, masks behind it are dropped"),
-    "ignore_eos": Rule("kept"),
+    "ignore_eos": Rule(
+        "deviates",
+        "no end token is chosen, so that all `max_tokens` are text; those in stop_token_ids still "
+        "end the answer",
+    ),
     "logit_bias": Rule("kept"),
     "allowed_token_ids": Rule("kept"),
     "bad_words": Rule(

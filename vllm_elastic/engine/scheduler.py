@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import Any
 
@@ -47,6 +48,9 @@ class ElasticScheduler(Scheduler):
             self.vllm_config.additional_config.get("elastic")
         )
         self._traits = traits_of(self.vllm_config.model_config.hf_config)
+        # Of requests that name no seed: vLLM promises the same answers of an engine of this seed.
+        own = self.vllm_config.parallel_config.data_parallel_index
+        self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._canvases: dict[str, DenoisingRequest] = {}
         self._round_robin = RoundRobin()
         self._admitted_at: dict[str, float] = {}
@@ -178,6 +182,7 @@ class ElasticScheduler(Scheduler):
                 request.num_prompt_tokens,
                 self._traits,
                 end_token_ids,
+                seed=self._seeds.getrandbits(63),
             ),
         )
 

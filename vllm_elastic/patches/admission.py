@@ -199,8 +199,9 @@ def check_candidates(
     if all(token_id in never for token_id in candidates):
         raise VLLMValidationError(
             "no token is left to choose from. allowed_token_ids, bad_words and an infinitely low "
-            "logit_bias rule tokens out, min_tokens and a fixed token in elastic_canvas the end "
-            "and stop tokens ahead of them, and the mask token never counts; allow more tokens.",
+            "logit_bias rule tokens out, ignore_eos the end tokens, min_tokens and a fixed token "
+            "in elastic_canvas the end and stop tokens ahead of them, and the mask token never "
+            "counts; allow more tokens.",
             parameter="bad_words" if allowed is None else "allowed_token_ids",
         )
 
