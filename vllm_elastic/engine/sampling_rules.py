@@ -28,7 +28,10 @@ class Rule:
 _PENALTY = (
     "penalties follow left-to-right writing, a canvas has no such order; leave it at its default."
 )
-_CAUSAL = "a bidirectional model gives a prompt no probabilities; leave it out."
+_CAUSAL = (
+    "a bidirectional model gives a prompt no probabilities, so tasks that score a given text "
+    "(likelihoods, multiple choice) cannot run; leave it out."
+)
 
 RULES: dict[str, Rule] = {
     "n": Rule(
@@ -82,7 +85,7 @@ RULES: dict[str, Rule] = {
     "repetition_detection": Rule("refused", "leave it out.", (None,)),
     "structured_outputs": Rule(
         "refused",
-        "a grammar needs left-to-right decoding; leave out response_format and guided options.",
+        'a grammar needs left-to-right decoding; leave it out (with tools: tool_choice "auto").',
         (None,),
     ),
     "thinking_token_budget": Rule("refused", "leave it out.", (None,)),
