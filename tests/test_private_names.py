@@ -284,13 +284,10 @@ ATTRIBUTES: dict[str, list[str]] = {
         "attention_config",
         "cache_config",
         "compilation_config",
-        "kv_transfer_config",
-        "lora_config",
         "model_config",
         "parallel_config",
         "quant_config",
         "scheduler_config",
-        "speculative_config",
     ],
     "vllm.config:CacheConfig": [
         "block_size",
@@ -318,8 +315,6 @@ ATTRIBUTES: dict[str, list[str]] = {
     ],
     "vllm.config:ParallelConfig": [
         "data_parallel_index",
-        "decode_context_parallel_size",
-        "pipeline_parallel_size",
         "tensor_parallel_size",
         "worker_cls",
     ],
