@@ -18,6 +18,8 @@ RECORD = EndedRequest(
     row_layers=10,
     full_row_layers=40,
     passes={"first": 1, "window": 2},
+    first_commit_seconds=0.25,
+    seconds_per_token=None,
 )
 
 
@@ -116,12 +118,13 @@ def test_counters() -> None:
     from vllm_elastic.engine.metrics import count_ended
 
     names = ("requests_total", "denoising_steps_total", "row_layers_total", "full_row_layers_total")
+    names += ("request_first_commit_seconds_sum", "request_seconds_per_token_count")
     before = [counted(name) for name in names]
     passes = counted("passes_total", kind="window")
     count_ended(RECORD)
     count_ended(RECORD)
     after = [counted(name) for name in names]
-    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 6, 20, 80]
+    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 6, 20, 80, 0.5, 0]
     assert counted("passes_total", kind="window") - passes == 4
 
 
