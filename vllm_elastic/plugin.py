@@ -25,6 +25,7 @@ def register() -> None:
     from vllm_elastic.patches.cli_flags import add_elastic_flags
     from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
+    from vllm_elastic.patches.sent_parameters import note_what_was_sent
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
@@ -32,6 +33,7 @@ def register() -> None:
     check_requests_at_admission()
     take_reports_of_ended_requests()
     take_max_tokens_literally()
+    note_what_was_sent()
 
 
 def register_family(architecture: str, family: Family) -> None:

@@ -23,11 +23,11 @@ def driver(serve: Callable[[str], Served]) -> Driver:
     return Driver(Served("counted", served.directory, served.oracle, engine))
 
 
-def counted(name: str, policy: str) -> float:
+def counted(name: str, policy: str, suffix: str = "total") -> float:
     from prometheus_client import REGISTRY
 
     labels = {"model_name": "counted", "engine": "0", "policy": policy}
-    return REGISTRY.get_sample_value(f"vllm:elastic_{name}_total", labels) or 0.0
+    return REGISTRY.get_sample_value(f"vllm:elastic_{name}_{suffix}", labels) or 0.0
 
 
 def test_ended_by_the_front_end(driver: Driver) -> None:
@@ -49,6 +49,28 @@ def test_ended_by_itself(driver: Driver) -> None:
     record = driver.take_records()[name]
     assert counted("requests", "elastic") - before[0] == 1
     assert counted("denoising_steps", "elastic") - before[1] == record.denoising_steps
+
+
+def test_times_are_those_of_the_record(driver: Driver) -> None:
+    """vLLM's own say when tokens were shown, not when there was something to show."""
+
+    def times() -> list[float]:
+        names = ("request_first_commit_seconds", "request_seconds_per_token")
+        return [counted(n, "elastic", s) for n in names for s in ("sum", "count")]
+
+    before = times()
+    name = driver.add(prompt_of(9, 1), 24, policy="elastic")
+    driver.run()
+    record = driver.take_records()[name]
+    first, firsts, per_token, answers = (b - a for a, b in zip(before, times(), strict=True))
+    assert (firsts, answers) == (1, 1)
+    assert per_token == pytest.approx(record.seconds / len(driver.tokens[name]))
+    assert 0 < first < record.seconds, "the first of several steps"
+    names = [driver.add(prompt_of(9, 1), 24, policy="elastic")]
+    driver.step()
+    driver.llm_engine.abort_request(names)
+    driver.step()
+    assert times()[1::2] == [before[1] + 2, before[3] + 1], "an aborted one has no answer"
 
 
 def test_never_admitted_is_not_counted(driver: Driver) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from .conftest import EOS, MASK, Served
+from .conftest import EOS, MASK, Served, make_engine
 from .driver import prompt_of
 
 pytestmark = pytest.mark.engine
@@ -66,6 +67,37 @@ def test_sampled_answer_is_the_same_alone_and_in_a_batch(served: Served) -> None
 def test_without_seed_answers_differ(served: Served) -> None:
     request = (prompt_of(8, 3), {"max_tokens": 24, "temperature": 1.5})
     assert len({tuple(tokens(o)) for o in generate(served, [request] * 4)}) == 4
+
+
+def test_the_engines_seed_makes_runs_repeat(served: Served) -> None:
+    """As stock vLLM promises offline; within a run no two requests share a seed."""
+    request = (prompt_of(8, 3), {"max_tokens": 24, "temperature": 1.5})
+    greedy = (prompt_of(9, 3), {"max_tokens": 8, "temperature": 0.0})
+
+    def run(seed: int) -> list[list[int]]:
+        engine = make_engine(served.directory, seed=seed)
+        other = replace(served, engine=engine)
+        found = [*generate(other, [request, greedy, request]), *generate(other, [request])]
+        return [tokens(output) for output in found]
+
+    first, again, other = run(7), run(7), run(8)
+    assert first == again
+    assert first[1] == other[1] and first != other
+    assert len({tuple(answer) for answer in (*first[:1], *first[2:])}) == 3
+
+
+def test_ignore_eos_is_answered_with_text(serve: Callable[[str], Served]) -> None:
+    """A benchmark that asks for 24 tokens of text would count 24 of which most are padding."""
+    served = serve("eager")
+    prompts = [prompt_of(6 + i, i) for i in range(4)]
+    asked = {"max_tokens": 24, "temperature": 0.0, "stop_token_ids": None}
+    plain = generate(served, [(prompt, {**asked, "ignore_eos": False}) for prompt in prompts])
+    assert any(EOS in tokens(output) for output in plain), "a model that likes to end"
+    for output in generate(served, [(prompt, {**asked, "ignore_eos": True}) for prompt in prompts]):
+        assert len(tokens(output)) == 24 and EOS not in tokens(output)
+    stopped = {**asked, "ignore_eos": True, "stop_token_ids": [EOS]}
+    outputs = generate(served, [(prompt, stopped) for prompt in prompts])
+    assert any(len(tokens(output)) < 24 for output in outputs), "asked for by its number"
 
 
 def test_copies_differ(served: Served) -> None:

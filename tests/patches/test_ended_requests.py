@@ -18,10 +18,18 @@ RECORD = EndedRequest(
     row_layers=10,
     full_row_layers=40,
     passes={"first": 1, "window": 2},
+    first_commit_seconds=0.25,
+    seconds_per_token=None,
 )
 
 
-def finish(tokens: list[list[int]], delta: bool = True, report: bool = True, **params: Any) -> Any:
+def finish(
+    tokens: list[list[int]],
+    delta: bool = True,
+    report: bool = True,
+    statistics: Any = None,
+    **params: Any,
+) -> Any:
     """Feed a request's tokens, the last batch with its end, and return what a client gets."""
     from vllm import SamplingParams
     from vllm.plugins import load_general_plugins
@@ -30,7 +38,7 @@ def finish(tokens: list[list[int]], delta: bool = True, report: bool = True, **p
     from vllm.v1.engine.output_processor import OutputProcessor
 
     load_general_plugins()
-    processor = OutputProcessor(tokenizer=None, log_stats=False)
+    processor = OutputProcessor(tokenizer=None, log_stats=statistics is not None)
     kind = RequestOutputKind.DELTA if delta else RequestOutputKind.CUMULATIVE
     request = EngineCoreRequest(
         request_id="0-1",
@@ -54,7 +62,7 @@ def finish(tokens: list[list[int]], delta: bool = True, report: bool = True, **p
             finish_reason=FinishReason.STOP if last else None,
             kv_transfer_params=attach({"other": 1}, True) if last and report else None,
         )
-        seen += processor.process_outputs([output]).request_outputs
+        seen += processor.process_outputs([output], 1.0, iteration_stats=statistics).request_outputs
     return seen
 
 
@@ -76,6 +84,23 @@ def test_empty_answer_keeps_its_end_token() -> None:
     assert list(output.outputs[0].token_ids) == [END]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([[3, 4], [5, END]], 3), ([[3, 4], [END]], 2), ([[3, END]], 1), ([[END]], 1)],
+    ids=str,
+)
+def test_vllm_counts_what_the_api_says(tokens: list[list[int]], expected: int) -> None:
+    """Its metrics and traces would have one more."""
+    from vllm.v1.metrics.stats import IterationStats
+
+    statistics = IterationStats()
+    *_, last = finish(tokens, delta=False, statistics=statistics)
+    assert len(last.outputs[0].token_ids) == expected
+    assert statistics.num_generation_tokens == expected
+    (ended,) = statistics.finished_requests
+    assert ended.num_generation_tokens == expected
+
+
 def test_patch_is_still_needed() -> None:
     (output,) = finish([[3, END]], report=False)
     if list(output.outputs[0].token_ids) != [3, END]:
@@ -93,12 +118,13 @@ def test_counters() -> None:
     from vllm_elastic.engine.metrics import count_ended
 
     names = ("requests_total", "denoising_steps_total", "row_layers_total", "full_row_layers_total")
+    names += ("request_first_commit_seconds_sum", "request_seconds_per_token_count")
     before = [counted(name) for name in names]
     passes = counted("passes_total", kind="window")
     count_ended(RECORD)
     count_ended(RECORD)
     after = [counted(name) for name in names]
-    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 6, 20, 80]
+    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 6, 20, 80, 0.5, 0]
     assert counted("passes_total", kind="window") - passes == 4
 
 

@@ -38,8 +38,30 @@ def refusal(answer: tuple[int, dict[str, Any]]) -> str:
 def test_restricted_parameter(alive: Client, name: str) -> None:
     assert RULES[name].status == "refused"
     message = refusal(alive.chat("Sort : 2 1", max_tokens=4, **ASKED[name]))
-    assert name in message
+    (sent,) = ASKED[name]
+    assert message.startswith(f"{sent} ")
     assert len(message) < 250, "an object was dumped into the message"
+
+
+def test_tool_choice_is_named(alive: Client) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    options = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    assert "tool_choice" in refusal(alive.chat("Sort : 2 1", max_tokens=4, **options))
+
+
+def test_likelihoods_are_named(alive: Client) -> None:
+    """What evaluation harnesses ask for multiple choice."""
+    body = {"prompt": "2", "echo": True, "logprobs": 1, "max_tokens": 1}
+    message = refusal(alive.post("completions", **body))
+    assert message.startswith("echo with logprobs is not supported")
+    assert "multiple choice) cannot run" in message
+
+
+def test_echo_of_a_chat(alive: Client) -> None:
+    answers = [alive.chat("Sort : 2 1", max_tokens=8, echo=echo) for echo in (True, False)]
+    assert [status for status, _ in answers] == [200, 200], answers
+    echoed, plain = (answer["choices"][0]["message"]["content"] for _, answer in answers)
+    assert echoed == plain, "vLLM echoes a last message of the answer's own role only"
 
 
 def test_bad_word_of_several_tokens(alive: Client) -> None:

@@ -13,6 +13,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.engine.flag_rules import refuse_flags
+from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 
 if TYPE_CHECKING:
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
+_CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
 a multiple of 32."""
 
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
-
-_CEILING = "elastic_max_tokens_ceiling"  # key in additional_config
 
 END_OF_TURN = "<|eot_id|>"
 """LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
@@ -46,6 +47,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
                 message names the flag and the remedy.
         """
         elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        refuse_flags(vllm_config)
         _refuse_unsupported(vllm_config, elastic)
         _refuse_unusable_default(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
@@ -73,14 +75,13 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
-        # Plans change shape at every step; there is nothing to compile or capture yet.
+        if not model.enforce_eager:
+            logger.info(
+                "compilation and CUDA graphs are off: plans change shape at every step, nothing "
+                "is captured yet"
+            )
         model.enforce_eager = True
-        # LLaDA's authors decode greedily; a client that names no length gets the default canvas.
-        defaults = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
-        # An operator's default is a ceiling too; a second check of this config would see ours.
-        ceiling = {_CEILING: model.override_generation_config.get("max_new_tokens")}
-        vllm_config.additional_config = ceiling | vllm_config.additional_config
-        model.override_generation_config = {**defaults, **model.override_generation_config}
+        set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_end_of_turn(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
 
@@ -88,12 +89,6 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
     """Whether this engine runs our scheduler."""
     return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
-
-
-def max_tokens_ceiling(vllm_config: VllmConfig) -> int | None:
-    """The operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None."""
-    ceiling: int | None = vllm_config.additional_config.get(_CEILING)
-    return ceiling
 
 
 def _find_end_of_turn(vllm_config: VllmConfig) -> None:
@@ -131,24 +126,19 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     stride = elastic.hidden_stride
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     layers = vllm_config.model_config.hf_config.n_layers
+    cache = vllm_config.cache_config
     problems = {
-        "--logits-processors": (
-            bool(vllm_config.model_config.logits_processors),
-            "logits processors see one token at a time; use logit_bias, allowed_token_ids or "
-            "bad_words",
+        "--block-size": (
+            cache.user_specified_block_size
+            and current_platform.is_cpu()
+            and bool(cache.block_size % _CPU_BLOCK_SIZE),
+            f"{cache.block_size} is no multiple of {_CPU_BLOCK_SIZE}, which vLLM's CPU attention "
+            "needs",
         ),
         "--model": (
             current_platform.is_cpu() and head_dim not in _CPU_HEAD_SIZES,
             f"vLLM's CPU attention has no kernel for head size {head_dim}, only for "
             f"{', '.join(map(str, _CPU_HEAD_SIZES))}",
-        ),
-        "--pipeline-parallel-size": (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism is not supported; leave it at 1",
-        ),
-        "--decode-context-parallel-size": (
-            parallel.decode_context_parallel_size > 1,
-            "decode context parallelism splits a causal cache; leave it at 1",
         ),
         "--tensor-parallel-size": (
             bool(undivided),
@@ -159,19 +149,9 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
             f"hidden_stride {stride} stores no hidden state of a model of {layers} layers, so no "
             f"refresh could save a layer; lower it to at most {layers - 1}",
         ),
-        "--speculative-config": (
-            vllm_config.speculative_config is not None,
-            "speculative decoding needs left-to-right decoding; a denoising step commits "
-            "several tokens already",
-        ),
-        "--enable-lora": (vllm_config.lora_config is not None, "LoRA is not supported"),
-        "--kv-transfer-config": (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors move causal caches, which are not valid for LLaDA",
-        ),
         "--kv-cache-dtype": (
             # vLLM writes the model's numbers into it as they are.
-            vllm_config.cache_config.cache_dtype not in ("auto", dtype),
+            cache.cache_dtype not in ("auto", dtype),
             f"keys and values of another type than the model's ({dtype}) are not supported; use "
             "auto",
         ),

@@ -13,6 +13,8 @@ from prometheus_client.registry import Collector
 from vllm_elastic.engine.report import EndedRequest
 
 _LABELS = ("model_name", "engine", "policy")
+_SECONDS_TO_COMMIT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SECONDS_A_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _STEP_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
@@ -60,6 +62,20 @@ class _Counters(Collector):
             buckets=_STEP_BUCKETS,
             registry=None,
         )
+        self.first_commit_seconds = Histogram(
+            "vllm:elastic_request_first_commit_seconds",
+            "From admission to the first committed token, shown or not.",
+            _LABELS,
+            buckets=_SECONDS_TO_COMMIT,
+            registry=None,
+        )
+        self.seconds_per_token = Histogram(
+            "vllm:elastic_request_seconds_per_token",
+            "From admission to the end by tokens of an answer that ended by itself.",
+            _LABELS,
+            buckets=_SECONDS_A_TOKEN,
+            registry=None,
+        )
         REGISTRY.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -85,5 +101,9 @@ def count_ended(record: EndedRequest) -> None:
     counters.row_layers.labels(**labels).inc(record["row_layers"])
     counters.full_row_layers.labels(**labels).inc(record["full_row_layers"])
     counters.steps_per_request.labels(**labels).observe(record["denoising_steps"])
+    if record["first_commit_seconds"] is not None:
+        counters.first_commit_seconds.labels(**labels).observe(record["first_commit_seconds"])
+    if record["seconds_per_token"] is not None:
+        counters.seconds_per_token.labels(**labels).observe(record["seconds_per_token"])
     for kind, count in record["passes"].items():
         counters.passes.labels(**labels, kind=kind).inc(count)

@@ -17,7 +17,14 @@ KEY = "vllm_elastic"
 
 
 class EndedRequest(TypedDict):
-    """What one request cost. ``passes``: number by kind; the rest as in ``DecodingRecord``."""
+    """What one request cost; the counts are as in ``DecodingRecord``.
+
+    Attributes:
+        passes: number by kind.
+        first_commit_seconds: from admission to the first committed token; None without one.
+        seconds_per_token: from admission to the end, by tokens of the answer without its end token;
+            None for an answer that has none, or that did not end by itself.
+    """
 
     model_name: str
     engine: str
@@ -26,6 +33,8 @@ class EndedRequest(TypedDict):
     row_layers: int
     full_row_layers: int
     passes: dict[str, int]
+    first_commit_seconds: float | None
+    seconds_per_token: float | None
 
 
 def attach(field: dict[str, Any] | None, value: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 
 from vllm.sampling_params import SamplingParams
@@ -28,14 +27,15 @@ def sampling_of(
     prompt_length: int,
     traits: DecodingTraits,
     end_token_ids: set[int],
+    seed: int = 0,
 ) -> Sampling | None:
     """The request's wishes; None where the plain most probable token is all it wants.
 
-    A request without a seed gets a random one. Infilling finds no end token ahead of a token that
-    the request fixed.
+    Infilling finds no end token ahead of a token that the request fixed.
 
     Args:
         end_token_ids: from ``end_token_ids_of``.
+        seed: of a request that names none.
     """
     first_end = params.min_tokens
     for offset, token_id in enumerate(config.canvas or ()):
@@ -57,14 +57,18 @@ def sampling_of(
     )
     if sampling == Sampling() and config.remasking != "random":
         return None
-    seed = secrets.randbits(63) if params.seed is None else params.seed
-    return replace(sampling, seed=seed)
+    return replace(sampling, seed=seed if params.seed is None else params.seed)
 
 
 def _banned(
     params: SamplingParams, config: ElasticConfig, traits: DecodingTraits
 ) -> tuple[int, ...]:
     banned = [token_ids[0] for token_ids in params.bad_words_token_ids or ()]
+    if params.ignore_eos:
+        # An answer of the length that was asked for, as benchmarks mean it, is one of text. A
+        # canvas that has ended would be filled up with end tokens.
+        stop_token_ids = params.stop_token_ids or ()
+        banned += [token_id for token_id in traits.text_end_ids if token_id not in stop_token_ids]
     if config.logits_eos_inf and traits.end_of_text_id is not None:
         banned.append(traits.end_of_text_id)
     return tuple(banned)

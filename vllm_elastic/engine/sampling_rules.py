@@ -28,7 +28,10 @@ class Rule:
 _PENALTY = (
     "penalties follow left-to-right writing, a canvas has no such order; leave it at its default."
 )
-_CAUSAL = "a bidirectional model gives a prompt no probabilities; leave it out."
+_CAUSAL = (
+    "a bidirectional model gives a prompt no probabilities, so tasks that score a given text "
+    "(likelihoods, multiple choice) cannot run; leave it out."
+)
 
 RULES: dict[str, Rule] = {
     "n": Rule(
@@ -42,7 +45,7 @@ RULES: dict[str, Rule] = {
     "seed": Rule(
         "deviates",
         "random numbers depend on seed, position and step only, not on the batch; -1 is no seed, "
-        "as in vLLM",
+        "as in vLLM; a request without one gets the next of the engine's `--seed`",
     ),
     "top_k": Rule("kept"),
     "top_p": Rule("kept"),
@@ -55,7 +58,11 @@ RULES: dict[str, Rule] = {
     ),
     "stop": Rule("kept", "looked for in the finished left-to-right prefix"),
     "stop_token_ids": Rule("deviates", "once one is committed, masks behind it are dropped"),
-    "ignore_eos": Rule("kept"),
+    "ignore_eos": Rule(
+        "deviates",
+        "no end token is chosen, so that all `max_tokens` are text; those in stop_token_ids still "
+        "end the answer",
+    ),
     "logit_bias": Rule("kept"),
     "allowed_token_ids": Rule("kept"),
     "bad_words": Rule(
@@ -78,7 +85,7 @@ RULES: dict[str, Rule] = {
     "repetition_detection": Rule("refused", "leave it out.", (None,)),
     "structured_outputs": Rule(
         "refused",
-        "a grammar needs left-to-right decoding; leave out response_format and guided options.",
+        'a grammar needs left-to-right decoding; leave it out (with tools: tool_choice "auto").',
         (None,),
     ),
     "thinking_token_budget": Rule("refused", "leave it out.", (None,)),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import Any
 
@@ -47,9 +48,13 @@ class ElasticScheduler(Scheduler):
             self.vllm_config.additional_config.get("elastic")
         )
         self._traits = traits_of(self.vllm_config.model_config.hf_config)
+        # Of requests that name no seed: vLLM promises the same answers of an engine of this seed.
+        own = self.vllm_config.parallel_config.data_parallel_index
+        self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._canvases: dict[str, DenoisingRequest] = {}
         self._round_robin = RoundRobin()
         self._admitted_at: dict[str, float] = {}
+        self._first_commit_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
 
@@ -110,6 +115,8 @@ class ElasticScheduler(Scheduler):
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
                 continue
+            if canvas.record.denoising_steps:  # each one commits
+                self._first_commit_at.setdefault(request_id, time.monotonic())
             model_runner_output.sampled_token_ids[index] = tokens
             if result.logprobs is not None:
                 shown[index] = canvas.take_logprobs(len(tokens))
@@ -179,6 +186,7 @@ class ElasticScheduler(Scheduler):
                 request.num_prompt_tokens,
                 self._traits,
                 end_token_ids,
+                seed=self._seeds.getrandbits(63),
             ),
         )
 
@@ -200,11 +208,14 @@ class ElasticScheduler(Scheduler):
         canvas = self._canvases.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
         admitted_at = self._admitted_at.pop(request.request_id, None)
-        if canvas is not None and admitted_at is not None and self.elastic_config.record:
+        first_commit_at = self._first_commit_at.pop(request.request_id, None)
+        if canvas is not None and admitted_at is not None:
             canvas.record.seconds = time.monotonic() - admitted_at
-            self.records[request.request_id] = canvas.record
-        if canvas is not None and self.log_stats:
-            self._ended.append(self._ended_request(canvas))
+            if self.elastic_config.record:
+                self.records[request.request_id] = canvas.record
+            if self.log_stats:
+                first = None if first_commit_at is None else first_commit_at - admitted_at
+                self._ended.append(self._ended_request(request, canvas, first))
         params, ec_params = super()._free_request(request, delay_free_blocks)
         if self._ends_with_end_token(request):
             params = attach(params, True)
@@ -218,8 +229,15 @@ class ElasticScheduler(Scheduler):
             self._ended = []
         return stats
 
-    def _ended_request(self, canvas: DenoisingRequest) -> EndedRequest:
+    def _ended_request(
+        self, request: Request, canvas: DenoisingRequest, first_commit_seconds: float | None
+    ) -> EndedRequest:
         record = canvas.record
+        finished = request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        )
+        tokens = request.num_output_tokens - self._ends_with_end_token(request) if finished else 0
         return EndedRequest(
             model_name=self.vllm_config.model_config.served_model_name,
             engine=str(self.vllm_config.parallel_config.data_parallel_index),
@@ -228,6 +246,8 @@ class ElasticScheduler(Scheduler):
             row_layers=record.row_layers,
             full_row_layers=record.full_row_layers,
             passes=dict(record.kinds),
+            first_commit_seconds=first_commit_seconds,
+            seconds_per_token=record.seconds / tokens if tokens else None,
         )
 
     def _ends_with_end_token(self, request: Request) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -22,6 +23,7 @@ from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.patches.max_tokens import take_note
+from vllm_elastic.patches.sent_parameters import forget_echo, sent_as
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -45,12 +47,13 @@ def check_requests_at_admission() -> None:
             sent = kwargs.get("params", args[2] if len(args) > 2 else None)
             check_bad_words(sent)  # before the tokenizer meets them
             take_note(sent, self.vllm_config)
+            forget_echo(sent)
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
         if is_served_by_us(self.vllm_config) and params is not None:
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)
-            check_sampling_params(params)
+            check_sampling_params(params, sent_as(sent))
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
             check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
@@ -172,8 +175,11 @@ def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfi
     return config
 
 
-def check_sampling_params(params: SamplingParams) -> None:
+def check_sampling_params(params: SamplingParams, sent: Mapping[str, str]) -> None:
     """Refuse what would otherwise be ignored or fail in the worker.
+
+    Args:
+        sent: from ``sent_as``.
 
     Raises:
         VLLMValidationError: names the parameter and what is allowed.
@@ -182,11 +188,12 @@ def check_sampling_params(params: SamplingParams) -> None:
         value = getattr(params, name, None)
         if rule.status == "refused" and not _is_one_of(value, rule.neutral):
             # vLLM appends parameter and value to the message.
-            scalar = isinstance(value, str | int | float)
+            shown = name not in sent and isinstance(value, str | int | float)
+            called = sent.get(name, name)
             raise VLLMValidationError(
-                f"{name} is not supported for LLaDA: {rule.note}",
-                parameter=name,
-                value=value if scalar else None,
+                f"{called} is not supported for LLaDA: {rule.note}",
+                parameter=called.split()[0],
+                value=value if shown else None,
             )
     for token_ids in params.bad_words_token_ids or ():
         if len(token_ids) > 1:
@@ -227,8 +234,9 @@ def check_candidates(
     if all(token_id in never for token_id in candidates):
         raise VLLMValidationError(
             "no token is left to choose from. allowed_token_ids, bad_words and an infinitely low "
-            "logit_bias rule tokens out, min_tokens and a fixed token in elastic_canvas the end "
-            "and stop tokens ahead of them, and the mask token never counts; allow more tokens.",
+            "logit_bias rule tokens out, ignore_eos the end tokens, min_tokens and a fixed token "
+            "in elastic_canvas the end and stop tokens ahead of them, and the mask token never "
+            "counts; allow more tokens.",
             parameter="bad_words" if allowed is None else "allowed_token_ids",
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from vllm_elastic.engine.metrics import count_ended
 from vllm_elastic.engine.report import detach
@@ -32,12 +32,19 @@ def take_reports_of_ended_requests() -> None:
 
     @functools.wraps(process_outputs)
     def process(
-        self: OutputProcessor, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+        self: OutputProcessor,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: IterationStats | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        for output in outputs:
+        for output in engine_core_outputs:
             if output.finish_reason is not None:
-                _take_end_token(self, output)
-        return process_outputs(self, outputs, *args, **kwargs)
+                _take_end_token(self, output, iteration_stats)
+        return process_outputs(
+            self, engine_core_outputs, engine_core_timestamp, iteration_stats, *args, **kwargs
+        )
 
     @functools.wraps(update_scheduler_stats)
     def update(self: OutputProcessor, stats: SchedulerStats | None) -> None:
@@ -79,8 +86,16 @@ def drop_last_token(output: CompletionOutput) -> None:
         output.logprobs = output.logprobs[:-1]
 
 
-def _take_end_token(processor: OutputProcessor, output: EngineCoreOutput) -> None:
+def _take_end_token(
+    processor: OutputProcessor, output: EngineCoreOutput, iteration: IterationStats | None
+) -> None:
     output.kv_transfer_params, ended = detach(output.kv_transfer_params)
     state = processor.request_states.get(output.request_id)
-    if ended and state is not None:
-        setattr(state, _ENDED, True)
+    if not ended or state is None:
+        return
+    setattr(state, _ENDED, True)
+    before = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
+    if iteration is not None and state.stats is not None and before + len(output.new_token_ids) > 1:
+        # vLLM is about to count all new tokens, for its metrics and traces.
+        iteration.num_generation_tokens -= 1
+        state.stats.num_generation_tokens -= 1

@@ -21,7 +21,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
-from vllm_elastic.engine.engine_config import is_served_by_us, max_tokens_ceiling
+from vllm_elastic.engine.engine_config import is_served_by_us
+from vllm_elastic.engine.request_defaults import max_tokens_ceiling
 
 _WRAPPED = "_vllm_elastic_wrapped"
 _ASKED = "_vllm_elastic_max_tokens"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refusals name what the client sent, and a chat's echo is served: patches/sent_parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint"
+MESSAGES = [{"role": "user", "content": "2"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+SCHEMA = {"type": "json_schema", "name": "s", "schema": {"type": "object"}}
+
+
+@pytest.fixture(scope="module")
+def llada() -> Any:
+    """What stands before an engine, without one."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    args = EngineArgs(model=str(MODEL), dtype="float32")
+    return InputProcessor(args.create_engine_config())
+
+
+def request_of(kind: str, **body: Any) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    if kind == "chat":
+        return ChatCompletionRequest(messages=MESSAGES, **body)
+    return (CompletionRequest if kind == "completion" else ResponsesRequest)(
+        **{"prompt" if kind == "completion" else "input": "2"}, **body
+    )
+
+
+def admitted(processor: Any, request: Any) -> Any:
+    params = request.to_sampling_params(16, {"temperature": 0.0})
+    prompt = {"type": "token", "prompt_token_ids": [9] * 4}
+    return processor.process_inputs("0", prompt, params, ("generate",)).sampling_params
+
+
+@pytest.mark.parametrize("options", [{}, {"top_logprobs": 0, "logprobs": True}], ids=str)
+def test_echo_of_a_chat_is_served(llada: Any, options: dict[str, Any]) -> None:
+    body = {"echo": True, "max_tokens": 4, **options}
+    if options:  # asks for log probabilities of the prompt too
+        with pytest.raises(Exception, match=r"^echo with logprobs is not supported"):
+            admitted(llada, request_of("chat", **body))
+    else:
+        assert admitted(llada, request_of("chat", **body)).prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "named"),
+    [
+        ("completion", {"echo": True, "logprobs": 1}, "echo with logprobs"),
+        ("completion", {"echo": True, "logprobs": 0}, "echo with logprobs"),
+        ("chat", {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo with logprobs"),
+        ("chat", {"prompt_logprobs": 1}, "prompt_logprobs"),
+        ("chat", {"prompt_logprobs": 1, "echo": True}, "prompt_logprobs"),
+        ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("completion", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("responses", {"text": {"format": SCHEMA}}, "text.format"),
+        (
+            "chat",
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            "structured_outputs",
+        ),
+    ],
+    ids=str,
+)
+def test_error_names_what_was_sent(llada: Any, kind: str, body: Any, named: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError) as error:
+        admitted(llada, request_of(kind, **body, **_length(kind)))
+    message = str(error.value)
+    assert message.startswith(f"{named} is not supported for LLaDA: ")
+    assert error.value.parameter == named.split()[0]
+    if "logprobs" in named:
+        assert "multiple choice) cannot run" in message
+
+
+def test_tool_choice_is_named(llada: Any) -> None:
+    """vLLM's tool parser makes a grammar of it before the conversion."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    request = request_of("chat", tools=[TOOL], tool_choice="required", max_tokens=4)
+    request.structured_outputs = StructuredOutputsParams(json={"type": "array"})
+    with pytest.raises(Exception, match=r"^tool_choice is not supported .*tool_choice .auto."):
+        admitted(llada, request)
+
+
+def test_patch_is_still_needed() -> None:
+    echo = request_of("chat", echo=True).to_sampling_params(4, {})
+    form = request_of("chat", response_format={"type": "json_object"}).to_sampling_params(4, {})
+    reasons = {
+        "turns a chat's echo into prompt_logprobs": echo.prompt_logprobs == 0,
+        "turns response_format into structured_outputs": form.structured_outputs is not None,
+    }
+    gone = [reason for reason, holds in reasons.items() if not holds]
+    assert not gone, (
+        f"patch sent_parameters: a part can go, stock vLLM no longer {' nor '.join(gone)}. Adapt "
+        "patches/sent_parameters, vllm_elastic/patches/sent_parameters.py and this test."
+    )
+
+
+def _length(kind: str) -> dict[str, int]:
+    return {"max_output_tokens" if kind == "responses" else "max_tokens": 4}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request gets where it names nothing: judged once at start, whoever it comes from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_elastic.engine.sampling_rules import RULES
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger("vllm.vllm_elastic.engine.request_defaults")
+
+_CEILING = "elastic_max_tokens_ceiling"  # key in additional_config
+_OURS = "vllm_elastic's default"
+_FILE = "the model's generation_config.json"
+_OVERRIDE = "--override-generation-config"
+
+_TAKEN_BY_VLLM = (
+    *("temperature", "top_k", "top_p", "min_p", "max_new_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""Values of a generation config that become a request's: `ModelConfig.get_diff_sampling_param`."""
+
+
+def set_request_defaults(vllm_config: VllmConfig, default_max_tokens: int) -> None:
+    """Make an operator's values, ours and the model's the engine's, in this order, and say so.
+
+    LLaDA's authors decode greedily, and a client that names no length gets the default canvas,
+    whatever the model's generation_config.json has. Of its other values those that a LLaDA cannot
+    heed are passed over.
+
+    Raises:
+        ValueError: an operator's value is one that a request could not send; names the flag.
+    """
+    model = vllm_config.model_config
+    operators = dict(model.override_generation_config)
+    _refuse(operators, _OVERRIDE)
+    ours = {"temperature": 0.0, "max_new_tokens": default_max_tokens}
+    files = _from_file(model)
+    if model.generation_config == "auto":
+        layers = {_FILE: _without_refused(files), _OURS: ours, _OVERRIDE: operators}
+        # All of it is in the override now; vLLM would say that it came from the model's file.
+        model.generation_config = "vllm"
+    else:
+        _refuse(files, "--generation-config")
+        layers = {_OURS: ours, "--generation-config": files, _OVERRIDE: operators}
+    model.override_generation_config = {k: v for own in layers.values() for k, v in own.items()}
+    # vLLM may check a configuration twice; only the first time the operator's are known as such.
+    if _CEILING not in vllm_config.additional_config:
+        ceiling = {_CEILING: operators.get("max_new_tokens")}  # an operator's default is one too
+        vllm_config.additional_config = ceiling | vllm_config.additional_config
+        _log(layers)
+
+
+def max_tokens_ceiling(vllm_config: VllmConfig) -> int | None:
+    """The operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None."""
+    ceiling: int | None = vllm_config.additional_config.get(_CEILING)
+    return ceiling
+
+
+def _from_file(model: ModelConfig) -> dict[str, Any]:
+    """Sampling values of the generation_config.json that --generation-config points to."""
+    if model.generation_config == "vllm":
+        return {}
+    found = model.try_get_generation_config()
+    return {name: found[name] for name in _TAKEN_BY_VLLM if found.get(name) is not None}
+
+
+def _refuse(values: dict[str, Any], flag: str) -> None:
+    for name, value in values.items():
+        if _is_refused(name, value):
+            raise ValueError(
+                f"{flag}: {name} {value!r} would make every request fail: {RULES[name].note} "
+                "(LLaDA with vllm_elastic)."
+            )
+
+
+def _without_refused(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        if _is_refused(name, value):
+            logger.warning(
+                "%s %r of the model's generation_config.json is not used: %s",
+                name,
+                value,
+                RULES[name].note,
+            )
+    return {name: value for name, value in values.items() if not _is_refused(name, value)}
+
+
+def _is_refused(name: str, value: Any) -> bool:
+    return name in RULES and RULES[name].status == "refused" and value not in RULES[name].neutral
+
+
+def _log(layers: dict[str, dict[str, Any]]) -> None:
+    """Each value with its source, the last layer that has it."""
+    said: dict[str, str] = {}
+    for source, values in layers.items():
+        for name, value in values.items():
+            before = f", in place of {said[name]}" if name in said else ""
+            said[name] = f"{value} ({source}{before})"
+    logger.info(
+        "a request that does not name them gets %s",
+        ", ".join(f"{name} {words}" for name, words in said.items()),
+    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A refusal names what the client sent, not what vLLM made of it; an echo alone asks for nothing.
+
+Conversion to ``SamplingParams`` notes which of the client's fields stand behind a parameter,
+whatever the model; only admission to an engine that is ours reads the note.
+
+See patches/sent_parameters: vLLM turns ``echo``, ``tool_choice`` and formats into other parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+_WRAPPED = "_vllm_elastic_sent_wrapped"
+_SENT = "_vllm_elastic_sent"
+
+
+def note_what_was_sent() -> None:
+    """Wrap the conversions of requests over HTTP, once."""
+    if hasattr(ChatCompletionRequest.to_sampling_params, _WRAPPED):
+        return
+    for request_class in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _note(request_class)
+
+
+def sent_as(params: Any) -> dict[str, str]:
+    """What the client sent, by the vLLM parameter that it became; others have their own name."""
+    sent: dict[str, str] = getattr(params, _SENT, {})
+    return sent
+
+
+def forget_echo(params: Any) -> None:
+    """Drop the prompt's 0 log probabilities that vLLM makes of a chat's ``echo`` alone."""
+    if sent_as(params).get("prompt_logprobs") == "echo" and params.prompt_logprobs == 0:
+        params.prompt_logprobs = None
+
+
+def _note(request_class: Any) -> None:
+    to_sampling_params = request_class.to_sampling_params
+
+    @functools.wraps(to_sampling_params)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = to_sampling_params(self, *args, **kwargs)
+        setattr(params, _SENT, _sent(self))
+        return params
+
+    setattr(noted, _WRAPPED, True)
+    request_class.to_sampling_params = noted
+
+
+def _sent(request: Any) -> dict[str, str]:
+    sent = {}
+    if getattr(request, "echo", False) and request.prompt_logprobs is None:
+        wanted = getattr(request, "logprobs", None)
+        with_logprobs = wanted is not None and wanted is not False
+        sent["prompt_logprobs"] = "echo with logprobs" if with_logprobs else "echo"
+    text = getattr(request, "text", None)
+    if getattr(request, "tool_choice", None) not in (None, "none", "auto"):
+        sent["structured_outputs"] = "tool_choice"
+    elif _binds(getattr(request, "response_format", None)):
+        sent["structured_outputs"] = "response_format"
+    elif _binds(getattr(text, "format", None)):
+        sent["structured_outputs"] = "text.format"
+    return sent
+
+
+def _binds(answer_format: Any) -> bool:
+    return answer_format is not None and getattr(answer_format, "type", None) != "text"
