@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,49 @@ def test_every_flag_is_decided_on() -> None:
 
 def _release(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split("."))
+
+
+# Fields of vLLM's configuration that no flag of their name sets: other flags' or vLLM's own.
+NOT_OF_A_FLAG = {
+    "model_config": "model_weights multimodal_config spec_target_max_model_len",
+    "cache_config": "cache_dtype is_attention_free mamba_page_size_padded sliding_window "
+    "skip_page_size_padded",
+    "parallel_config": "assigned_physical_gpu_ids data_parallel_master_ip "
+    "data_parallel_master_port data_parallel_rank_local is_moe_model placement_group rank "
+    "ray_runtime_env",
+    "scheduler_config": "is_multimodal_model policy runner_type",
+    "device_config": "device",
+    "load_config": "device",
+    "offload_config": "prefetch uva",
+    "mamba_config": "backend enable_stochastic_rounding ssu_algorithm "
+    "stochastic_rounding_philox_rounds",
+    "lora_config": "target_modules",
+    "observability_config": "enable_mm_processor_stats",
+}
+
+
+def test_every_field_of_the_configuration_is_decided_on() -> None:
+    """By a flag of its name, or with its whole class by a flag that takes JSON."""
+    from vllm.config import VllmConfig
+
+    flags = set(all_flags())
+    hints = typing.get_type_hints(VllmConfig)
+    left: dict[str, set[str]] = {}
+    for field in dataclasses.fields(VllmConfig):
+        if _flag(field.name) in flags:
+            continue
+        hint = hints[field.name]
+        for kind in filter(dataclasses.is_dataclass, typing.get_args(hint) or (hint,)):
+            names = {f.name for f in dataclasses.fields(kind) if f.init and f.name[0] != "_"}
+            undecided = {name for name in names if _flag(name) not in flags}
+            undecided -= set(NOT_OF_A_FLAG.get(field.name, "").split())
+            if undecided:
+                left[field.name] = undecided
+    assert not left, "decide what becomes of them: engine/flag_rules.py"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def test_no_flag_is_decided_on_twice() -> None:
