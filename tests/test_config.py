@@ -32,7 +32,7 @@ def names(*allowed: str) -> tuple[list[Any], list[Any]]:
 KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "preset": (DEFAULT_PRESET, [(name, name) for name in PRESETS], ["", "Block", None, 1]),
     "policy": ("elastic-block", *names(*policies.POLICIES)),
-    "window": (64, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
+    "window": (32, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
     "threshold": (0.9, [(0, 0.0), (1, 1.0), (0.5, 0.5)], [-0.01, 1.01, 2]),
     "commit": ("threshold", *names("threshold", "factor", "frechet", "local", "entropy")),
     "factor": (0.75, [(0, 0.0), (10, 10.0), (1.5, 1.5)], [-0.01, 10.01]),
@@ -289,11 +289,11 @@ def test_what_a_step_may_predict_is_bounded() -> None:
 
 def test_the_bound_holds_for_presets_and_defaults_too() -> None:
     """An engine of narrow windows would be widened by naming a preset, or by saying nothing."""
-    with pytest.raises(ConfigError, match=r"^'window' is 64, .*'max_window' 32"):
-        ElasticConfig.from_dict({"max_window": 32})
-    served = ElasticConfig.from_dict({"max_window": 32, "window": 32})
+    with pytest.raises(ConfigError, match=r"^'window' is 32, .*'max_window' 20"):
+        ElasticConfig.from_dict({"max_window": 20})
+    served = ElasticConfig.from_dict({"max_window": 20, "window": 20})
     assert served.for_request({"elastic_preset": "published"}).window == 16
-    with pytest.raises(ConfigError, match=r"^'elastic_window' is 64"):
+    with pytest.raises(ConfigError, match=r"^'elastic_window' is 32"):
         served.for_request({"elastic_preset": "exact"})
 
 

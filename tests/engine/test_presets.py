@@ -17,10 +17,10 @@ from .test_oracle import ask_oracle, problems
 pytestmark = pytest.mark.engine
 
 ORACLES: dict[str, dict[str, Any]] = {
-    "block": {"policy": "elastic-block", "window": 64},
+    "block": {"policy": "elastic-block", "window": 32},
     "published": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "released"},
     "paper": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "paper"},
-    "exact": {"policy": "none", "window": 64},
+    "exact": {"policy": "none", "window": 32},
 }
 SPOILT = {
     **{"policy": "interval", "window": 3, "threshold": 0.2, "track_num": 3, "reach": 5},
