@@ -76,10 +76,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
         if not model.enforce_eager:
-            logger.info(
-                "compilation and CUDA graphs are off: plans change shape at every step, nothing "
-                "is captured yet"
-            )
+            logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
         model.enforce_eager = True
         set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_end_of_turn(vllm_config)

@@ -49,7 +49,7 @@ class Refusal:
 _GENERATE = "a LLaDA generates text, it is no pooling model; leave it out"
 _CONNECTOR = "KV connectors move causal caches, which are not valid for LLaDA; leave it out"
 _ONE_LOADER = "weights stay where they are loaded; leave it out, or take more ranks"
-_EAGER = "plans change shape at every step, so nothing is captured; leave it out"
+_EAGER = "nothing is captured yet; leave it out"
 _OFF = (False, None)
 
 REFUSED: dict[str, Refusal] = {
@@ -227,7 +227,7 @@ GROUPS: tuple[Group, ...] = (
         "--cudagraph-capture-sizes --max-cudagraph-capture-size --enable-flashinfer-autotune "
         "--disable-cascade-attn --jit-monitor-mode --jit-monitor-verbose --monokernel",
         "no effect",
-        "plans change shape at every step: nothing is compiled, captured or tuned",
+        "nothing is compiled, captured or tuned yet",
     ),
     Group("--use-fp64-gumbel", "no effect", "it is always in float64"),
     Group(

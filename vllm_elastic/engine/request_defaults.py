@@ -97,12 +97,13 @@ def _is_refused(name: str, value: Any) -> bool:
 
 def _log(layers: dict[str, dict[str, Any]]) -> None:
     """Each value with its source, the last layer that has it."""
-    said: dict[str, str] = {}
+    said: dict[str, tuple[Any, str]] = {}
     for source, values in layers.items():
         for name, value in values.items():
-            before = f", in place of {said[name]}" if name in said else ""
-            said[name] = f"{value} ({source}{before})"
+            former, words = said.get(name, (value, ""))
+            before = "" if former == value else f", in place of {words}"
+            said[name] = value, f"{value} ({source}{before})"
     logger.info(
         "a request that does not name them gets %s",
-        ", ".join(f"{name} {words}" for name, words in said.items()),
+        ", ".join(f"{name} {words}" for name, (_, words) in said.items()),
     )
