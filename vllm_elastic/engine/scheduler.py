@@ -34,9 +34,9 @@ class ElasticScheduler(Scheduler):
     """Owns the canvas of every request and decides what each step computes and commits.
 
     A request holds the KV blocks of its whole canvas (P + max_tokens) from admission on, so
-    running out of blocks never preempts. Each step serves running requests by their ``RoundRobin``,
-    those served longest ago first, until the row budget (``max_num_batched_tokens``) is full. A
-    request with more rows than the budget runs alone, in row chunks.
+    running out of blocks never preempts. Each step serves running requests round robin, those
+    served longest ago first, up to its ``StepLimits``. A request with more rows than the row budget
+    (``max_num_batched_tokens``) runs alone, in row chunks.
 
     Attributes:
         records: finished requests' records, kept only with ``record`` in the config.
