@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
@@ -15,6 +13,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows, PassRows, bucket
 from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.row_order import IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
 
@@ -44,7 +43,9 @@ class BatchBuilder:
         self._null_slots = cache.block_size  # vLLM's null block is the first one
         self._max_chunk_rows = max_chunk_rows
         self._calls: list[tuple[AttentionCall, CommonAttentionMetadata]] = []
-        self._block_table = _block_table([cache.kernel_blocks(plan.block_ids) for plan in plans])
+        blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
+        # int32 [plans, most blocks], filled up with the null block.
+        self._block_table = filled_up(blocks, max(map(len, blocks)), np.int32)
         self._lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
 
     def lay_out(
@@ -152,11 +153,3 @@ class BatchBuilder:
             slot_mapping=put(np.empty(0, dtype=np.int64)),
             causal=False,
         )
-
-
-def _block_table(blocks: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
-    """int32 [plans, most blocks], filled up with the null block."""
-    table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int32)
-    for row, own in zip(table, blocks, strict=True):
-        row[: len(own)] = own
-    return table

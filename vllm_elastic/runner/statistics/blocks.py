@@ -9,7 +9,7 @@ import torch
 from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import BlockProbe
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.statistics.flags import filled_up
+from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
 
@@ -27,7 +27,7 @@ class BlockTotals:
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
         self._mass = torch.zeros(len(owners), longest, device=upload.device)
         watched = [self._measure(index).watched for index in owners]
-        self._watched = upload.put(filled_up(watched, longest))
+        self._watched = upload.put(filled_up(watched, longest, np.bool_))
         # Plans whose blocks have as many positions are worked out together.
         self._alike: list[tuple[int, list[int], torch.Tensor]] = []
         for size in sorted({self._measure(index).block_size for index in owners}):

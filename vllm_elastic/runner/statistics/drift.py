@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import DriftTest
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.statistics.flags import filled_up
+from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
 
@@ -43,7 +44,7 @@ class DriftTotals:
         # A layer that a plan does not look at stays 0, and so does what is beyond its canvas.
         self._mass = torch.zeros(cache.num_layers, len(owners), longest, device=upload.device)
         measures = [self._measure(index) for index in owners]
-        self._trackable = upload.put(filled_up([m.trackable for m in measures], longest))
+        self._trackable = upload.put(filled_up([m.trackable for m in measures], longest, np.bool_))
         self._track_num = max((measure.track_num for measure in measures), default=0)
         self._pending: list[_Sums] = []
         self._similarities: dict[int, torch.Tensor] = {}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.statistics import memory
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
@@ -121,9 +122,7 @@ class ReadingPlanner:
     ) -> Reading:
         plans = [self._owners[index].plan for index in indices]
         blocks = [self._cache.kernel_blocks(plan.block_ids) for plan in plans]
-        table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int64)
-        for row, own in zip(table, blocks, strict=True):
-            row[: len(own)] = own
+        table = filled_up(blocks, max(map(len, blocks)), np.int64)
         lengths = [len(plan.tokens) for plan in plans]
         beyond = None
         if lengths[0] < lengths[-1]:

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of their own lengths as one array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def filled_up(rows: Sequence[Any], length: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """[rows, length] of a type: each row from the left, filled up with 0 (False)."""
+    filled = np.zeros((len(rows), length), dtype=dtype)
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row)] = row
+    return filled
