@@ -26,7 +26,8 @@ class StepState(Enum):
 class Segment:
     """Rows of one request that join a pass at one layer.
 
-    Join layer 0 starts from the embedding, j > 0 from the stored hidden state at layer j's input.
+    Join layer 0 starts from the embedding (or from a stored input, see ``stored_inputs`` below),
+    j > 0 from the stored hidden state at layer j's input.
     """
 
     join_layer: int
@@ -73,6 +74,8 @@ class PassPlan:
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
         fresh: the first pass over these KV blocks; what they hold is another request's.
+        stored_inputs: bool [T], positions whose input of layer 0 is stored, not their token's
+            embedding; None: none is.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
 
@@ -86,6 +89,7 @@ class PassPlan:
     measure: Measure | None = None
     sampling: Sampling | None = None
     fresh: bool = False
+    stored_inputs: npt.NDArray[np.bool_] | None = None
     block_ids: list[int] = field(default_factory=list)
 
     @property

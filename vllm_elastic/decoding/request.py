@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Canvas, Positions, merged
@@ -41,6 +42,9 @@ class DenoisingRequest:
     from all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that
     did not fit a batch is simply asked for again.
 
+    Args:
+        stored_inputs: positions of the prompt whose input of layer 0 is no token's embedding.
+
     Attributes:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
@@ -60,6 +64,7 @@ class DenoisingRequest:
         end_token_ids: frozenset[int],
         block_size: int,
         sampling: Sampling | None = None,
+        stored_inputs: Positions = NO_POSITIONS,
     ) -> None:
         self.request_id = request_id
         self.config = config
@@ -87,6 +92,10 @@ class DenoisingRequest:
         self._state = StepState.FIRST_PASS
         self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
         self._fresh = True  # no pass has written the KV blocks yet
+        self._stored_inputs: npt.NDArray[np.bool_] | None = None
+        if stored_inputs.size:
+            self._stored_inputs = np.zeros(self.canvas.length, dtype=np.bool_)
+            self._stored_inputs[stored_inputs] = True
 
     @property
     def num_layers(self) -> int:
@@ -171,6 +180,7 @@ class DenoisingRequest:
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
             fresh=self._fresh,
+            stored_inputs=self._stored_inputs,
         )
         rows = plan.window_rows
         if self._state is not StepState.WIDENED:

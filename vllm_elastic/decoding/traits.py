@@ -18,6 +18,8 @@ class DecodingTraits:
         never_chosen: ids that no candidate may be; the mask is one of them.
         logits_shift: the logits of position p are those of row p - logits_shift: 0, or 1 for a
             model that was trained on from one that predicts the next token (Dream).
+        image_token_id: stands in a prompt for a position of an image, whose input of layer 0 is
+            no token's embedding; None: the model takes no images.
     """
 
     num_layers: int
@@ -27,6 +29,12 @@ class DecodingTraits:
     end_of_turn_id: int | None = None
     never_chosen: tuple[int, ...] = ()
     logits_shift: int = 0
+    image_token_id: int | None = None
+
+    @property
+    def stores_input(self) -> bool:
+        """Whether layer 0's input is kept beside the later layers'."""
+        return self.image_token_id is not None
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:

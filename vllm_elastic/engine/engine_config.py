@@ -14,8 +14,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
+from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
+from vllm_elastic.models.registry import traits_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,6 +80,8 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         if not model.enforce_eager:
             logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
         model.enforce_eager = True
+        if traits_of(model.hf_config).image_token_id is not None:
+            render_images(vllm_config)
         set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_end_of_turn(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())

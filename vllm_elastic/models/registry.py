@@ -30,6 +30,10 @@ FAMILIES: dict[str, Family] = {
         config="vllm_elastic.models.llada_config:LLaDAConfig",
         model="vllm_elastic.models.llada:LLaDAModelLM",
     ),
+    "LlavaLLaDAModelLM": Family(
+        config="vllm_elastic.models.llada_v_config:LLaDAVConfig",
+        model="vllm_elastic.models.llada_v:LlavaLLaDAModelLM",
+    ),
 }
 """By the name that a config.json has under ``architectures``."""
 
@@ -39,7 +43,8 @@ def traits_of(hf_config: Any) -> DecodingTraits:
 
     Args:
         hf_config: its configuration, of one of the ``FAMILIES``. A family whose logits are shifted
-            has ``logits_shift`` in its configuration class.
+            has ``logits_shift`` in its configuration class, one that takes images has
+            ``image_token_id``, one whose sampler bans tokens ``never_chosen_ids``.
     """
     return DecodingTraits(
         num_layers=hf_config.num_hidden_layers,
@@ -48,6 +53,7 @@ def traits_of(hf_config: Any) -> DecodingTraits:
         end_of_text_id=hf_config.eos_token_id,
         end_of_turn_id=getattr(hf_config, "eot_token_id", None),
         # A mask that was committed would leave its position undecided.
-        never_chosen=(hf_config.mask_token_id,),
+        never_chosen=(hf_config.mask_token_id, *getattr(hf_config, "never_chosen_ids", ())),
         logits_shift=getattr(hf_config, "logits_shift", 0),
+        image_token_id=getattr(hf_config, "image_token_id", None),
     )

@@ -6,9 +6,10 @@ Keeps nothing of a request between steps but what is in its KV blocks, and decid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -34,6 +36,7 @@ from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.images import Images
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
@@ -126,15 +129,19 @@ class ElasticRunner:
         (group,) = kv_cache_config.kv_cache_groups
         block_size = self.cache.block_size
         token_bytes = group.kv_cache_spec.page_size_bytes // block_size
-        hidden_bytes = sum(layer.width * layer.dtype.itemsize for layer in self.model.hidden_states)
+        stores = [*self.model.hidden_states]
+        if self.model.input_states is not None:
+            stores.append(self.model.input_states)
+        hidden_bytes = sum(store.width * store.dtype.itemsize for store in stores)
         canvas = self.model_config.max_model_len
         canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // block_size)
         logger.info(
-            "a canvas position costs %d bytes%s (%d of them hidden states); %d full canvases of "
+            "a canvas position costs %d bytes%s (%d of them hidden states%s); %d full canvases of "
             "%d positions fit; keys are stored %s by %s",
             token_bytes,
             f" on each of {ranks.count()} ranks" if ranks.count() > 1 else "",
             hidden_bytes,
+            ", layer 0's input among them" if self.model.input_states is not None else "",
             canvases,
             canvas,
             self.cache.key_layout.name,
@@ -149,7 +156,8 @@ class ElasticRunner:
     ) -> ModelRunnerOutput:
         """Run the plans that the scheduler put on its output (``elastic_plans``)."""
         plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
-        results = self.run(plans) if plans else None
+        images = {new.req_id: new.mm_features for new in scheduler_output.scheduled_new_reqs}
+        results = self.run(plans, images) if plans else None
         if results is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
         req_ids = [plan.request_id for plan in plans]
@@ -160,8 +168,16 @@ class ElasticRunner:
             pass_results=results,
         )
 
-    def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
-        """One forward pass over the rows of all plans; None on the ranks that do not report."""
+    def run(
+        self,
+        plans: list[PassPlan],
+        features: Mapping[str, Sequence[MultiModalFeatureSpec]] = MappingProxyType({}),
+    ) -> list[PassResult] | None:
+        """One forward pass over the rows of all plans; None on the ranks that do not report.
+
+        Args:
+            features: by request id, the images of those whose KV blocks are fresh.
+        """
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
@@ -173,11 +189,13 @@ class ElasticRunner:
         saved = statistics.saved
         rows = builder.lay_out(self.traits.num_layers, saved.tested_positions, saved.query_rows)
         half_filled = self._half_filled(plans)
+        images = Images(plans, features, self.cache.block_size, self._upload)
         # On the device.
         self._upload.send()
         builder.finish()
         if half_filled is not None:
             self.cache.keys.index_fill_(1, half_filled, 0)
+        images.store(self.model)
         statistics.before(self.model_config.dtype)
         hidden = self._executor.run(rows, statistics.recorder)
         candidates = head.predict(self.model, hidden)
@@ -246,7 +264,8 @@ class ElasticRunner:
 
     def reset_mm_cache(self) -> None: ...
 
-    def reset_encoder_cache(self) -> None: ...
+    def reset_encoder_cache(self) -> None:
+        """An image's features are in its request's KV blocks and nowhere else."""
 
     def shutdown(self) -> None:
         self.kv_caches.clear()
