@@ -6,7 +6,6 @@ vLLM picks a renderer by the tokenizer mode; the tokenizer itself is the ordinar
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +58,14 @@ class ImageRenderer(HfRenderer):
     """
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
-        self._image_token = ""
-        if tokenizer is not None:
-            tokenizer = copy.copy(tokenizer)  # others share it
-            self._image_token = _image_token(config, tokenizer)
-            own = tokenizer.chat_template
-            if own is None or (isinstance(own, str) and "image" not in own):
-                tokenizer.chat_template = CHAT_TEMPLATE.read_text()
-                logger.info("chat messages are written with LLaDA-V's template and system text")
         super().__init__(config, tokenizer)
+        self._image_token = ""
+        if self.tokenizer is not None:  # a copy of ours
+            self._image_token = _image_token(config, self.tokenizer)
+            own = self.tokenizer.chat_template
+            if own is None or (isinstance(own, str) and "image" not in own):
+                self.tokenizer.chat_template = CHAT_TEMPLATE.read_text()
+                logger.info("chat messages are written with LLaDA-V's template and system text")
 
     def get_eos_token_id(self) -> int | None:
         """What ends an answer: the end of turn, as LLaDA-V's sampler never chooses the other."""
