@@ -16,6 +16,7 @@ from vllm.renderers.params import TokenizeParams
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers.registry import TokenizerRegistry
 
+from vllm_elastic.engine.image_connector import choose_connector
 from vllm_elastic.models.llada_v_config import PLACEHOLDER
 from vllm_elastic.models.registry import traits_of
 
@@ -48,6 +49,7 @@ def render_images(vllm_config: VllmConfig) -> None:
             "at auto (LLaDA with vllm_elastic)."
         )
     model.tokenizer_mode = MODE
+    choose_connector()
 
 
 class ImageRenderer(HfRenderer):
