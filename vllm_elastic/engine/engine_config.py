@@ -119,6 +119,16 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             ) from None
 
 
+def _splits_tower(vllm_config: VllmConfig) -> bool:
+    """Whether ranks would have to share an attention head of the image tower."""
+    model = vllm_config.model_config
+    tower = getattr(model.hf_config, "vision_config", None)
+    if tower is None or model.multimodal_config.mm_encoder_tp_mode == "data":
+        return False
+    uneven = tower.num_attention_heads % vllm_config.parallel_config.tensor_parallel_size
+    return bool(uneven)
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
@@ -144,6 +154,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
         "--tensor-parallel-size": (
             bool(undivided),
             f"{tp_size} ranks cannot share {undivided} evenly; take a number that divides them",
+        ),
+        "--mm-encoder-tp-mode": (
+            _splits_tower(vllm_config),
+            f"{tp_size} ranks cannot share the image tower's heads evenly; take data, which leaves "
+            "the tower whole on each rank",
         ),
         "--elastic-config": (
             1 < stride >= layers,

@@ -84,13 +84,14 @@ class LLaDAVConfig(LLaDAConfig):
         if "tie_word_embeddings" in kwargs:
             kwargs["weight_tying"] = kwargs.pop("tie_word_embeddings")
         super().__init__(**kwargs)
-        if not isinstance(vision_config, SiglipVisionConfig):
-            vision_config = SiglipVisionConfig(**(vision_config or SIGLIP2_SO400M))
-        self.vision_config = vision_config
-        if kwargs.get("mm_hidden_size", vision_config.hidden_size) != vision_config.hidden_size:
+        vision: Any = vision_config or SIGLIP2_SO400M
+        if isinstance(vision, dict):
+            vision = SiglipVisionConfig(**vision)
+        self.vision_config: Any = vision
+        if kwargs.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             raise ValueError(
                 f"LLaDA-V config: mm_hidden_size {kwargs['mm_hidden_size']} is not the tower's "
-                f"width, {vision_config.hidden_size}; give the tower's sizes as vision_config."
+                f"width, {vision.hidden_size}; give the tower's sizes as vision_config."
             )
         self.mm_vision_tower = mm_vision_tower
         self.image_aspect_ratio = image_aspect_ratio
