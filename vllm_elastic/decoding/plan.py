@@ -74,8 +74,7 @@ class PassPlan:
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
         fresh: the first pass over these KV blocks; what they hold is another request's.
-        stored_inputs: bool [T], positions whose input of layer 0 is stored, not their token's
-            embedding; None: none is.
+        stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
 
@@ -89,7 +88,7 @@ class PassPlan:
     measure: Measure | None = None
     sampling: Sampling | None = None
     fresh: bool = False
-    stored_inputs: npt.NDArray[np.bool_] | None = None
+    stored_inputs: Positions = field(default_factory=lambda: NO_POSITIONS)
     block_ids: list[int] = field(default_factory=list)
 
     @property

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Canvas, Positions, merged
@@ -92,10 +91,7 @@ class DenoisingRequest:
         self._state = StepState.FIRST_PASS
         self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
         self._fresh = True  # no pass has written the KV blocks yet
-        self._stored_inputs: npt.NDArray[np.bool_] | None = None
-        if stored_inputs.size:
-            self._stored_inputs = np.zeros(self.canvas.length, dtype=np.bool_)
-            self._stored_inputs[stored_inputs] = True
+        self._stored_inputs = stored_inputs
 
     @property
     def num_layers(self) -> int:

@@ -7,6 +7,7 @@ The language model is LLaDA's under Llama's weight names. An image becomes rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -76,6 +77,12 @@ class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
             return image_embeds.to(self.images.newline)
         assert pixel_values is not None and image_size is not None
         return self.images(pixel_values, *image_size.tolist())
+
+    def largest_image(self) -> dict[str, torch.Tensor]:
+        """Of ``embed_multimodal``, arguments that take the most memory."""
+        rules = self.images.rules
+        tiles = torch.zeros(rules.most_tiles, 3, rules.tile, rules.tile)
+        return {"pixel_values": tiles, "image_size": torch.tensor(max(rules.grids, key=math.prod))}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load LLaDA-V's tensor names; returns the parameters that were filled.

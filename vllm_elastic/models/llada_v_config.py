@@ -100,6 +100,17 @@ class LLaDAVConfig(LLaDAConfig):
         self.never_chosen_ids = tuple(never_chosen_ids)
         self.image_rules()  # refuses what it cannot read
 
+    @property
+    def image_parameters(self) -> int:
+        """Of the tower as far as it is used, the projector, and the newline."""
+        tower, width = self.vision_config, self.d_model
+        own, inner = tower.hidden_size, tower.intermediate_size
+        patches = (tower.image_size // tower.patch_size) ** 2
+        layer = 4 * (own + 1) * own + (2 * inner + 1) * own + inner + 4 * own
+        embeddings = (3 * tower.patch_size**2 + 1 + patches) * own
+        projector = (own + 1) * width + (width + 1) * width
+        return (tower.num_hidden_layers - 1) * layer + embeddings + projector + width
+
     def image_rules(self) -> ImageRules:
         """How images are cut.
 

@@ -66,12 +66,10 @@ class RowOrder:
             positions.append(own)
             slots.append(blocks[index][own // block_size] * block_size + own % block_size)
             if join_layer == 0:
-                plan = plans[index]
-                tokens.append(plan.tokens[own].astype(np.int64))
-                if plan.stored_inputs is None:
-                    stored.append(np.zeros(len(own), dtype=np.bool_))
-                else:
-                    stored.append(plan.stored_inputs[own])
+                tokens.append(plans[index].tokens[own].astype(np.int64))
+                of_images = plans[index].stored_inputs
+                none = np.zeros(len(own), dtype=np.bool_)
+                stored.append(np.isin(own, of_images) if of_images.size else none)
             spans.append(Span(join_layer, index, row, row + len(own)))
             row += len(own)
         return cls(
