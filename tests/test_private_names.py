@@ -437,7 +437,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     ],
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens", "scheduled_new_reqs"],
-    "vllm.v1.core.sched.output:NewRequestData": ["mm_features", "req_id"],
+    "vllm.v1.core.sched.output:NewRequestData": ["block_ids", "mm_features"],
     "vllm.multimodal.inputs:MultiModalFeatureSpec": ["data", "mm_position"],
     "vllm.multimodal.inputs:PlaceholderRange": ["length", "offset"],
     f"{PROCESSING}ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items", "prompt"],

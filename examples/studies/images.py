@@ -158,7 +158,7 @@ def counted(engine: BenchEngine) -> Iterator[Counter[str]]:
     runner, layers = engine.runner, engine.num_layers
     run = runner.run
 
-    def counting(plans: Sequence[Any], *more: Any) -> Any:
+    def counting(plans: Sequence[Any]) -> Any:
         for plan in plans:
             rows = [
                 (segment.join_layer, int(np.isin(segment.positions, plan.stored_inputs).sum()))
@@ -167,7 +167,7 @@ def counted(engine: BenchEngine) -> Iterator[Counter[str]]:
             counts["of_image"] += sum(number * (layers - join) for join, number in rows)
             counts["image_passes"] += sum(n for _, n in rows) > len(plan.stored_inputs) / 10
             counts["image"] = len(plan.stored_inputs)
-        return run(plans, *more)
+        return run(plans)
 
     runner.run = counting
     try:

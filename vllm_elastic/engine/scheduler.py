@@ -204,9 +204,13 @@ class ElasticScheduler(Scheduler):
 
     def _with_images(self, plans: list[PassPlan]) -> list[NewRequestData]:
         """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
-        fresh = [self.requests[plan.request_id] for plan in plans if plan.fresh]
+        fresh = [plan.request_id for plan in plans if plan.fresh]
         return [
-            NewRequestData.from_request(request, ([],)) for request in fresh if request.mm_features
+            NewRequestData.from_request(
+                self.requests[request_id], self.kv_cache_manager.get_block_ids(request_id)
+            )
+            for request_id in fresh
+            if self.requests[request_id].mm_features
         ]
 
     # Where vLLM asks.

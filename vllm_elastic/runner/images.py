@@ -8,47 +8,28 @@ once a request, and the runner keeps no features beside the KV blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.multimodal.inputs import MultiModalFeatureSpec
-
-from vllm_elastic.decoding.plan import PassPlan
-from vllm_elastic.runner.upload import Upload
+from vllm.v1.core.sched.output import NewRequestData
 
 
-class Images:
-    """Of one pass.
+def store_images(
+    model: Any, request: NewRequestData, block_size: int, device: torch.device
+) -> None:
+    """Encode a request's images one by one, and store their rows in its KV blocks.
 
     Args:
-        features: by request id, what vLLM sent of each image of a request.
-        block_size: positions a block of ``plan.block_ids`` has.
+        model: a ``DiffusionTransformer`` that takes images.
+        block_size: positions a block of ``request.block_ids`` has.
     """
-
-    def __init__(
-        self,
-        plans: Sequence[PassPlan],
-        features: Mapping[str, Sequence[MultiModalFeatureSpec]],
-        block_size: int,
-        upload: Upload,
-    ) -> None:
-        self._images: list[tuple[MultiModalFeatureSpec, torch.Tensor]] = []
-        for plan in plans:
-            blocks = np.asarray(plan.block_ids, dtype=np.int64)
-            for feature in features.get(plan.request_id, ()):
-                at = feature.mm_position
-                own = np.arange(at.offset, at.offset + at.length)
-                slots = blocks[own // block_size] * block_size + own % block_size
-                self._images.append((feature, upload.put(slots)))
-
-    def store(self, model: Any) -> None:
-        """Once the upload was sent: encode each image and store its rows.
-
-        Args:
-            model: a ``DiffusionTransformer`` that takes images.
-        """
-        for feature, slots in self._images:
-            assert feature.data is not None
-            model.store_inputs(model.embed_multimodal(**feature.data.get_data()), slots)
+    (block_ids,) = request.block_ids
+    blocks = np.asarray(block_ids, dtype=np.int64)
+    for feature in request.mm_features:
+        assert feature.data is not None
+        start = feature.mm_position.offset
+        own = np.arange(start, start + feature.mm_position.length)
+        slots = torch.from_numpy(blocks[own // block_size] * block_size + own % block_size)
+        rows = model.embed_multimodal(**feature.data.get_data())
+        model.store_inputs(rows, slots.to(device))

@@ -6,10 +6,9 @@ Keeps nothing of a request between steps but what is in its KV blocks, and decid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
-from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -36,7 +34,7 @@ from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
-from vllm_elastic.runner.images import Images
+from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
@@ -154,10 +152,14 @@ class ElasticRunner:
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
     ) -> ModelRunnerOutput:
-        """Run the plans that the scheduler put on its output (``elastic_plans``)."""
+        """Run the plans that the scheduler put on its output (``elastic_plans``).
+
+        Beside them it has the images of those whose KV blocks are fresh (``scheduled_new_reqs``).
+        """
         plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
-        images = {new.req_id: new.mm_features for new in scheduler_output.scheduled_new_reqs}
-        results = self.run(plans, images) if plans else None
+        for request in scheduler_output.scheduled_new_reqs:
+            store_images(self.model, request, self.cache.block_size, self.device)
+        results = self.run(plans) if plans else None
         if results is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
         req_ids = [plan.request_id for plan in plans]
@@ -168,16 +170,8 @@ class ElasticRunner:
             pass_results=results,
         )
 
-    def run(
-        self,
-        plans: list[PassPlan],
-        features: Mapping[str, Sequence[MultiModalFeatureSpec]] = MappingProxyType({}),
-    ) -> list[PassResult] | None:
-        """One forward pass over the rows of all plans; None on the ranks that do not report.
-
-        Args:
-            features: by request id, the images of those whose KV blocks are fresh.
-        """
+    def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
+        """One forward pass over the rows of all plans; None on the ranks that do not report."""
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
@@ -189,13 +183,11 @@ class ElasticRunner:
         saved = statistics.saved
         rows = builder.lay_out(self.traits.num_layers, saved.tested_positions, saved.query_rows)
         half_filled = self._half_filled(plans)
-        images = Images(plans, features, self.cache.block_size, self._upload)
         # On the device.
         self._upload.send()
         builder.finish()
         if half_filled is not None:
             self.cache.keys.index_fill_(1, half_filled, 0)
-        images.store(self.model)
         statistics.before(self.model_config.dtype)
         hidden = self._executor.run(rows, statistics.recorder)
         candidates = head.predict(self.model, hidden)
