@@ -109,7 +109,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
         )
-    if elastic.steps is not None:
+    if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
         except ValueError as error:

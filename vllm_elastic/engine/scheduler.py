@@ -115,7 +115,7 @@ class ElasticScheduler(Scheduler):
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
                 continue
-            if canvas.record.denoising_steps:  # each one commits
+            if canvas.just_committed.size:
                 self._first_commit_at.setdefault(request_id, time.monotonic())
             model_runner_output.sampled_token_ids[index] = tokens
             if result.logprobs is not None:
@@ -177,8 +177,9 @@ class ElasticScheduler(Scheduler):
             request.max_tokens,
             config,
             self._traits,
-            # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
-            end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
+            # The authors' own schedules decode to the end; vLLM still cuts the answer at its end
+            # token.
+            end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
             sampling=sampling_of(
                 params,
