@@ -69,7 +69,7 @@ def test_it_ends_in_time_and_commits_all_once(
     knobs = {"steps": steps, "alg": alg, "alg_temp": alg_temp}
     found, canvas = decode(tokens, [0.3, -2.0, 0.9], seed, **knobs)
     assert len(found) <= steps and canvas.done
-    assert sorted(sum(found, [])) == list(range(tokens))
+    assert sorted(itertools.chain(*found)) == list(range(tokens))
     assert decode(tokens, [0.3, -2.0, 0.9], seed, **knobs)[0] == found
 
 
@@ -95,7 +95,7 @@ def test_origin_commits_by_chance() -> None:
 
 
 def test_alg_temp_draws_without_replacement() -> None:
-    """Pairs that the second of 4 steps commits of 7 masks, against two draws one after the other."""
+    """Pairs that the second of 4 steps commits of 7 masks, against one draw after the other."""
     confidences, alg_temp, count = [0.9, 0.7, 0.6, 0.5, 0.4, -0.3, -0.2], 0.4, 6000
     weights = np.exp(np.array(confidences) / alg_temp)
     weights /= weights.sum()

@@ -149,3 +149,14 @@ def test_infilling_equals_the_forward(serve: Callable[[str], Served], driver: Dr
         canvas[position] = logits[position - 1].argmax()
     assert driver.tokens[name] == canvas[len(prompt) :].tolist()
     assert_nothing_left(driver)
+
+
+def test_every_tensor_has_its_place_and_no_other_has_one(serve: Callable[[str], Served]) -> None:
+    """Of a checkpoint's names; vLLM ends the start where a parameter is not filled."""
+    served = serve("dream")
+    model = served.engine.runner.model  # type: ignore[attr-defined]
+    tensors = dict(served.oracle.qwen2.named_parameters())  # type: ignore[attr-defined]
+    assert model.load_weights(tensors.items()) == {name for name, _ in model.named_parameters()}
+    alien = {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
+    with pytest.raises(ValueError, match=r"DreamModel has no tensor 'model.layers.0.self_attn.q_n"):
+        model.load_weights(alien.items())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ def commits(tokens: int, options: DiffusionOptions, random=None) -> list[list[in
 def test_shares_by_hand(masks, steps, shares):
     found = commits(masks, DiffusionOptions(steps, "maskgit_plus"))
     assert [len(committed) for committed in found] == shares
-    assert sorted(sum(found, [])) == list(range(masks))
+    assert sorted(itertools.chain(*found)) == list(range(masks))
 
 
 @pytest.mark.parametrize("alg", dream_steps.DECODED)

@@ -26,7 +26,7 @@ class DreamSteps:
     noise, which is the same (Efraimidis and Spirakis 2006).
 
     Raises:
-        ValueError: knobs that do not go together, or more masks than a step may predict; names them.
+        ValueError: knobs that do not go together, or more masks than a step may predict.
     """
 
     def __init__(self, config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> None:
@@ -39,8 +39,8 @@ class DreamSteps:
                 raise ValueError(f"'elastic_alg' and {other} do not go together: leave one out.")
         if num_new_tokens > config.max_window:
             raise ValueError(
-                f"max_tokens {num_new_tokens}: with 'elastic_alg' a step predicts them all, and the "
-                f"engine's 'max_window' {config.max_window} is the most that it may; lower "
+                f"max_tokens {num_new_tokens}: with 'elastic_alg' a step predicts them all, and "
+                f"the engine's 'max_window' {config.max_window} is the most that it may; lower "
                 "max_tokens, leave elastic_alg out, or raise max_window with --elastic-config."
             )
         self._alg, self._alg_temp = config.alg, config.alg_temp

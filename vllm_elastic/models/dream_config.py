@@ -32,8 +32,8 @@ _ONLY: dict[str, Any] = {
 class DreamConfig(PretrainedConfig):
     """Keys of Dream's config.json, which are Qwen2's and a mask.
 
-    The mask's id is this file's or Dream's own; a generation_config.json, which has a null there, is
-    never asked.
+    The mask's id is this file's or Dream's own; a generation_config.json, which has a null there,
+    is never asked.
 
     Attributes:
         logits_shift: the candidates of position p are read from row p - 1.

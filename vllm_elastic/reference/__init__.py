@@ -22,9 +22,10 @@ All but the last two take a commit rule: ``commit="threshold"``, "factor", "frec
 "entropy".
 
 ``LLaDAConfig(logits_shift=1)`` makes a model whose position m is predicted from row m - 1.
-One request at a time; temperature 0 but for ``diffusion``, which is given its random numbers. An engine is to agree with it token for token, pass for
-pass in float32; in bfloat16 rounding decides near ties, and it need not. The same holds for a
-gamma within rounding (1e-6) of a similarity, gamma = 1 above all.
+One request at a time; temperature 0 but for ``diffusion``, which is given its random numbers. An
+engine is to agree with it token for token, pass for pass in float32; in bfloat16 rounding decides
+near ties, and it need not. The same holds for a gamma within rounding (1e-6) of a similarity,
+gamma = 1 above all.
 """
 
 from .config import LLaDAConfig

@@ -36,8 +36,8 @@ class DiffusionOptions:
     Attributes:
         alg: ``origin`` commits masks by chance; ``maskgit_plus``, ``topk_margin`` and ``entropy``
             the most confident, or with ``alg_temp`` above 0 a draw among them.
-        temperature, top_p, top_k: of the tokens. As in vLLM top_k comes first; Dream has top_p first,
-            which matters only where both are given.
+        temperature, top_p, top_k: of the tokens. As in vLLM top_k comes first; Dream has top_p
+            first, which matters only where both are given.
     """
 
     steps: int
@@ -50,8 +50,8 @@ class DiffusionOptions:
 
 
 def shaped(logits: Tensor, options: DiffusionOptions) -> Tensor:
-    """(n, vocabulary) logits tempered and filtered. At temperature 0 nothing is filtered: vLLM drops
-    top_p and top_k then."""
+    """(n, vocabulary) logits tempered and filtered. At temperature 0 nothing is filtered: vLLM
+    drops top_p and top_k then."""
     if options.temperature == 0:
         return logits
     logits = logits / options.temperature
