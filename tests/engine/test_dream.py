@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vllm_elastic.config import ALGORITHMS
+from vllm_elastic.models.registry import traits_of
 from vllm_elastic.reference import DiffusionOptions, diffusion
 
 from .agreement import TIE, steps_of
@@ -89,17 +90,15 @@ def test_own_sampler_over_a_cache(policy: str, driver: Driver) -> None:
         ]
 
     poison(driver.engine)
+    scheduler = driver.engine.scheduler
     together = asks()
     driver.run()
-    limit, driver.engine.scheduler.max_num_active_reqs = (
-        driver.engine.scheduler.max_num_active_reqs,
-        1,
-    )
+    limit, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
     try:
         alone = asks()
         driver.run()
     finally:
-        driver.engine.scheduler.max_num_active_reqs = limit
+        scheduler.max_num_active_reqs = limit
     records = driver.take_records()
     for one, other in zip(together, alone, strict=True):
         assert driver.tokens[one] == driver.tokens[other]
@@ -116,6 +115,31 @@ def test_refused_at_admission(driver: Driver) -> None:
         driver.add(prompt_of(4, 1), 8, alg="entropy", policy="dual-cache")
     with pytest.raises(VLLMValidationError, match="prompt cannot be empty"):
         driver.add([], 8)  # position 0 would have no row to be read from
+
+
+def test_an_answer_ends_at_the_models_own_stops(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of text: the token ends the answer and is no part of it."""
+    from vllm import SamplingParams
+
+    engine, prompt = driver.engine, prompt_of(9, 2)
+
+    def answer(**params: Any) -> tuple[list[int], str]:
+        wishes = SamplingParams(temperature=0, max_tokens=20, detokenize=False, **params)
+        (output,) = engine.llm.generate({"prompt_token_ids": prompt}, wishes, use_tqdm=False)
+        return list(output.outputs[0].token_ids), output.outputs[0].finish_reason
+
+    whole, _ = answer()
+    stop = whole[5]
+    config = driver.llm_engine.vllm_config.model_config.hf_config
+    monkeypatch.setattr(config, "stop_ids", [stop], raising=False)
+    monkeypatch.setattr(engine.scheduler, "_traits", traits_of(config))
+    cut, reason = answer(extra_args={"elastic_policy": "none", "elastic_tokens_per_step": 1})
+    assert reason == "stop" and stop not in cut and len(cut) < 20
+    ignoring, reason = answer(ignore_eos=True)
+    assert reason == "length" and stop not in ignoring and len(ignoring) == 20
+    engine.scheduler.records.clear()
 
 
 def test_streamed_deltas_make_the_whole_answer(driver: Driver) -> None:
@@ -151,12 +175,8 @@ def test_infilling_equals_the_forward(serve: Callable[[str], Served], driver: Dr
     assert_nothing_left(driver)
 
 
-def test_every_tensor_has_its_place_and_no_other_has_one(serve: Callable[[str], Served]) -> None:
-    """Of a checkpoint's names; vLLM ends the start where a parameter is not filled."""
-    served = serve("dream")
-    model = served.engine.runner.model  # type: ignore[attr-defined]
-    tensors = dict(served.oracle.qwen2.named_parameters())  # type: ignore[attr-defined]
-    assert model.load_weights(tensors.items()) == {name for name, _ in model.named_parameters()}
+def test_a_tensor_that_dream_does_not_have_is_named(driver: Driver) -> None:
+    """Of another Qwen-like model. Those that it has are loaded by the engine above."""
     alien = {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
     with pytest.raises(ValueError, match=r"DreamModel has no tensor 'model.layers.0.self_attn.q_n"):
-        model.load_weights(alien.items())
+        driver.engine.runner.model.load_weights(alien.items())

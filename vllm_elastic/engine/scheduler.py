@@ -253,11 +253,13 @@ class ElasticScheduler(Scheduler):
 
     def _ends_with_end_token(self, request: Request) -> bool:
         """Whether the model ended the answer with a token that is no part of its text."""
-        params = request.sampling_params
+        params, stops = request.sampling_params, self._traits.stop_ids
+        if request.status != RequestStatus.FINISHED_STOPPED or params is None:
+            return False
+        if request.stop_reason in stops:  # a token's id
+            return True
         return (
-            request.status == RequestStatus.FINISHED_STOPPED
-            and request.stop_reason is None
-            and params is not None
+            request.stop_reason is None
             and request.num_output_tokens > 0
             and request.output_token_ids[-1] == params.eos_token_id
         )
