@@ -44,6 +44,7 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
+    "models/dream.py",
     "models/layers.py",
     "models/llada.py",
     "models/transformer.py",

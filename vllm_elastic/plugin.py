@@ -40,7 +40,7 @@ def register() -> None:
 
 def register_family(architecture: str, family: Family) -> None:
     """Let vLLM serve an architecture of ``models.registry.FAMILIES``."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -48,6 +48,8 @@ def register_family(architecture: str, family: Family) -> None:
 
     config = resolve_name(family.config)
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    if family.tokenizer is not None:
+        AutoTokenizer.register(config, resolve_name(family.tokenizer), exist_ok=True)
     if architecture not in ModelRegistry.models:
         ModelRegistry.register_model(architecture, family.model)
     MODELS_CONFIG_MAP[architecture] = LLaDAEngineConfig

@@ -55,7 +55,7 @@ class ElasticBlock(RefreshPolicy):
     def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
         """New ones, neighbours of the last commits, and what was sure and is still masked."""
         config = self.config
-        if not config.lazy_window or config.steps is not None:
+        if not config.lazy_window or config.fixed_steps:
             return window
         last = request.last_probability[window]
         chosen = np.isnan(last) | np.isin(window, request.near_commits())
