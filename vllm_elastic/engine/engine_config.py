@@ -122,7 +122,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
     stride = elastic.hidden_stride
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    layers = vllm_config.model_config.hf_config.n_layers
+    layers = vllm_config.model_config.hf_config.num_hidden_layers
     cache = vllm_config.cache_config
     problems = {
         "--block-size": (
