@@ -41,6 +41,7 @@ passes' predictions.
 
 Positions that the canvas has grown by are computed in the step that sees them first. They count as
 computed in it, and blocks that begin with them as refreshed and probed in it, with a rate of 0.
+Where every block is stale from layer 0 on, so are these.
 
 With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
 only, and blocks join at one of them or at layer 0.
@@ -124,12 +125,15 @@ class ElasticBlock:
     def take_in_new(self) -> None:
         """Positions that the canvas has and no block yet."""
         step, size = self.result.denoising_steps, self.options.granularity
+        all_stale = len(self.stale) == len(self.blocks) and not any(self.stale.values())
         self.appended = list(range(len(self.computed_at), len(self.canvas)))
         for position in self.appended:
             if position % size == 0:
                 self.blocks.append(Block([], [0.0] * self.layers, step, step))
             self.blocks[-1].positions.append(position)
             self.computed_at.append(step)
+        if all_stale:
+            self.stale = dict.fromkeys(range(len(self.blocks)), 0)
 
     def run(self, join: dict[int, int], predicting: Tensor) -> Measured:
         """All layers for positions that join at the layers given, (W,) of them the window's."""
@@ -279,8 +283,6 @@ class ElasticBlock:
             return False
         window = self.look_first(whole)
         predicting = self.canvas.rows_predicting(window)
-        if self.result.denoising_steps == 0:
-            self.stale = dict.fromkeys(range(len(self.blocks)), 0)
         rows = sorted(
             {*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended}
         )
