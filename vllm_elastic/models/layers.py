@@ -32,6 +32,7 @@ class KernelRMSNorm(RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()  # the kernel takes rows for neighbours; a lone head's are not
         out = torch.empty_like(x)
         kernels.rms_norm(out, x, self.weight.data, self.variance_epsilon)
         return out
