@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_elastic.reference import LowConfidenceOptions, low_confidence
+
 from .agreement import agrees
-from .conftest import Served, make_engine, poison
+from .conftest import MASK, Served, make_engine, poison
 from .test_oracle import CONFIGS, ask_oracle, problems
 from .transformers_oracle import FAMILIES, TransformersOracle, save_family
 
@@ -96,7 +98,7 @@ def test_growing_answers_equal_oracle(family: str, serve_family: Callable[[str],
 
 
 def test_growth_changes_answers(serve_family: Callable[[str], Served]) -> None:
-    """Masks that are not there yet are not attended to; a canvas no larger than a piece is whole."""
+    """Masks that are not there yet are not attended to; a piece of all is the whole."""
     engine: Any = serve_family("illada").engine
     prompt = problems()[5][0]
     request = {"prompt_token_ids": prompt, "max_tokens": 24, "elastic_policy": "none"}
@@ -105,6 +107,52 @@ def test_growth_changes_answers(serve_family: Callable[[str], Served]) -> None:
     assert whole["steps"][0]["rows"] == len(prompt) + 24
     assert grown["token_ids"] != whole["token_ids"]
     assert one["steps"] == whole["steps"] and one["token_ids"] == whole["token_ids"]
+
+
+def test_the_authors_schedule_equals_oracle(serve_family: Callable[[str], Served]) -> None:
+    """Fixed steps in each piece that the answer grows by, up to the first end token."""
+    served = serve_family("illada")
+    prompts = [problems()[index][0] for index in range(6)]
+    knobs = {"policy": "none", "steps": 12, "block_length": 8, "grow_by": 8}
+    own = {f"elastic_{key}": value for key, value in knobs.items()}
+    requests = [{"prompt_token_ids": prompt, "max_tokens": 24, **own} for prompt in prompts]
+    results = served.engine.run(requests)  # type: ignore[attr-defined]
+    for prompt, result in zip(prompts, results, strict=True):
+        options = LowConfidenceOptions(steps=12, block_length=8, grow_by=8)
+        expected = low_confidence(served.oracle, prompt, 24, options)
+        assert result["token_ids"] == expected.token_ids
+        assert result["steps"] == expected.steps[: len(result["steps"])]
+    assert any(len(result["steps"]) == 12 for result in results), "grown to the end"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"grow_by": -1}, "'elastic_grow_by' must be an integer from 0 .*, got -1"),
+        ({"policy": "dual-cache", "block_length": 48}, "'elastic_grow_by' 32 must be a multiple"),
+        ({"grow_by": 12, "steps": 8, "block_length": 8}, "of 'elastic_block_length' 8 where text"),
+        ({"grow_by": 8, "canvas": [MASK] * 16}, "'elastic_grow_by' and 'elastic_canvas' do not"),
+    ],
+)
+def test_growth_that_does_not_fit_is_refused(
+    serve_family: Callable[[str], Served], knobs: dict[str, Any], message: str
+) -> None:
+    """At admission, which is HTTP 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    own = {f"elastic_{key}": value for key, value in knobs.items()}
+    engine: Any = serve_family("illada").engine
+    with pytest.raises(VLLMValidationError, match=message):
+        engine.run([{"prompt_token_ids": [3, 4], "max_tokens": 16, **own}])
+
+
+def test_infilling_does_not_grow(serve_family: Callable[[str], Served]) -> None:
+    """Also where the model's answers do of their own accord."""
+    engine: Any = serve_family("illada").engine
+    canvas = [MASK] * 39 + [7]
+    request = {"prompt_token_ids": [3, 4], "max_tokens": 40, "elastic_canvas": canvas}
+    (result,) = engine.run([request | {"elastic_policy": "none"}])
+    assert result["steps"][0]["rows"] == 42 and result["token_ids"][-1] == 7
 
 
 def test_experts_do_not_depend_on_the_batch(serve_family: Callable[[str], Served]) -> None:

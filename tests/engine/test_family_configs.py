@@ -177,9 +177,7 @@ def test_a_missing_key_is_named(tmp_path: Path, kind: str, key: str) -> None:
         ("llada-moe", {"router_num_group": 8}),
     ],
 )
-def test_what_is_not_computed_is_refused(
-    tmp_path: Path, kind: str, change: dict[str, Any]
-) -> None:
+def test_what_is_not_computed_is_refused(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
     (key,) = change
     with pytest.raises(ValueError, match=f"config: .*{key}"):
         read(tmp_path, KINDS[kind] | change)

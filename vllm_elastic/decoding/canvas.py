@@ -42,6 +42,11 @@ class Canvas:
         end: int, exclusive bound of what is decoded.
     """
 
+    length: int
+    end: int
+    tokens: npt.NDArray[np.int32]
+    masked: npt.NDArray[np.bool_]
+
     def __init__(
         self,
         prompt_token_ids: Sequence[int],
@@ -67,8 +72,7 @@ class Canvas:
         self._num_emitted = 0
         self._ended = False
         self._grow_by = grow_by or num_new_tokens
-        self.length = self.prompt_length
-        self._grow()
+        self._show(min(self.prompt_length + self._grow_by, self.capacity))
 
     @property
     def done(self) -> bool:
@@ -96,12 +100,12 @@ class Canvas:
                 self.end = min(self.end, position + 1)
                 self._ended = True
         if self.done and not self._ended and self.length < self.capacity:
-            self._grow()
+            self._show(min(self.length + self._grow_by, self.capacity))
 
-    def _grow(self) -> None:
-        self.length = self.end = min(self.length + self._grow_by, self.capacity)
-        self.tokens = self._all_tokens[: self.length]
-        self.masked = self._all_masked[: self.length]
+    def _show(self, length: int) -> None:
+        self.length = self.end = length
+        self.tokens = self._all_tokens[:length]
+        self.masked = self._all_masked[:length]
 
     def take_finished(self) -> list[int]:
         """Tokens that joined the finished left-to-right prefix since the last call.

@@ -45,7 +45,7 @@ class DenoisingRequest:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         just_committed: positions committed in the previous step, ascending.
-        appended: positions that the canvas has grown by since, ascending; no pass has computed them.
+        appended: positions that the canvas has grown by since; no pass has computed them.
         last_probability: float64 [T], of each position's last prediction that a step chose from;
             NaN: none yet.
     """

@@ -34,8 +34,8 @@ class LlamaKeysConfig(PretrainedConfig):
 
     has_no_defaults_at_init = True  # transformers would make one without arguments to compare with
     family = ""
-    sizes = ()
-    only = {}
+    sizes: tuple[str, ...] = ()
+    only: dict[str, tuple[Any, ...]] = {}
     own_mask_token_id = 0
     own_eos_token_id = 0
     end_of_turn = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A family with Llama's tensor names and keys: what it adds is a config class and its choice of MLP."""
+"""Families with Llama's tensor names and keys: each adds its configuration and choice of MLP."""
 
 from __future__ import annotations
 

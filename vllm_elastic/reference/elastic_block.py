@@ -283,9 +283,7 @@ class ElasticBlock:
             return False
         window = self.look_first(whole)
         predicting = self.canvas.rows_predicting(window)
-        rows = sorted(
-            {*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended}
-        )
+        rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
@@ -348,9 +346,7 @@ def elastic_block(
         ValueError: see ``Canvas``.
     """
     options = options or ElasticBlockOptions()
-    canvas = Canvas(
-        model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by
-    )
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     decoder = ElasticBlock(model, canvas, options)
     while decoder.step():
         pass

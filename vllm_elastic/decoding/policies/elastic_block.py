@@ -48,6 +48,9 @@ class ElasticBlock(RefreshPolicy):
         super().__init__(config)
         self._probes = self._next_probes = NO_POSITIONS
         self._rate: npt.NDArray[np.float32] | None = None
+        # Steps, of blocks and of positions.
+        self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._probed_at = self._written_at = self._refreshed_at
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
