@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -34,8 +34,8 @@ class LlamaKeysConfig(PretrainedConfig):
 
     has_no_defaults_at_init = True  # transformers would make one without arguments to compare with
     family = ""
-    sizes: tuple[str, ...] = ()
-    only: dict[str, tuple[Any, ...]] = {}
+    sizes: ClassVar[tuple[str, ...]] = ()
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {}
     own_mask_token_id = 0
     own_eos_token_id = 0
     end_of_turn = None
