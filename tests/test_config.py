@@ -55,6 +55,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "tokens_per_step": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "block_length": (32, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "steps": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
+    "grow_by": (None, [(None, None), (0, 0), (32, 32)], [-1, 1.5, MILLION + 1]),
     "remasking": ("low_confidence", *names("low_confidence", "random")),
     "alg": (
         None,

@@ -259,6 +259,15 @@ class ElasticConfig:
         "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks. With "
         "`alg` Dream's schedule, which has no blocks",
     )
+    grow_by: int | None = _knob(
+        None,
+        _or_null(_integer(0, _MOST)),
+        "positions that an answer grows by: the next ones are appended when all before them are "
+        "committed, and no mask stands behind them until then. 0: all `max_tokens` masks are there "
+        "from the start. null: as the model's authors decode, 32 for iLLaDA and 0 for all others. "
+        "A multiple of `block_length` where text blocks are predicted; infilling and `alg` do not "
+        "grow",
+    )
     remasking: str = _knob(
         "low_confidence",
         _choice("low_confidence", "random"),

@@ -19,6 +19,8 @@ class DecodingTraits:
         never_chosen: ids that no candidate may be; the mask is one of them.
         logits_shift: the logits of position p are those of row p - logits_shift: 0, or 1 for a
             model that was trained on from one that predicts the next token (Dream).
+        grow_by: positions that are appended to an answer at a time where nobody says otherwise; 0:
+            all of them from the start.
     """
 
     num_layers: int
@@ -29,6 +31,7 @@ class DecodingTraits:
     stop_ids: tuple[int, ...] = ()
     never_chosen: tuple[int, ...] = ()
     logits_shift: int = 0
+    grow_by: int = 0
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:

@@ -198,7 +198,9 @@ class ElasticScheduler(Scheduler):
             self.limits,
         )
         for request_id, plan in taken:
-            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            # A canvas that grows has blocks for all that it may grow to.
+            plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
         return [plan for _, plan in taken]
 
     # Where vLLM asks.

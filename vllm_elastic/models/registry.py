@@ -38,6 +38,14 @@ FAMILIES: dict[str, Family] = {
         model="vllm_elastic.models.dream:DreamModel",
         tokenizer="vllm_elastic.models.dream_tokenizer:DreamTokenizer",
     ),
+    "ILLaDAForCausalLM": Family(
+        config="vllm_elastic.models.illada_config:ILLaDAConfig",
+        model="vllm_elastic.models.illada:ILLaDAForCausalLM",
+    ),
+    "LLaDAMoEModelLM": Family(
+        config="vllm_elastic.models.llada_moe_config:LLaDAMoEConfig",
+        model="vllm_elastic.models.llada_moe:LLaDAMoEModelLM",
+    ),
 }
 """By the name that a config.json has under ``architectures``."""
 
@@ -59,4 +67,5 @@ def traits_of(hf_config: Any) -> DecodingTraits:
         # A mask that was committed would leave its position undecided.
         never_chosen=(hf_config.mask_token_id,),
         logits_shift=getattr(hf_config, "logits_shift", 0),
+        grow_by=getattr(hf_config, "grow_by", 0),
     )
