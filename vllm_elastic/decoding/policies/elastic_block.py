@@ -48,6 +48,7 @@ class ElasticBlock(RefreshPolicy):
         super().__init__(config)
         self._probes = self._next_probes = NO_POSITIONS
         self._rate: npt.NDArray[np.float32] | None = None
+        self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
@@ -100,6 +101,10 @@ class ElasticBlock(RefreshPolicy):
         self._choose_probes(measured, step)
         return stale
 
+    def judged_by(self) -> dict[str, list[float]]:
+        """``attention`` that each block is paid and its expected ``drift``; cost is the product."""
+        return {name: values.round(6).tolist() for name, values in self._judged_by.items()}
+
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:
@@ -135,7 +140,9 @@ class ElasticBlock(RefreshPolicy):
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
         assert self._rate is not None
         age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
-        cost = mass * (self._rate.max(axis=1) * age)
+        drift = self._rate.max(axis=1) * age
+        self._judged_by = {"attention": mass, "drift": drift}
+        cost = mass * drift
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
