@@ -29,7 +29,7 @@ def main() -> None:
 
     from vllm_elastic.bench.engine import BenchEngine
 
-    engine = BenchEngine(args.model, kv_cache_memory_bytes=KV_CACHE_BYTES, rows=True, canvas=True)
+    engine = BenchEngine(args.model, kv_cache_memory_bytes=KV_CACHE_BYTES, canvas=True)
     template = engine.llm.get_tokenizer().apply_chat_template
     requests = [
         {

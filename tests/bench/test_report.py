@@ -57,7 +57,7 @@ def record_of(name: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-REQUESTS = {"one": 3, "two": 4}
+REQUESTS = {"one": 3, "two": 4}  # seeds
 RECORDS = {
     setting: [record_of(name, config, seed) for name, seed in REQUESTS.items()]
     for setting, config in SETTINGS.items()
@@ -154,6 +154,14 @@ def press(driver: Any, keys: str) -> None:
     driver.find_element("css selector", "body").send_keys(keys)
 
 
+def wait_for(driver: Any, expression: str, value: Any) -> None:
+    """A key pressed is not yet a key that the page has seen."""
+    wait_until(
+        lambda: driver.execute_script(f"return {expression}") == value,
+        f"{expression} is not {value}",
+    )
+
+
 def test_shows_each_pass_of_each_setting(page: Any) -> None:
     """Tokens, work and words after every pass are those of the records."""
     most = max(records[0]["passes"] for records in RECORDS.values())
@@ -178,6 +186,7 @@ def test_ends_with_the_answer(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     press(page, Keys.END)
+    wait_for(page, "replay.position", max(records[0]["passes"] for records in RECORDS.values()))
     for name, records in RECORDS.items():
         record = records[0]
         cells = page.execute_script(
@@ -204,25 +213,27 @@ def test_ends_with_the_answer(page: Any) -> None:
 def test_plays_and_pauses(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    press(page, "+")
+    press(page, "--")
+    wait_for(page, "byId('speed').value", "1")
     page.find_element("id", "play").click()
-    wait_until(lambda: page.execute_script("return replay.position") >= 3, "it does not play")
+    wait_until(lambda: page.execute_script("return replay.position") >= 1, "it does not play")
     press(page, " ")
+    wait_for(page, "playing", None)
     at = page.execute_script("return replay.position")
-    assert page.execute_script("return playing") is None
     press(page, Keys.ARROW_RIGHT)
-    assert page.execute_script("return replay.position") == at + 1
+    wait_for(page, "replay.position", at + 1)
     press(page, Keys.ARROW_LEFT + Keys.ARROW_LEFT)
-    assert page.execute_script("return replay.position") == at - 1
+    wait_for(page, "replay.position", at - 1)
     assert texts(page, "#clock")[0].startswith(f"pass {at - 1} of")
     press(page, Keys.HOME)
+    wait_for(page, "replay.position", 0)
     assert set(texts(page, ".figures .done")) == {"0"}
 
 
 def test_together_by_row_layers(page: Any) -> None:
     """At each moment no setting has computed more than the clock says, nor could compute more."""
     press(page, "w")
-    assert page.execute_script("return replay.clock") == "work"
+    wait_for(page, "replay.clock", "work")
     most = max(records[0]["row_layers"] for records in RECORDS.values())
     for position in (0, 60, 150, 300):
         page.execute_script("replay.go(arguments[0])", position)
@@ -287,8 +298,6 @@ def test_says_what_was_stale_and_why(page: Any) -> None:
 
 def test_another_request(page: Any) -> None:
     page.find_elements("css selector", "#requests button")[1].click()
-    press(page, " ")
-    press(page, " ")
     page.execute_script("replay.go(replay.last)")
     tokens = {str(len(records[1]["token_ids"])) for records in RECORDS.values()}
     assert set(texts(page, ".figures .done")) == tokens

@@ -232,12 +232,14 @@ def test_run_records_what_report_shows(problems: Path, tmp_path: Path) -> None:
         assert [made["setting"] for made in request["runs"]] == ["block", "exact"]
         for made in request["runs"]:
             answer = [int(token_id) for token_id in made["answer"].split()]
-            last = {at: token for step in made["steps"] for at, token, _ in step["predicted"]}
+            last = {
+                at: token for step in made["steps"] for at, token, _ in step["canvas"]["predicted"]
+            }
             start = made["prompt_tokens"]
             assert [last[start + index] for index in range(len(answer))] == answer
             layers = made["layers"]
             assert made["row_layers"] == sum(
                 (stop - first) * (layers - join)
                 for step in made["steps"]
-                for first, stop, join in step["spans"]
+                for first, stop, join in step["canvas"]["spans"]
             )

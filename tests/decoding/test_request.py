@@ -503,8 +503,10 @@ def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:
     trace, request = drive(scenario), scenario.make_request()
     assert len(trace.request.record.steps) == len(trace.passes)
     shown = {}
-    for entry, p in zip(trace.request.record.steps, trace.passes, strict=True):
+    ends = [p.end for p in trace.passes[1:]] + [trace.request.canvas.end]
+    for entry, p, end in zip(trace.request.record.steps, trace.passes, ends, strict=True):
         canvas = entry["canvas"]
+        assert canvas["end"] == end
         found = zip(p.plan.window, p.result.token_ids, p.result.probabilities, strict=True)
         assert canvas["predicted"] == [[at, token, round(sure, 4)] for at, token, sure in found]
         spans = {at: join for start, stop, join in canvas["spans"] for at in range(start, stop)}

@@ -19,6 +19,9 @@ COPIED = (
     "setting", "policy", "layers", "canvas", "prompt_tokens", "denoising_steps", "passes",
     "row_layers", "full_row_layers",
 )  # fmt: skip
+PASS = (
+    "denoising_step", "kind", "start_layer", "rows", "committed", "similarities", "canvas",
+)  # fmt: skip
 SHOWN_KNOBS = ("gamma", "block_drift")
 
 
@@ -110,7 +113,9 @@ def _run(record: dict[str, Any]) -> dict[str, Any]:
         "answer": " ".join(map(str, record["token_ids"])),
         "given": _given(record),
         "knobs": {name: record["knobs"][name] for name in SHOWN_KNOBS},
-        "steps": [_step(entry) for entry in record["steps"]],
+        "steps": [
+            {name: entry[name] for name in PASS if name in entry} for entry in record["steps"]
+        ],
     }
 
 
@@ -123,18 +128,3 @@ def _given(record: dict[str, Any]) -> list[list[int]]:
 
 def _committed(steps: Iterable[dict[str, Any]]) -> set[int]:
     return {position for entry in steps for position in entry["committed"]}
-
-
-def _step(entry: dict[str, Any]) -> dict[str, Any]:
-    shown = {
-        "step": entry["denoising_step"],
-        "kind": entry["kind"],
-        "start_layer": entry["start_layer"],
-        "rows": entry["rows"],
-        "committed": entry["committed"],
-        "segments": entry["segments"],
-        **entry["canvas"],
-    }
-    if "similarities" in entry:
-        shown["similarities"] = entry["similarities"]
-    return shown

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.validity import BlockValidity
 
@@ -46,6 +46,11 @@ class DecodingRecord:
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
     steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def take_steps(self) -> list[dict[str, Any]]:
+        """The entries since the last call, which are not kept."""
+        taken, self.steps = self.steps, []
+        return taken
 
     def add_pass(
         self,
@@ -92,17 +97,23 @@ class DecodingRecord:
 
 
 def canvas_of_pass(
-    plan: PassPlan, result: PassResult, validity: BlockValidity, judged_by: dict[str, Any]
+    plan: PassPlan,
+    result: PassResult,
+    canvas: Canvas,
+    validity: BlockValidity,
+    judged_by: dict[str, Any],
 ) -> dict[str, Any]:
     """What a pass predicted, where it computed, and what it left stale; plain JSON values.
 
     Args:
+        canvas: after the pass's commits.
         validity: after the policy's verdict on this pass.
         judged_by: from ``RefreshPolicy.judged_by``.
 
     Returns:
         predicted: [position, token id, probability] of each window position. A position that is
         committed gets the token of its last prediction.
+        end: exclusive bound of what is decoded from now on.
         spans: [first position, position behind the last, join layer] of the rows computed.
         compared: positions whose rows were compared with what was stored of them.
         block_size: positions; stale_from: of each block the first stale layer, L for none.
@@ -116,6 +127,7 @@ def canvas_of_pass(
     )
     return {
         "predicted": [list(prediction) for prediction in predictions],
+        "end": canvas.end,
         "spans": [
             [first, stop, segment.join_layer]
             for segment in plan.segments

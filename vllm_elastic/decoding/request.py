@@ -247,7 +247,7 @@ class DenoisingRequest:
         canvas = None
         if self.record.keep_canvas:
             judged_by = {} if result.measured is None else self.policy.judged_by()
-            canvas = canvas_of_pass(plan, result, self.validity, judged_by)
+            canvas = canvas_of_pass(plan, result, self.canvas, self.validity, judged_by)
         self.record.add_pass(plan, self.num_layers, committed, similarities, canvas)
 
 

@@ -2,6 +2,24 @@
 // A canvas as its first passes left it, and its cells on the page. Knows nothing of charts.
 "use strict";
 
+/** A pass as the record has it, its canvas's fields among its own. */
+function passOf(entry) {
+  const { canvas, ...own } = entry;
+  return { ...own, ...canvas };
+}
+
+/** [join layer, rows] of a pass, ascending. */
+function segmentsOf(pass) {
+  const rows = new Map();
+  for (const [start, stop, layer] of pass.spans) rows.set(layer, (rows.get(layer) || 0) + stop - start);
+  return [...rows].sort(([one], [other]) => one - other);
+}
+
+/** What a pass computed, in row-layers. */
+function workOf(pass, layers) {
+  return segmentsOf(pass).reduce((sum, [layer, rows]) => sum + rows * (layers - layer), 0);
+}
+
 /**
  * What the first `count` passes of a run made of its canvas.
  *
@@ -18,13 +36,16 @@ function canvasAt(run, count) {
     for (const [position, token, probability] of pass.predicted)
       cells[position - first] = { kind: "guess", token, probability, pass: index };
     for (const position of pass.committed)
-      Object.assign(cells[position - first], { kind: "done", step: pass.step, pass: index });
+      Object.assign(cells[position - first], { kind: "done", step: pass.denoising_step, pass: index });
   }
-  const end = run.tokens === null ? cells.length : run.tokens;
+  const last = count ? run.steps[count - 1] : null;
+  // The end token is committed and no part of the answer.
+  const found = last && last.end < run.canvas ? last.end - 1 - first : cells.length;
+  const end = run.tokens === null ? found : run.tokens;
   const ended = end < cells.length && cells[end].kind === "done";
   if (ended) for (const cell of cells.slice(end + 1)) if (cell.kind !== "done") cell.dropped = true;
   const done = cells.slice(0, end).filter((cell) => cell.kind === "done").length;
-  return { cells, done, last: count ? run.steps[count - 1] : null, index: count - 1 };
+  return { cells, done, last, index: count - 1 };
 }
 
 /** The cells of a prompt or of an answer; `show` changes only what differs from before. */

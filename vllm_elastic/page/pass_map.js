@@ -10,9 +10,8 @@ class PassMap {
     this.run = run;
     this.pattern = `stale-${patterns++}`;
     this.svg = d3.select(parent).append("svg").attr("class", "map").attr("role", "img");
-    this.hasBlocks = run.steps.some((pass) => pass.judged_by.attention);
-    this.hasSimilarities = run.steps.some((pass) => pass.similarities);
-    this.mostAttention = d3.max(run.steps, (p) => d3.max(p.judged_by.attention || [])) || 1;
+    this.hasBlocks = run.policy === "elastic-block";
+    this.hasSimilarities = run.policy === "elastic";
     this.shown = null;
     new ResizeObserver(() => this.layOut(parent.clientWidth)).observe(parent);
     this.layOut(parent.clientWidth);
@@ -37,11 +36,8 @@ class PassMap {
     this.y = d3.scaleLinear([0, run.layers], [top, top + layer * run.layers]);
     this.rows = d3.scaleLinear([0, run.canvas], [right + 12, right + 12 + column]);
     const bottom = this.y.range()[1];
-    const least = d3.min(run.steps, (pass) => d3.min(pass.similarities || []));
     const gamma = run.knobs.gamma;
-    this.similarity = d3
-      .scaleLinear([Math.min(least ?? 1, gamma) - 0.02, 1], [right + 24 + column, width - 4])
-      .clamp(true);
+    this.similarity = d3.scaleLinear([0, 1], [right + 24 + column, width - 4]).clamp(true);
     svg.attr("width", width).attr("height", bottom + 18).selectAll("*").remove();
     const pattern = svg.append("defs").append("pattern");
     pattern.attr("id", this.pattern).attr("width", 5).attr("height", 5);
@@ -53,7 +49,7 @@ class PassMap {
     this.stale = svg.append("g");
     const border = this.x(run.prompt_tokens);
     const edges = svg.append("g");
-    const block = run.steps[0].block_size;
+    const block = run.steps.length ? run.steps[0].block_size : run.canvas;
     for (const position of d3.range(block, run.canvas, block))
       edges.append("line").attr("class", "edge").attr("y1", top).attr("y2", bottom)
         .attr("x1", this.x(position)).attr("x2", this.x(position));
@@ -122,7 +118,7 @@ class PassMap {
 
   showRows(pass) {
     let rows = 0;
-    const joins = new Map(pass.segments);
+    const joins = new Map(segmentsOf(pass));
     const first = this.rows(0);
     d3.range(this.run.layers).forEach((layer) => {
       rows += joins.get(layer) || 0;
@@ -138,10 +134,11 @@ class PassMap {
     if (!attention) return;
     const bound = this.run.knobs.block_drift;
     const cost = attention.map((share, block) => share * drift[block]);
-    const lanes = [["attention", attention, this.mostAttention], ["cost", cost, bound]];
-    for (const [name, values, most] of lanes) {
+    const most = d3.max(this.run.steps, (other) => d3.max(other.judged_by.attention || []));
+    const lanes = [["attention", attention, most], ["cost", cost, bound]];
+    for (const [name, values, whole] of lanes) {
       const { top, bottom } = this.lanes[name];
-      const height = d3.scaleLinear([0, most], [0, bottom - top]).clamp(true);
+      const height = d3.scaleLinear([0, whole], [0, bottom - top]).clamp(true);
       values.forEach((value, block) => {
         const start = block * pass.block_size;
         const stop = Math.min(start + pass.block_size, this.run.canvas);

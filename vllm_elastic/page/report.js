@@ -24,13 +24,9 @@ function element(parent, name, className = "", text = "") {
   return made;
 }
 
-/** What a pass computed, in row-layers. */
-function workOf(pass, layers) {
-  return d3.sum(pass.segments, ([layer, rows]) => rows * (layers - layer));
-}
-
 /** Adds to a run what follows from its record: cumulated work and tokens, by number of passes. */
 function prepare(run) {
+  run.steps = run.steps.map(passOf);
   run.work = [0];
   run.done = [0];
   const seen = new Set();
@@ -86,7 +82,7 @@ class Panel {
     this.meter.style.width = `${(100 * done) / Math.max(run.tokens, 1)}%`;
     const pass = state.last;
     const kind = pass ? `, ${pass.kind}` : "";
-    const none = run.canvas * run.layers * (pass ? pass.step + 1 : 0);
+    const none = run.canvas * run.layers * (pass ? pass.denoising_step + 1 : 0);
     const share = none ? `, <b>${percent(run.work[passes] / none)}</b> of no cache` : "";
     this.figures.innerHTML =
       `pass <b class="pass">${passes}</b> of ${run.steps.length}${kind} · <b class="done">${done}</b> of ` +

@@ -103,7 +103,7 @@ class ElasticBlock(RefreshPolicy):
 
     def judged_by(self) -> dict[str, list[float]]:
         """``attention`` that each block is paid and its expected ``drift``; cost is the product."""
-        return {name: values.round(6).tolist() for name, values in self._judged_by.items()}
+        return {n: values.astype(float).round(6).tolist() for n, values in self._judged_by.items()}
 
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
