@@ -4,16 +4,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+
+
+def progress_bar(label: str) -> Callable[..., tqdm] | bool:
+    """What vLLM is to call for its bar: one with this label, gone when it is full.
+
+    False where nobody looks: vLLM divides by the time of a bar that is switched off.
+    """
+
+    def bar(*args: Any, **kwargs: Any) -> tqdm:
+        return tqdm(*args, **{**kwargs, "desc": label, "leave": False})
+
+    return bar if sys.stderr.isatty() else False
 
 
 class BenchEngine:
@@ -115,7 +130,7 @@ class BenchEngine:
                     stop_token_ids=None if self._has_tokenizer else self._end_token_ids(),
                 )
             )
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=progress_bar(_setting(requests)))
         return [
             self._result(request, index, output, asked.max_tokens)
             for index, (request, output, asked) in enumerate(
@@ -171,3 +186,9 @@ class BenchEngine:
             return {str(token_id): f" {token_id}" for token_id in sorted(token_ids)}
         tokenizer = self.llm.get_tokenizer()
         return {str(token_id): tokenizer.decode([token_id]) for token_id in sorted(token_ids)}
+
+
+def _setting(requests: Sequence[Mapping[str, Any]]) -> str:
+    """The knobs of the first request, for people: a run's requests have the same ones."""
+    knobs = {k.removeprefix("elastic_"): v for k, v in requests[0].items() if "elastic_" in k}
+    return ", ".join(f"{name} {value}" for name, value in knobs.items()) or "engine's knobs"

@@ -422,6 +422,16 @@ def refuse_flags(vllm_config: Any) -> None:
             raise ValueError(f"{flags}: {rule.reason} (LLaDA with vllm_elastic).")
 
 
+def without_effect() -> dict[str, str]:
+    """Flags that have no effect for a LLaDA, by the name each has on a parsed command line."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): flag
+        for group in GROUPS
+        if group.status == "no effect"
+        for flag in group.flags.split()
+    }
+
+
 _PAGE = """\
 # Flags
 
