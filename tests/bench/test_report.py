@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.browser import assert_no_errors, browser, texts, wait_until
 from tests.decoding.fake_model import Scenario, drive
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.report import NEEDED
+from vllm_elastic.bench.report import page as page_of
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.page import FOLDER
 
@@ -314,4 +317,23 @@ def test_fits_a_phone(dark: bool, tmp_path: Path) -> None:
         red = int(re.findall(r"\d+", ground)[0])
         assert red < 60 if dark else red > 200
         assert driver.execute_script("return performance.getEntriesByType('resource')") == []
+        assert_no_errors(driver)
+
+
+@pytest.mark.engine
+def test_report_of_the_demo(tmp_path: Path) -> None:
+    """`make report`: three problems under four settings, the records beside the page."""
+    out = tmp_path / "new" / "report.html"
+    script = Path(__file__).parents[2] / "examples" / "report.py"
+    subprocess.run([sys.executable, script, "--out", out], check=True, timeout=250)
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    settings = ["block (default)", "dual-cache", "published", "exact"]
+    names = [(record["setting"], record["id"]) for record in records]
+    assert names == [(setting, task) for setting in settings for task in ("word", "table", "chain")]
+    assert out.read_text() == page_of(records)
+    with browser() as driver:
+        driver.get(out.as_uri())
+        driver.execute_script("replay.go(replay.last)")
+        assert [text.split("\n")[0] for text in texts(driver, ".panel h2")] == settings
         assert_no_errors(driver)

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.browser import assert_no_errors, browser, texts, wait_until
-from tests.server.conftest import Client, questions, user
+from tests.server.conftest import ROOT, Client, questions, user
+from vllm_elastic.bench.server import free_port
 from vllm_elastic.watch.page_server import PageServer
 
 CANVAS = 64
@@ -165,3 +171,21 @@ def test_page_says_what_the_server_refuses(page: PageServer) -> None:
             knobs[0].send_keys(words)
             driver.find_element("id", "ask").click()
             wait_until(lambda said=said: said in texts(driver, "#problem")[0], said)
+
+
+def test_demo_serves_a_page_and_ends_with_its_server() -> None:
+    """`make demo-ui`: nothing is left behind by Ctrl-C."""
+    port = free_port()
+    words = [sys.executable, str(ROOT / "examples" / "demo_ui.py"), "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        started = [demo.stdout.readline() for _ in range(4)]
+        assert f"open http://127.0.0.1:{port}" in started[-1], started
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+            (model,) = json.load(answer)["data"]
+        assert model["id"].endswith("checkpoint")
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 0
+    port_of_server = int(started[0].rsplit("--port ", 1)[1])
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port_of_server}/health", timeout=10)

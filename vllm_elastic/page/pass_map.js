@@ -2,6 +2,7 @@
 // One pass over positions and layers: what was computed, what is stale, and what said so.
 "use strict";
 
+const MOST_NAMED = 6; // blocks in a sentence
 let patterns = 0;
 
 /** Draws into `parent`; `show(pass)` after each step of a replay. Positions of `run` from left. */
@@ -174,13 +175,14 @@ function reasonOf(run, index) {
   const { policy, layers, canvas, knobs } = run;
   const words = [];
   const stale = before ? before.stale_from.map((l, b) => [l, b]).filter(([l]) => l < layers) : [];
-  const widths = stale.map(([layer, block]) => `${block} (layer ${layer})`);
+  const named = stale.slice(0, MOST_NAMED).map(([layer, block]) => `${block} (layer ${layer})`).join(", ");
+  const others = stale.length > MOST_NAMED ? ` and ${stale.length - MOST_NAMED} more` : "";
   if (pass.kind === "first") words.push("The first pass computes everything.");
   else if (policy === "none") words.push("No cache: every step computes everything.");
   else if (pass.kind === "widened") words.push("Nothing predicted so far was sure enough: the rest of the window.");
   else if (pass.kind === "replay") words.push(`The step again, from layer ${pass.start_layer} on.`);
   else if (policy === "elastic-block" && stale.length)
-    words.push(`Refreshed blocks ${widths.join(", ")}.`);
+    words.push(`Refreshed blocks ${named}${others}.`);
   else if (pass.rows === canvas)
     words.push(policy === "dual-cache" ? "A text block begins: everything." : "Everything is refreshed.");
   else words.push(`Only ${pass.rows} of ${canvas} rows; all else is read from the cache.`);

@@ -10,7 +10,7 @@ const KINDS = {
 };
 const LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"];
 const WORK_POSITIONS = 300; // of the slider, where the clock counts row-layers
-const BIN = 32; // canvas positions that a row of the map over all passes has
+const BINS = 48; // rows that the map over all passes has at most
 
 const byId = (id) => document.getElementById(id);
 const number = (value) => Math.round(value).toLocaleString("en");
@@ -126,10 +126,9 @@ class Panel {
       },
       color: { scheme: "cividis", domain: [0, 1] },
       marks: [
-        Plot.rect(this.binned(), {
-          x1: (d) => d.pass - 0.5, x2: (d) => d.pass + 0.5, y1: "start", y2: "stop", fill: "share", stroke: null,
-          title: (d) => `pass ${d.pass}, positions ${d.start} to ${d.stop - 1}\n${percent(d.share)} of their row-layers`,
-          tip: true,
+        Plot.raster(this.shares(), {
+          width: passes.length, height: this.bins, imageRendering: "pixelated",
+          x1: 0.5, x2: passes.length + 0.5, y1: 0, y2: this.bins * this.bin,
         }),
         Plot.ruleY([run.prompt_tokens], { stroke: "white", strokeWidth: 1.5, x1: 0.5, x2: passes.length + 0.5 }),
       ],
@@ -166,19 +165,28 @@ class Panel {
     }));
   }
 
-  /** Share of the row-layers of each stretch of positions that each pass computed. */
-  binned() {
-    const { run } = this;
-    const starts = d3.range(0, run.canvas, BIN);
-    return run.steps.flatMap((pass, index) => {
-      const sums = starts.map(() => 0);
+  /** Positions in a row of the map over all passes, and how many rows it has. */
+  get bin() {
+    return Math.max(8, Math.ceil(this.run.canvas / BINS));
+  }
+
+  get bins() {
+    return Math.ceil(this.run.canvas / this.bin);
+  }
+
+  /** Share of the row-layers of each stretch of positions that each pass computed, row by row. */
+  shares() {
+    const { run, bin, bins } = this;
+    const passes = run.steps.length;
+    const sums = new Float64Array(bins * passes);
+    run.steps.forEach((pass, index) => {
       for (const [first, stop, layer] of pass.spans)
         for (let position = first; position < stop; position++)
-          sums[Math.floor(position / BIN)] += run.layers - layer;
-      return starts.map((start, bin) => {
-        const stop = Math.min(start + BIN, run.canvas);
-        return { pass: index + 1, start, stop, share: sums[bin] / ((stop - start) * run.layers) };
-      });
+          sums[Math.floor(position / bin) * passes + index] += run.layers - layer;
+    });
+    return sums.map((sum, at) => {
+      const start = Math.floor(at / passes) * bin;
+      return sum / ((Math.min(start + bin, run.canvas) - start) * run.layers);
     });
   }
 
