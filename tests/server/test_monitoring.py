@@ -149,9 +149,10 @@ def test_each_query_of_the_dashboard_answers(
 ) -> None:
     filled = expression.replace("$__rate_interval", "2m").replace("$model", ".*")
     series = prometheus.query(filled)
-    assert series, filled
-    values = [float(one["value"][1]) for one in series]
-    assert all(value >= 0 for value in values), "no NaN: something was counted"
+    values = {one["metric"].get("policy"): float(one["value"][1]) for one in series}
+    # Policies that other tests asked for are idle now: 0 of 0 is NaN, which Grafana does not draw.
+    counted = {policy for policy, value in values.items() if value >= 0}
+    assert counted and counted >= values.keys() & {None, "elastic", "elastic-block"}, filled
 
 
 def test_work_by_policy_is_what_was_counted(prometheus: Prometheus) -> None:

@@ -24,12 +24,12 @@ class PassMap {
     const { run, svg } = this;
     const left = 58, column = width < 420 ? 58 : 84, columns = this.hasSimilarities ? 2 : 1;
     const right = width - columns * (column + 12);
-    const lane = 26, layer = Math.max(5, Math.min(13, 120 / run.layers));
+    const lane = 22, layer = Math.max(5, Math.min(13, 120 / run.layers));
     let top = 14;
     this.lanes = {};
-    for (const name of this.hasBlocks ? ["attention", "cost"] : []) {
+    for (const name of this.hasBlocks ? ["attention", "drift", "cost"] : []) {
       this.lanes[name] = { top, bottom: top + lane };
-      top += lane + 8;
+      top += lane + 5;
     }
     this.ticks = top;
     top += 9;
@@ -135,8 +135,10 @@ class PassMap {
     if (!attention) return;
     const bound = this.run.knobs.block_drift;
     const cost = attention.map((share, block) => share * drift[block]);
-    const most = d3.max(this.run.steps, (other) => d3.max(other.judged_by.attention || []));
-    const lanes = [["attention", attention, most], ["cost", cost, bound]];
+    const most = (name) => d3.max(this.run.steps, (other) => d3.max(other.judged_by[name] || [])) || 1;
+    const lanes = [
+      ["attention", attention, most("attention")], ["drift", drift, most("drift")], ["cost", cost, bound],
+    ];
     for (const [name, values, whole] of lanes) {
       const { top, bottom } = this.lanes[name];
       const height = d3.scaleLinear([0, whole], [0, bottom - top]).clamp(true);
