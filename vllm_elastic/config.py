@@ -306,6 +306,13 @@ class ElasticConfig:
         "wanted. Fixed tokens stay, and no end token is chosen ahead of one. null: all masks",
         engine=False,
     )
+    watch: bool = _knob(
+        False,
+        _FLAG,
+        "of a streamed chat: an event for every pass, in the order in which tokens are committed "
+        "([seeing it](see.md#a-running-server))",
+        engine=False,
+    )
     max_window: int = _knob(
         1024,
         _integer(1, _MOST),
@@ -338,6 +345,13 @@ class ElasticConfig:
         False,
         _FLAG,
         "with the rows of each join layer (`bench run` sets it, `bench simulate` reads it)",
+        per_request=False,
+    )
+    record_canvas: bool = _knob(
+        False,
+        _FLAG,
+        "with what each pass predicted, where it computed and what it left stale (`bench run "
+        "--canvas` sets it, `bench report` shows it; about 2 KB a pass)",
         per_request=False,
     )
 

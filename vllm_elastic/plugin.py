@@ -27,6 +27,7 @@ def register() -> None:
     from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
     from vllm_elastic.patches.sent_parameters import note_what_was_sent
+    from vllm_elastic.patches.watched_requests import show_passes_of_watched_requests
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
@@ -36,6 +37,7 @@ def register() -> None:
     take_reports_of_ended_requests()
     take_max_tokens_literally()
     note_what_was_sent()
+    show_passes_of_watched_requests()
 
 
 def register_family(architecture: str, family: Family) -> None:
