@@ -51,6 +51,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/ray_on_cpu/__init__.py",
     "patches/max_tokens.py",
     "patches/sent_parameters.py",
+    "patches/watched_requests.py",
     "engine/sampling.py",
     "engine/scheduler.py",
 }
@@ -264,6 +265,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
     ),
     ("vllm.exceptions:VLLMValidationError", ["message"], ["parameter", "value"]),
+    ("vllm.v1.engine:EngineCoreOutput", [], ["request_id", "new_token_ids"]),
+    ("vllm.v1.engine:EngineCoreOutputs", [], []),
     ("vllm.tokenizers:cached_tokenizer_from_config", ["model_config"], []),
     ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], []),
     ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], []),
@@ -297,6 +300,15 @@ WRAPPED = {
         )
     },
     f"{COMPLETIONS}.create_completion": ["self", "request", "raw_request"],
+    f"{OPENAI}.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": [
+        "self",
+        "request",
+        "result_generator",
+        "request_id",
+        "model_name",
+        "conversation",
+        "tokenizer",
+    ],
     f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search": ["self"],
     f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search": ["self"],
 }
@@ -363,6 +375,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "prompt_logprobs",
         "response_format",
         "tool_choice",
+        "vllm_xargs",
     ],
     f"{OPENAI}.completion.protocol:CompletionRequest": [
         "echo",
@@ -389,9 +402,20 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
     "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
-    "vllm.v1.engine:EngineCoreOutput": ["finish_reason", "kv_transfer_params", "request_id"],
+    "vllm.v1.engine:EngineCoreOutput": [
+        "finish_reason",
+        "kv_transfer_params",
+        "new_token_ids",
+        "request_id",
+    ],
+    "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
     "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
-    "vllm.v1.engine.output_processor:RequestState": ["detokenizer", "stats"],
+    "vllm.v1.engine.output_processor:RequestState": [
+        "detokenizer",
+        "external_req_id",
+        "request_index",
+        "stats",
+    ],
     "vllm.v1.metrics.stats:IterationStats": ["num_generation_tokens"],
     "vllm.v1.metrics.stats:RequestStateStats": ["num_generation_tokens"],
     "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
@@ -401,6 +425,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.kv_cache_interface:KVCacheSpec": ["block_size", "page_size_bytes"],
     "vllm.v1.outputs:ModelRunnerOutput": ["req_ids", "sampled_token_ids"],
     "vllm.v1.request:Request": [
+        "client_index",
         "max_tokens",
         "num_computed_tokens",
         "num_output_tokens",

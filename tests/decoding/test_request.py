@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -491,6 +494,63 @@ def test_similarities_are_kept_only_where_asked_for() -> None:
         tested = [m for m in measured if getattr(m, "similarities", None) is not None]
         assert tested
         assert len(kept) == (len(tested) if asked else 0)
+
+
+@drives
+@given(scenarios())
+def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:
+    """A page would show another pass than the one that was run."""
+    config = replace(scenario.config, record=True, record_canvas=True)
+    scenario = replace(scenario, config=config)
+    trace, request = drive(scenario), scenario.make_request()
+    assert len(trace.request.record.steps) == len(trace.passes)
+    shown = {}
+    ends = [p.end for p in trace.passes[1:]] + [trace.request.canvas.end]
+    for entry, p, end in zip(trace.request.record.steps, trace.passes, ends, strict=True):
+        canvas = entry["canvas"]
+        assert canvas["end"] == end
+        found = zip(p.plan.window, p.result.token_ids, p.result.probabilities, strict=True)
+        assert canvas["predicted"] == [[at, token, round(sure, 4)] for at, token, sure in found]
+        spans = {at: join for start, stop, join in canvas["spans"] for at in range(start, stop)}
+        rows = {at: s.join_layer for s in p.plan.segments for at in s.positions.tolist()}
+        assert spans == rows
+        starts = [start for start, _, _ in canvas["spans"]]
+        stops = {(stop, join) for _, stop, join in canvas["spans"]}
+        pairs = {(start, join) for start, _, join in canvas["spans"]}
+        assert len(starts) == len(set(starts)) and not stops & pairs, "stretches are whole"
+        assert canvas["block_size"] == request.validity.block_size
+        assert len(canvas["stale_from"]) == len(request.validity.stale_from)
+        shown |= {at: token for at, token, _ in canvas["predicted"]}
+        for at in entry["committed"]:  # the last prediction of a position is what it gets
+            assert shown[at] == scenario.answer[at - scenario.prompt_length]
+    assert json.loads(json.dumps(trace.request.record.steps)) == trace.request.record.steps
+
+
+def test_canvases_say_what_the_next_pass_refreshes() -> None:
+    """What a verdict leaves stale is what the pass behind it computes, from that layer on."""
+    knobs = {"policy": "elastic-block", "granularity": 4, "block_drift": 0.05, "record": True}
+    scenario = quiet({**knobs, "record_canvas": True, "window": 4}, max_tokens=24, drift_rate=0.5)
+    steps = drive(scenario).request.record.steps
+    refreshed = 0
+    for before, after in itertools.pairwise(steps):
+        judged = before["canvas"]["judged_by"]
+        costs = np.multiply(judged["attention"], judged["drift"])
+        stale = before["canvas"]["stale_from"]
+        assert any(layer < scenario.num_layers for layer in stale) == (costs.sum() > 0.05)
+        joins = dict.fromkeys(range(scenario.length), scenario.num_layers)
+        for start, stop, join in after["canvas"]["spans"]:
+            joins |= dict.fromkeys(range(start, stop), join)
+        for at, join in joins.items():
+            assert join <= stale[at // 4]
+            refreshed += join == stale[at // 4] < scenario.num_layers
+    assert refreshed
+
+
+def test_canvases_are_kept_only_where_asked_for() -> None:
+    """A plain server, and a benchmark that shows nothing, would pay for it."""
+    for knobs in ({}, {"record": True}, {"record_canvas": True}):
+        steps = drive(drifting(knobs)).request.record.steps
+        assert bool(steps) == ("record" in knobs) and not any("canvas" in s for s in steps)
 
 
 def test_all_at_once_with_an_end_in_the_middle() -> None:

@@ -149,7 +149,8 @@ class PassResult:
 
     Attributes:
         token_ids: int32 [W], the candidate of each window position.
-        probabilities: float64 [W], its probability; NaN where the logits were not finite.
+        probabilities: float64 [W], its probability, or its confidence as ``Sampling.alg`` has it;
+            NaN where the logits were not finite.
         entropies: float64 [W], of the distributions that they are of, in nats; None: not asked for.
         logprobs: of the window's candidates; None: not asked for.
         measured: of the kind that the plan's ``measure`` asks for; None: nothing was.

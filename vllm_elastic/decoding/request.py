@@ -19,7 +19,7 @@ from vllm_elastic.decoding.plan import (
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
-from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.record import DecodingRecord, canvas_of_pass
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.decoding.traits import DecodingTraits
@@ -84,7 +84,11 @@ class DenoisingRequest:
         reach = self.policy.reach if config.reach is None else config.reach
         self.reach = min(reach, self.canvas.capacity)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
-        self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
+        self.record = DecodingRecord(
+            keep_steps=config.record or config.watch,
+            keep_rows=config.record_rows,
+            keep_canvas=config.watch or (config.record and config.record_canvas),
+        )
         self.just_committed: Positions = NO_POSITIONS
         self.appended: Positions = NO_POSITIONS
         self.last_probability = np.full(self.canvas.length, np.nan)
@@ -251,9 +255,14 @@ class DenoisingRequest:
         self, plan: PassPlan, result: PassResult, committed: list[int] | None
     ) -> None:
         similarities = None
-        if self.config.record_similarities and isinstance(result.measured, MeasuredDrift):
+        wanted = self.config.record_similarities or self.record.keep_canvas
+        if wanted and isinstance(result.measured, MeasuredDrift):
             similarities = result.measured.similarities
-        self.record.add_pass(plan, self.num_layers, committed, similarities)
+        canvas = None
+        if self.record.keep_canvas:
+            judged_by = {} if result.measured is None else self.policy.judged_by()
+            canvas = canvas_of_pass(plan, result, self.canvas, self.validity, judged_by)
+        self.record.add_pass(plan, self.num_layers, committed, similarities, canvas)
 
 
 def _certain(token_id: np.int32) -> Logprobs:

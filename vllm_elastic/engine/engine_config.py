@@ -33,7 +33,7 @@ a multiple of 32."""
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
 
 END_OF_TURN = "<|eot_id|>"
-"""LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
+"""The end-of-turn token where a configuration class has no ``end_of_turn``: LLaDA-8B's 126348."""
 
 
 class LLaDAEngineConfig(VerifyAndUpdateConfig):
@@ -80,7 +80,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
             logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
         model.enforce_eager = True
         set_request_defaults(vllm_config, elastic.default_max_tokens)
-        _find_end_of_turn(vllm_config)
+        _find_ends(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
 
 
@@ -89,13 +89,17 @@ def is_served_by_us(vllm_config: VllmConfig) -> bool:
     return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
 
 
-def _find_end_of_turn(vllm_config: VllmConfig) -> None:
-    """LLaDA's config.json does not name its end-of-turn token; its tokenizer does."""
+def _find_ends(vllm_config: VllmConfig) -> None:
+    """A config.json does not name the tokens that end a turn or an answer; the tokenizer does."""
     model = vllm_config.model_config
-    if model.skip_tokenizer_init or getattr(model.hf_config, "eot_token_id", None) is not None:
+    config = model.hf_config
+    if model.skip_tokenizer_init:
         return
-    token_id = cached_tokenizer_from_config(model).get_vocab().get(END_OF_TURN)
-    model.hf_config.eot_token_id = token_id
+    vocabulary = cached_tokenizer_from_config(model).get_vocab()
+    if getattr(config, "eot_token_id", None) is None:
+        config.eot_token_id = vocabulary.get(getattr(config, "end_of_turn", END_OF_TURN))
+    stops = getattr(config, "stop_tokens", ())
+    config.stop_ids = [vocabulary[token] for token in stops if token in vocabulary]
 
 
 def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
@@ -110,7 +114,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
         growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
     except ValueError as error:
         raise ValueError(f"--elastic-config: {error}") from None
-    if elastic.steps is not None:
+    if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
         except ValueError as error:

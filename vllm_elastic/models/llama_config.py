@@ -38,7 +38,7 @@ class LlamaKeysConfig(PretrainedConfig):
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
     own_mask_token_id = 0
     own_eos_token_id = 0
-    end_of_turn = None
+    end_of_turn: ClassVar[str | None] = None
     grow_by = 0
 
     def __init__(

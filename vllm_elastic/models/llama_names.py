@@ -33,9 +33,11 @@ class LlamaNamed(DiffusionTransformer):
 
     Attributes:
         per_head_norm: queries and keys are normed, head by head, before they are rotated.
+        qkv_bias: queries, keys and values have a bias.
     """
 
     per_head_norm = False
+    qkv_bias = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config: LlamaKeysConfig = vllm_config.model_config.hf_config
@@ -54,6 +56,7 @@ class LlamaNamed(DiffusionTransformer):
                 head_dim=width // config.num_attention_heads,
                 max_position=config.max_position_embeddings,
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                qkv_bias=self.qkv_bias,
                 head_norm_eps=config.rms_norm_eps if self.per_head_norm else None,
             )
             mlp = self.make_mlp(vllm_config, f"{name}.mlp", config)

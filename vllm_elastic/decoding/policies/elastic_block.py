@@ -51,6 +51,7 @@ class ElasticBlock(RefreshPolicy):
         # Steps, of blocks and of positions.
         self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._probed_at = self._written_at = self._refreshed_at
+        self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
@@ -58,7 +59,7 @@ class ElasticBlock(RefreshPolicy):
     def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
         """New ones, neighbours of the last commits, and what was sure and is still masked."""
         config = self.config
-        if not config.lazy_window or config.steps is not None:
+        if not config.lazy_window or config.fixed_steps:
             return window
         last = request.last_probability[window]
         chosen = np.isnan(last) | np.isin(window, request.near_commits())
@@ -103,6 +104,10 @@ class ElasticBlock(RefreshPolicy):
             self._refreshed_at[refreshed] = step + (request.refresh == "next")
         self._choose_probes(measured, step)
         return stale
+
+    def judged_by(self) -> dict[str, list[float]]:
+        """``attention`` that each block is paid and its expected ``drift``; cost is the product."""
+        return {n: values.astype(float).round(6).tolist() for n, values in self._judged_by.items()}
 
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
@@ -151,7 +156,9 @@ class ElasticBlock(RefreshPolicy):
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
         assert self._rate is not None
         age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
-        cost = mass * (self._rate.max(axis=1) * age)
+        drift = self._rate.max(axis=1) * age
+        self._judged_by = {"attention": mass, "drift": drift}
+        cost = mass * drift
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
