@@ -55,7 +55,17 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "tokens_per_step": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "block_length": (32, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "steps": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
+    "grow_by": (None, [(None, None), (0, 0), (32, 32)], [-1, 1.5, MILLION + 1]),
     "remasking": ("low_confidence", *names("low_confidence", "random")),
+    "alg": (
+        None,
+        [
+            (None, None),
+            *names("origin", "maskgit_plus", "topk_margin", "entropy")[0],
+        ],
+        ["", "Entropy", 1],
+    ),
+    "alg_temp": (0.0, [(0, 0.0), (100, 100.0), (0.1, 0.1)], [-0.01, 100.5, None]),
     "logits_eos_inf": (False, *FLAG),
     "confidence_eos_eot_inf": (False, *FLAG),
     "canvas": (

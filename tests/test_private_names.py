@@ -38,8 +38,12 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
+    "models/config_parser.py",
+    "models/experts.py",
     "models/layers.py",
     "models/llada.py",
+    "models/llada_moe.py",
+    "models/llama_names.py",
     "models/transformer.py",
     "runner/batch.py",
     "runner/cache_view.py",
@@ -55,11 +59,13 @@ FILES_THAT_IMPORT_VLLM = {
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 WORKERS = ("vllm.v1.worker.cpu_worker:CPUWorker", "vllm.v1.worker.gpu_worker:Worker")
 ATTENTION_LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
+CONFIG_PARSER = "vllm.transformers_utils.config:HFConfigParser"
 CONFIG_HOOK = "vllm.model_executor.models.config:VerifyAndUpdateConfig"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
 ATTN_UTILS = "vllm.v1.worker.gpu.attn_utils"
 CPU_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
+EXPERTS = "vllm.model_executor.layers.fused_moe"
 LINEAR = "vllm.model_executor.layers.linear"
 VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
@@ -77,6 +83,7 @@ OVERRIDDEN = [
     ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
     ("engine.engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("models.config_parser:ConfigByArchitecture.parse", CONFIG_PARSER),
     ("patches.ray_on_cpu.platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
     (
         "patches.ray_on_cpu.communicator:NodeAwareCpuCommunicator._all_group_ranks_share_shm_group_name",
@@ -213,6 +220,24 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     (f"{VOCABULARY}:ParallelLMHead.tie_weights", ["self", "embed_tokens"], []),
     ("vllm.model_executor.layers.layernorm:RMSNorm", ["hidden_size"], ["eps"]),
+    (f"{EXPERTS}:GateLinear", ["input_size", "output_size"], ["prefix"]),
+    (
+        f"{EXPERTS}:FusedMoEFactory",
+        [],
+        [
+            "num_experts",
+            "top_k",
+            "hidden_size",
+            "intermediate_size",
+            "renormalize",
+            "quant_config",
+            "dp_size",
+            "prefix",
+        ],
+    ),
+    (f"{EXPERTS}:MoERunner.forward", ["self", "hidden_states", "router_logits"], []),
+    (f"{EXPERTS}:MoERunner.load_weights", ["self", "weights"], []),
+    ("vllm.forward_context:set_forward_context", ["attn_metadata", "vllm_config"], []),
     (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         ["head_size"],

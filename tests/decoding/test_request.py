@@ -75,7 +75,7 @@ def test_the_answer_is_emitted_in_order_and_without_delay(scenario: Scenario) ->
         still_masked = p.masked.copy()
         still_masked[p.committed] = False
         finished = scenario.prompt_length
-        while finished < scenario.length and not still_masked[finished]:
+        while finished < len(still_masked) and not still_masked[finished]:
             finished += 1
             if answer[finished - 1 - scenario.prompt_length] in scenario.end_tokens:
                 break
@@ -194,7 +194,7 @@ def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
             assert sorted([*plan.window, *before.plan.window]) == whole
             assert plan.measure is None
         else:
-            reach = near(trace, just_committed)
+            reach = near(trace, p, just_committed)
             sure = sorted(q for q in whole if last.get(q, -1.0) >= config.threshold)
             sure.sort(key=lambda q: -last[q])
             known = [q for q in whole if q in last and q not in reach]
@@ -251,15 +251,15 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
         if p.restarted:
             cache.forget()
         cache.run(p.plan)
-        committed = ~p.masked
+        committed = np.flatnonzero(~p.masked)
         assert (cache.embedded[committed] == p.plan.tokens[committed]).all(), (
             "the keys of a committed position are still those of the mask"
         )
 
 
-def near(trace: Trace, positions: list[int]) -> set[int]:
-    """The canvas positions within the request's reach of any of these."""
-    reach, everywhere = trace.request.reach, range(trace.scenario.length)
+def near(trace: Trace, p: Pass, positions: list[int]) -> set[int]:
+    """The canvas positions of a pass within the request's reach of any of these."""
+    reach, everywhere = trace.request.reach, range(len(p.plan.tokens))
     return {at for at in everywhere for p in positions if abs(at - p) <= reach}
 
 
@@ -272,22 +272,22 @@ def test_elastic_rows(scenario: Scenario) -> None:
     measured = np.full((layers, track_num), -1)  # most attended, this step's latest of each layer
     just_committed: list[int] = []
     drifted_layer, join_layer = -1, 0
-    everything = list(range(scenario.length))
     for p in trace.passes:
         plan = p.plan
+        everything = list(range(len(plan.tokens)))
         if p.restarted:
             measured[:] = -1
             just_committed = []
         tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
         segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
         if plan.kind == "window":
-            rows = set(plan.window_rows.tolist()) | near(trace, just_committed) | tracked
-            assert segments == [(0, sorted(rows))]
+            rows = set(plan.window_rows.tolist()) | near(trace, p, just_committed) | tracked
+            assert segments == [(0, sorted(rows | p.appended))]
         elif plan.kind == "replay":
             assert segments == [(join_layer, everything)]
         else:
             assert segments == [(0, everything)]
-        assert plan.tested.tolist() == sorted(tracked)
+        assert plan.tested.tolist() == ([] if p.appended else sorted(tracked))
         assert isinstance(plan.measure, DriftTest)
         assert plan.measure.trackable.tolist() == (~p.masked).tolist()
         drifted_layer = -1
@@ -324,7 +324,7 @@ def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
             assert plan.measure.tested_layers == stale_from
             if stale_from is not None:
                 everyone = joins[0] + joins.get(stale_from, [])
-                assert sorted(everyone) == list(range(scenario.length))
+                assert sorted(everyone) == list(range(len(plan.tokens)))
         stale_from = None
         assert isinstance(p.result.measured, MeasuredDrift)
         if p.result.measured.similarities is not None:
@@ -347,15 +347,16 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
         if plan.kind in ("window", "refresh"):
             rows = (
                 set(plan.window_rows.tolist())
-                | near(trace, just_committed)
+                | near(trace, p, just_committed)
                 | set(plan.probes.tolist())
+                | p.appended
             )
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]
             stale = (at_zero - rows).union(*others)
             for block in {position // size for position in stale}:
-                members = set(range(block * size, min((block + 1) * size, scenario.length)))
+                members = set(range(block * size, min((block + 1) * size, len(plan.tokens))))
                 homes = [s for s in (at_zero - rows, *others) if s & members]
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
@@ -404,7 +405,7 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         assert set(plan.window.tolist()) <= set(again.window.tolist())
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
-        assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers
+        assert again.row_layers(scenario.num_layers) == len(plan.tokens) * scenario.num_layers
         request.finish_pass(model.run(plan))
 
 
@@ -417,7 +418,8 @@ def test_the_record_adds_up(scenario: Scenario) -> None:
     assert record.passes == len(trace.passes)
     assert record.denoising_steps == sum(not p.replayed for p in trace.passes)
     assert record.row_layers == sum(p.plan.row_layers(layers) for p in trace.passes)
-    assert record.full_row_layers == scenario.length * layers * record.denoising_steps
+    lengths = [len(p.plan.tokens) for p in trace.passes if not p.replayed]
+    assert record.full_row_layers == sum(lengths) * layers
     if not scenario.config.record:
         assert record.steps == []
         return

@@ -83,7 +83,7 @@ class BenchEngine:
         config = self.llm.llm_engine.vllm_config.model_config.hf_config
         self.mask_token_id: int = config.mask_token_id
         self.eos_token_id: int | None = config.eos_token_id
-        self.num_layers: int = config.n_layers
+        self.num_layers: int = config.num_hidden_layers
         self._has_tokenizer = tokenizer
 
     @property

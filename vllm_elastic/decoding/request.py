@@ -21,7 +21,7 @@ from vllm_elastic.decoding.plan import (
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.record import DecodingRecord, canvas_of_pass
 from vllm_elastic.decoding.sampling import Sampling
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.decoding.validity import BlockValidity
 
@@ -45,6 +45,7 @@ class DenoisingRequest:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         just_committed: positions committed in the previous step, ascending.
+        appended: positions that the canvas has grown by since; no pass has computed them.
         last_probability: float64 [T], of each position's last prediction that a step chose from;
             NaN: none yet.
     """
@@ -65,7 +66,12 @@ class DenoisingRequest:
         self.config = config
         self.traits = traits
         self.canvas = Canvas(
-            prompt_token_ids, max_tokens, traits.mask_token_id, end_token_ids, config.canvas
+            prompt_token_ids,
+            max_tokens,
+            traits.mask_token_id,
+            end_token_ids,
+            config.canvas,
+            growth_of(config, traits.grow_by),
         )
         self.validity = BlockValidity(
             self.canvas.length,
@@ -76,7 +82,7 @@ class DenoisingRequest:
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
         reach = self.policy.reach if config.reach is None else config.reach
-        self.reach = min(reach, self.canvas.length)
+        self.reach = min(reach, self.canvas.capacity)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(
             keep_steps=config.record or config.watch,
@@ -84,13 +90,14 @@ class DenoisingRequest:
             keep_canvas=config.watch or (config.record and config.record_canvas),
         )
         self.just_committed: Positions = NO_POSITIONS
+        self.appended: Positions = NO_POSITIONS
         self.last_probability = np.full(self.canvas.length, np.nan)
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._state = StepState.FIRST_PASS
         self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
-        self._fresh = True  # no pass has written the KV blocks yet
+        self._num_written = 0  # positions whose KV blocks a pass has written
 
     @property
     def num_layers(self) -> int:
@@ -99,12 +106,12 @@ class DenoisingRequest:
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
         self.validity.invalidate(0)
-        self.just_committed = NO_POSITIONS
+        self.just_committed = self.appended = NO_POSITIONS
         self.last_probability[:] = np.nan
         self._plan = None
         self._state = StepState.FIRST_PASS
         self._predicted = None
-        self._fresh = True
+        self._num_written = 0
 
     def plan(self) -> PassPlan:
         """The next pass. Pure until ``finish_pass``."""
@@ -120,7 +127,7 @@ class DenoisingRequest:
         """
         plan, state = self.plan(), self._state
         self._plan = None
-        self._fresh = False
+        self._num_written = len(plan.tokens)
         self.validity.validate()  # the pass recomputed all that was stale
         if not np.isfinite(result.probabilities).all():
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
@@ -174,11 +181,13 @@ class DenoisingRequest:
             window=window,
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
-            fresh=self._fresh,
+            num_written=self._num_written,
         )
         rows = plan.window_rows
         if self._state is not StepState.WIDENED:
             rows = self.policy.rows(self, rows)
+            if self.appended.size:
+                rows = merged(self.canvas.length, rows, self.appended)
         join = self.validity.join_layers()
         # A replay repeats its step's rows too, but only from where the first block is stale.
         start = int(join.min()) if self._state is StepState.REPLAY else 0
@@ -236,6 +245,11 @@ class DenoisingRequest:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
                 self._logprobs[position] = found.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
+        self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
+        if self.appended.size:
+            self.validity.extend(self.canvas.length)
+            unknown = np.full(self.appended.size, np.nan)
+            self.last_probability = np.append(self.last_probability, unknown)
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None

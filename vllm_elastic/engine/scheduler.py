@@ -116,7 +116,7 @@ class ElasticScheduler(Scheduler):
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
                 continue
-            if canvas.record.denoising_steps:  # each one commits
+            if canvas.just_committed.size:
                 self._first_commit_at.setdefault(request_id, time.monotonic())
             model_runner_output.sampled_token_ids[index] = tokens
             if result.logprobs is not None:
@@ -183,8 +183,9 @@ class ElasticScheduler(Scheduler):
             request.max_tokens,
             config,
             self._traits,
-            # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
-            end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
+            # The authors' own schedules decode to the end; vLLM still cuts the answer at its end
+            # token.
+            end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
             sampling=sampling_of(
                 params,
@@ -203,7 +204,9 @@ class ElasticScheduler(Scheduler):
             self.limits,
         )
         for request_id, plan in taken:
-            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            # A canvas that grows has blocks for all that it may grow to.
+            plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
         return [plan for _, plan in taken]
 
     # Where vLLM asks.
@@ -258,11 +261,13 @@ class ElasticScheduler(Scheduler):
 
     def _ends_with_end_token(self, request: Request) -> bool:
         """Whether the model ended the answer with a token that is no part of its text."""
-        params = request.sampling_params
+        params, stops = request.sampling_params, self._traits.stop_ids
+        if request.status != RequestStatus.FINISHED_STOPPED or params is None:
+            return False
+        if request.stop_reason in stops:  # a token's id
+            return True
         return (
-            request.status == RequestStatus.FINISHED_STOPPED
-            and request.stop_reason is None
-            and params is not None
+            request.stop_reason is None
             and request.num_output_tokens > 0
             and request.output_token_ids[-1] == params.eos_token_id
         )

@@ -49,6 +49,9 @@ class ElasticBlock(RefreshPolicy):
         self._probes = self._next_probes = NO_POSITIONS
         self._rate: npt.NDArray[np.float32] | None = None
         self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
+        # Steps, of blocks and of positions.
+        self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._probed_at = self._written_at = self._refreshed_at
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
@@ -56,7 +59,7 @@ class ElasticBlock(RefreshPolicy):
     def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
         """New ones, neighbours of the last commits, and what was sure and is still masked."""
         config = self.config
-        if not config.lazy_window or config.steps is not None:
+        if not config.lazy_window or config.fixed_steps:
             return window
         last = request.last_probability[window]
         chosen = np.isnan(last) | np.isin(window, request.near_commits())
@@ -91,6 +94,7 @@ class ElasticBlock(RefreshPolicy):
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
         assert isinstance(measured, MeasuredBlocks)
         step = plan.denoising_step
+        self._take_in_new(request, step)
         if plan.computes_everything:
             self._start_over(request, step)
         self._take_probes(request, plan, measured, step)
@@ -112,6 +116,18 @@ class ElasticBlock(RefreshPolicy):
             self._start_over(request, plan.denoising_step)  # all blocks were found stale
         for segment in plan.segments:
             self._written_at[segment.positions] = plan.denoising_step
+
+    def _take_in_new(self, request: DenoisingRequest, step: int) -> None:
+        """What the canvas has grown by is as of this step; how fast it drifts is not known."""
+        blocks, length = len(request.validity.stale_from), request.canvas.length
+        if self._rate is None or len(self._written_at) == length:
+            return
+        new = blocks - len(self._rate)
+        self._rate = np.pad(self._rate, ((0, new), (0, 0)))
+        self._refreshed_at = np.append(self._refreshed_at, np.full(new, step))
+        self._probed_at = np.append(self._probed_at, np.full(new, step))
+        appended = np.full(length - len(self._written_at), step)
+        self._written_at = np.append(self._written_at, appended)
 
     def _start_over(self, request: DenoisingRequest, step: int) -> None:
         """All blocks are as of this step."""
