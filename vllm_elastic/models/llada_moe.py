@@ -27,6 +27,7 @@ class LLaDAMoEModelLM(LlamaNamed):
     """Weight names are those of the released checkpoints: Llama's, with OLMoE's experts."""
 
     per_head_norm = True
+    loaded_apart = (".experts.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

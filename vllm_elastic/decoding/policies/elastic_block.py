@@ -48,10 +48,10 @@ class ElasticBlock(RefreshPolicy):
         super().__init__(config)
         self._probes = self._next_probes = NO_POSITIONS
         self._rate: npt.NDArray[np.float32] | None = None
-        self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
         # Steps, of blocks and of positions.
         self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._probed_at = self._written_at = self._refreshed_at
+        self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
