@@ -502,13 +502,14 @@ def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:
     """A page would show another pass than the one that was run."""
     config = replace(scenario.config, record=True, record_canvas=True)
     scenario = replace(scenario, config=config)
-    trace, request = drive(scenario), scenario.make_request()
+    trace, block_size = drive(scenario), scenario.make_request().validity.block_size
     assert len(trace.request.record.steps) == len(trace.passes)
     shown = {}
     ends = [p.end for p in trace.passes[1:]] + [trace.request.canvas.end]
     for entry, p, end in zip(trace.request.record.steps, trace.passes, ends, strict=True):
         canvas = entry["canvas"]
-        assert canvas["end"] == end
+        assert canvas["length"] == len(p.plan.tokens)
+        assert canvas["end"] == min(end, len(p.plan.tokens))
         found = zip(p.plan.window, p.result.token_ids, p.result.probabilities, strict=True)
         assert canvas["predicted"] == [[at, token, round(sure, 4)] for at, token, sure in found]
         spans = {at: join for start, stop, join in canvas["spans"] for at in range(start, stop)}
@@ -518,8 +519,10 @@ def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:
         stops = {(stop, join) for _, stop, join in canvas["spans"]}
         pairs = {(start, join) for start, _, join in canvas["spans"]}
         assert len(starts) == len(set(starts)) and not stops & pairs, "stretches are whole"
-        assert canvas["block_size"] == request.validity.block_size
-        assert len(canvas["stale_from"]) == len(request.validity.stale_from)
+        assert canvas["block_size"] == block_size
+        blocks = -(-len(p.plan.tokens) // block_size)
+        assert len(canvas["stale_from"]) == blocks
+        assert all(len(values) == blocks for values in canvas["judged_by"].values())
         shown |= {at: token for at, token, _ in canvas["predicted"]}
         for at in entry["committed"]:  # the last prediction of a position is what it gets
             assert shown[at] == scenario.answer[at - scenario.prompt_length]

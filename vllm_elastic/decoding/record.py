@@ -111,9 +111,10 @@ def canvas_of_pass(
         judged_by: from ``RefreshPolicy.judged_by``.
 
     Returns:
-        predicted: [position, token id, probability] of each window position. A position that is
-        committed gets the token of its last prediction.
-        end: exclusive bound of what is decoded from now on.
+        predicted: [position, token id, probability] of each window position, the last as
+        ``PassResult.probabilities`` has it. What is committed gets the token of its last prediction.
+        length: positions there were in the pass; an answer that grows has more in a later one.
+        end: exclusive bound of those of them that are still decoded.
         spans: [first position, position behind the last, join layer] of the rows computed.
         compared: positions whose rows were compared with what was stored of them.
         block_size: positions; stale_from: of each block the first stale layer, L for none.
@@ -127,7 +128,8 @@ def canvas_of_pass(
     )
     return {
         "predicted": [list(prediction) for prediction in predictions],
-        "end": canvas.end,
+        "length": len(plan.tokens),
+        "end": min(canvas.end, len(plan.tokens)),
         "spans": [
             [first, stop, segment.join_layer]
             for segment in plan.segments

@@ -280,7 +280,7 @@ def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
         passes[0]["request"] = {
             "policy": canvas.config.policy,
             "layers": canvas.num_layers,
-            "canvas": canvas.canvas.length,
+            "canvas": canvas.canvas.capacity,
             "prompt_tokens": canvas.canvas.prompt_length,
             "knobs": {"gamma": canvas.config.gamma, "block_drift": canvas.config.block_drift},
         }

@@ -21,6 +21,17 @@ function workOf(pass, layers) {
 }
 
 /**
+ * Appends a pass to a run: `work` is what was computed by then, `none` what the same steps compute
+ * without a cache. All three begin as [], [0], [0].
+ */
+function addPass(run, pass) {
+  const begins = run.steps.at(-1)?.denoising_step !== pass.denoising_step;
+  run.steps.push(pass);
+  run.work.push(run.work.at(-1) + workOf(pass, run.layers));
+  run.none.push(run.none.at(-1) + (begins ? pass.length * run.layers : 0));
+}
+
+/**
  * What the first `count` passes of a run made of its canvas.
  *
  * run: prompt_tokens, canvas (positions, prompt and all), tokens (of the answer) or null while it
@@ -40,10 +51,13 @@ function canvasAt(run, count) {
   }
   const last = count ? run.steps[count - 1] : null;
   // The end token is committed and no part of the answer.
-  const found = last && last.end < run.canvas ? last.end - 1 - first : cells.length;
+  const found = last && last.end < last.length ? last.end - 1 - first : cells.length;
   const end = run.tokens === null ? found : run.tokens;
   const ended = end < cells.length && cells[end].kind === "done";
   if (ended) for (const cell of cells.slice(end + 1)) if (cell.kind !== "done") cell.dropped = true;
+  // An answer that grows has its later masks later.
+  const there = last ? last.length - first : cells.length;
+  for (const cell of cells.slice(there)) cell.dropped = true;
   const done = cells.slice(0, end).filter((cell) => cell.kind === "done").length;
   return { cells, done, last, index: count - 1 };
 }

@@ -94,7 +94,7 @@ class PassMap {
       .attr("width", (d) => x(Math.min(d.start + pass.block_size, run.canvas)) - x(d.start))
       .attr("height", (d) => bottom - y(d.layer));
     this.marks.selectAll("*").remove();
-    this.svg.attr("aria-label", pass ? `${pass.rows} of ${run.canvas} rows computed` : "no pass yet");
+    this.svg.attr("aria-label", pass ? `${pass.rows} of ${pass.length} rows computed` : "no pass yet");
     if (!pass) return;
     this.showTicks(pass);
     this.showRows(pass);
@@ -174,7 +174,7 @@ class PassMap {
 function reasonOf(run, index) {
   const pass = run.steps[index];
   const before = index ? run.steps[index - 1] : null;
-  const { policy, layers, canvas, knobs } = run;
+  const { policy, layers, knobs } = run;
   const words = [];
   const stale = before ? before.stale_from.map((l, b) => [l, b]).filter(([l]) => l < layers) : [];
   const named = stale.slice(0, MOST_NAMED).map(([layer, block]) => `${block} (layer ${layer})`).join(", ");
@@ -185,9 +185,9 @@ function reasonOf(run, index) {
   else if (pass.kind === "replay") words.push(`The step again, from layer ${pass.start_layer} on.`);
   else if (policy === "elastic-block" && stale.length)
     words.push(`Refreshed blocks ${named}${others}.`);
-  else if (pass.rows === canvas)
+  else if (pass.rows === pass.length)
     words.push(policy === "dual-cache" ? "A text block begins: everything." : "Everything is refreshed.");
-  else words.push(`Only ${pass.rows} of ${canvas} rows; all else is read from the cache.`);
+  else words.push(`Only ${pass.rows} of ${pass.length} rows; all else is read from the cache.`);
   if (pass.similarities) {
     const layer = pass.similarities.findIndex((s) => s !== null && s < knobs.gamma);
     if (layer >= 0 && layer < layers - 1)

@@ -26,13 +26,13 @@ function element(parent, name, className = "", text = "") {
 
 /** Adds to a run what follows from its record: cumulated work and tokens, by number of passes. */
 function prepare(run) {
-  run.steps = run.steps.map(passOf);
-  run.work = [0];
+  const passes = run.steps.map(passOf);
+  Object.assign(run, { steps: [], work: [0], none: [0] });
   run.done = [0];
   const seen = new Set();
   const end = run.prompt_tokens + run.tokens;
-  for (const pass of run.steps) {
-    run.work.push(run.work.at(-1) + workOf(pass, run.layers));
+  for (const pass of passes) {
+    addPass(run, pass);
     for (const position of pass.committed) if (position < end) seen.add(position);
     run.done.push(seen.size);
   }
@@ -82,7 +82,7 @@ class Panel {
     this.meter.style.width = `${(100 * done) / Math.max(run.tokens, 1)}%`;
     const pass = state.last;
     const kind = pass ? `, ${pass.kind}` : "";
-    const none = run.canvas * run.layers * (pass ? pass.denoising_step + 1 : 0);
+    const none = run.none[passes];
     const share = none ? `, <b>${percent(run.work[passes] / none)}</b> of no cache` : "";
     this.figures.innerHTML =
       `pass <b class="pass">${passes}</b> of ${run.steps.length}${kind} · <b class="done">${done}</b> of ` +
@@ -101,6 +101,7 @@ class Panel {
     const none = run.canvas * run.layers;
     const passes = run.steps.map((pass, index) => ({
       pass: index + 1, kind: pass.kind, work: workOf(pass, run.layers), rows: pass.rows,
+      none: pass.length * run.layers,
       tokens: pass.committed.length,
     }));
     const shared = { width, marginTop: 6, marginBottom: 20, marginLeft: 58, marginRight: 8, style: { background: "none", fontSize: "11px" } };
@@ -111,10 +112,12 @@ class Panel {
       marks: [
         Plot.rectY(passes, {
           x1: (d) => d.pass - 0.5, x2: (d) => d.pass + 0.5, y: "work", fill: "kind", inset: 0.3,
-          title: (d) => `pass ${d.pass}, ${d.kind}\n${number(d.work)} row-layers, ${percent(d.work / none)} of no ` +
+          title: (d) => `pass ${d.pass}, ${d.kind}\n${number(d.work)} row-layers, ${percent(d.work / d.none)} of no ` +
             `cache\n${d.rows} rows, ${d.tokens} tokens committed`, tip: true,
         }),
-        Plot.ruleY([none], { stroke: "currentColor", strokeDasharray: "4 3" }),
+        Plot.lineY(passes, {
+          x: "pass", y: "none", stroke: "currentColor", strokeDasharray: "4 3", curve: "step",
+        }),
         Plot.ruleY([0]),
       ],
     }));

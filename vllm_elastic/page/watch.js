@@ -109,13 +109,11 @@ class Panel {
   /** A pass has arrived. */
   take(entry, seconds) {
     if (entry.request) {
-      this.run = { ...entry.request, tokens: null, steps: [], work: [0] };
+      this.run = { ...entry.request, tokens: null, steps: [], work: [0], none: [0] };
       this.points = [{ seconds: 0, done: 0 }];
     }
     Object.assign(this.words, entry.words);
-    const pass = passOf(entry);
-    this.run.steps.push(pass);
-    this.run.work.push(this.run.work.at(-1) + workOf(pass, this.run.layers));
+    addPass(this.run, passOf(entry));
     this.points.push({ seconds, done: canvasAt(this.run, this.run.steps.length).done });
   }
 
@@ -156,8 +154,7 @@ class Panel {
     const steps = this.finished ? run.steps.at(-1).denoising_step + 1 : state.last.denoising_step + 1;
     this.answer.show(answerCells(run, state, this.words, steps), `${state.done} tokens committed`);
     this.meter.style.width = `${(100 * state.done) / Math.max(whole, 1)}%`;
-    const none = run.canvas * run.layers * (state.last.denoising_step + 1);
-    const share = ((100 * run.work[shown]) / none).toFixed(0);
+    const share = ((100 * run.work[shown]) / run.none[shown]).toFixed(0);
     this.figures.innerHTML =
       `<b class="done">${state.done}</b> tokens in <b>${seconds.toFixed(2)}</b> s: ` +
       `<b class="speed">${(state.done / seconds).toFixed(0)}</b> a second · pass <b class="pass">${shown}</b>, ` +
