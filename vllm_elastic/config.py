@@ -259,6 +259,15 @@ class ElasticConfig:
         "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks. With "
         "`alg` Dream's schedule, which has no blocks",
     )
+    grow_by: int | None = _knob(
+        None,
+        _or_null(_integer(0, _MOST)),
+        "positions that an answer grows by: the next ones are appended when all before them are "
+        "committed, and no mask stands behind them until then. 0: all `max_tokens` masks are there "
+        "from the start. null: as the model's authors decode, 32 for iLLaDA and 0 for all others. "
+        "A multiple of `block_length` where text blocks are predicted; infilling and `alg` do not "
+        "grow",
+    )
     remasking: str = _knob(
         "low_confidence",
         _choice("low_confidence", "random"),
@@ -297,6 +306,13 @@ class ElasticConfig:
         "wanted. Fixed tokens stay, and no end token is chosen ahead of one. null: all masks",
         engine=False,
     )
+    watch: bool = _knob(
+        False,
+        _FLAG,
+        "of a streamed chat: an event for every pass, in the order in which tokens are committed "
+        "([seeing it](see.md#a-running-server))",
+        engine=False,
+    )
     max_window: int = _knob(
         1024,
         _integer(1, _MOST),
@@ -329,6 +345,13 @@ class ElasticConfig:
         False,
         _FLAG,
         "with the rows of each join layer (`bench run` sets it, `bench simulate` reads it)",
+        per_request=False,
+    )
+    record_canvas: bool = _knob(
+        False,
+        _FLAG,
+        "with what each pass predicted, where it computed and what it left stale (`bench run "
+        "--canvas` sets it, `bench report` shows it; about 2 KB a pass)",
         per_request=False,
     )
 

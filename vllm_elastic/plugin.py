@@ -22,20 +22,24 @@ def register() -> None:
         ) from error
 
     from vllm_elastic.engine.image_renderer import register_renderer
+    from vllm_elastic.models.config_parser import dispatch_on_architectures
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
     from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
     from vllm_elastic.patches.sent_parameters import note_what_was_sent
+    from vllm_elastic.patches.watched_requests import show_passes_of_watched_requests
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
     register_renderer()
+    dispatch_on_architectures()
     add_elastic_flags()
     check_requests_at_admission()
     take_reports_of_ended_requests()
     take_max_tokens_literally()
     note_what_was_sent()
+    show_passes_of_watched_requests()
 
 
 def register_family(architecture: str, family: Family) -> None:

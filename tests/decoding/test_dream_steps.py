@@ -16,7 +16,7 @@ from tests.golden import dream_steps
 from vllm_elastic.config import ALGORITHMS, ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas
 from vllm_elastic.decoding.dream_steps import DreamSteps
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 
 PROMPT = 3
 
@@ -127,3 +127,11 @@ def test_what_does_not_go_together(knobs: dict[str, Any], tokens: int, names: li
     with pytest.raises(ValueError) as error:
         make_schedule(ElasticConfig.from_dict({"alg": "entropy", **knobs}), tokens)
     assert all(name in str(error.value) for name in names)
+
+
+def test_an_answer_does_not_grow_under_it() -> None:
+    """Its times are those of one canvas: it would commit whatever is appended at once."""
+    config = ElasticConfig.from_dict({"alg": "entropy"})
+    assert growth_of(config, own=32) == 0
+    with pytest.raises(ValueError, match="'elastic_grow_by' and 'elastic_alg' do not go together"):
+        growth_of(ElasticConfig.from_dict({"alg": "entropy", "grow_by": 32}), own=0)

@@ -341,3 +341,20 @@ def test_profiling_encodes_the_largest_image(tiny: Tiny, monkeypatch: pytest.Mon
     )
     tiny.engine.runner.profile_run()
     assert [len(tiles) for tiles in seen] == [1 + GRIDS**2]
+
+
+def test_a_checkpoint_without_its_tower(tiny: Tiny, tmp_path: Path) -> None:
+    """vLLM would serve it with what the memory held."""
+    from safetensors.torch import load_file, save_file
+
+    from vllm_elastic.bench.engine import BenchEngine
+
+    for file in tiny.directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tiny.directory / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"nothing for \d+ weights of LLaDA-V's images, .*left out"
+    ):
+        BenchEngine(tmp_path, kv_cache_memory_bytes=64 << 20)

@@ -20,6 +20,7 @@ from .agreement import agrees
 from .collectives import count_collectives, expected_traffic, take_collectives
 from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
 from .test_oracle import CONFIGS, ask_oracle
+from .transformers_oracle import save_family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -147,6 +148,20 @@ def poison_worker(worker: Any) -> None:
     """Runs in a worker: KV blocks hold NaN."""
     for cache in worker.model_runner.kv_caches.values():
         cache.fill_(float("nan"))
+
+
+def test_shared_experts_equal_oracle(tmp_path: Path) -> None:
+    """LLaDA-MoE: each rank has a share of every expert, and one KV head; answers grow."""
+    oracle = save_family("llada-moe", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+        served = start(oracle, tmp_path, "llada-moe", "mp")
+    try:
+        workers(served, poison_worker)
+        names = ["none", "released-high", "block-lazy-topk"]
+        assert_equals_oracle(served, {name: CONFIGS[name] | {"grow_by": 8} for name in names})
+    finally:
+        stop(served)
 
 
 def assert_traffic_follows_the_formula(

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
 DEFAULT_KV_CACHE_BYTES = 1 << 30
@@ -39,6 +41,7 @@ class BenchEngine:
         row_budget: max_num_batched_tokens.
         similarities: keep every drift test's similarities in the records.
         rows: keep the rows of each join layer in the records.
+        canvas: keep what ``bench report`` shows in the records.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class BenchEngine:
         row_budget: int = DEFAULT_ROW_BUDGET,
         similarities: bool = False,
         rows: bool = False,
+        canvas: bool = False,
         **llm_options: Any,
     ) -> None:
         # The scheduler must live in this process: its records are the result.
@@ -59,7 +63,7 @@ class BenchEngine:
         from vllm import LLM
 
         knobs = dict(elastic_config or {}, record=True)
-        knobs |= {"record_similarities": similarities, "record_rows": rows}
+        knobs |= {"record_similarities": similarities, "record_rows": rows, "record_canvas": canvas}
         ElasticConfig.from_dict(knobs)
         tokenizer = (Path(model) / "tokenizer.json").exists()
         self.llm = LLM(
@@ -104,7 +108,8 @@ class BenchEngine:
         Returns:
             id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
             and without the first end token), text,
-            denoising_steps, passes, row_layers, full_row_layers, steps, seconds.
+            denoising_steps, passes, row_layers, full_row_layers, steps, seconds; with ``canvas``
+            also knobs, prompt_token_ids and words (the text of every token id that occurs).
         """
         from vllm import SamplingParams
 
@@ -150,12 +155,21 @@ class BenchEngine:
         token_ids = list(completion.token_ids)
         if token_ids[-1:] == [self.eos_token_id]:  # there without a tokenizer only
             token_ids.pop()
+        config = self.scheduler.elastic_config.for_request(request)
+        prompt_token_ids = list(output.prompt_token_ids)
+        shown: dict[str, Any] = {}
+        if config.record_canvas:
+            shown = {
+                "knobs": asdict(config),
+                "prompt_token_ids": prompt_token_ids,
+                "words": self._words([*prompt_token_ids, *token_ids], record),
+            }
         return {
             "id": request.get("id", index),
-            "policy": self.scheduler.elastic_config.for_request(request).policy,
+            "policy": config.policy,
             "layers": self.num_layers,
-            "canvas": len(output.prompt_token_ids) + max_tokens,
-            "prompt_tokens": len(output.prompt_token_ids),
+            "canvas": len(prompt_token_ids) + max_tokens,
+            "prompt_tokens": len(prompt_token_ids),
             "token_ids": token_ids,
             "text": completion.text,
             "denoising_steps": record.denoising_steps,
@@ -164,7 +178,18 @@ class BenchEngine:
             "full_row_layers": record.full_row_layers,
             "seconds": record.seconds,
             "steps": record.steps,
+            **shown,
         }
+
+    def _words(self, shown: Sequence[int], record: DecodingRecord) -> dict[str, str]:
+        """Text of these tokens and of all that was predicted, by token id as JSON's keys are."""
+        token_ids = set(shown)
+        for step in record.steps:
+            token_ids |= {token_id for _, token_id, _ in step["canvas"]["predicted"]}
+        if not self._has_tokenizer:
+            return {str(token_id): f" {token_id}" for token_id in sorted(token_ids)}
+        tokenizer = self.llm.get_tokenizer()
+        return {str(token_id): tokenizer.decode([token_id]) for token_id in sorted(token_ids)}
 
 
 def _setting(requests: Sequence[Mapping[str, Any]]) -> str:

@@ -73,8 +73,9 @@ class PassPlan:
         logits_shift: the candidates of position p are read from row p - logits_shift.
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
-        fresh: the first pass over these KV blocks; what they hold is another request's.
         stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
+        num_written: positions whose KV blocks earlier passes have written; what those behind hold
+            is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
 
@@ -87,8 +88,8 @@ class PassPlan:
     logits_shift: int = 0
     measure: Measure | None = None
     sampling: Sampling | None = None
-    fresh: bool = False
     stored_inputs: Positions = field(default_factory=lambda: NO_POSITIONS)
+    num_written: int = 0
     block_ids: list[int] = field(default_factory=list)
 
     @property

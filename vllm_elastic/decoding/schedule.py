@@ -146,6 +146,32 @@ class FixedSteps(TextBlocks):
         return by_rank(priorities, count)
 
 
+def growth_of(config: ElasticConfig, own: int) -> int:
+    """Positions that a canvas grows by; 0: it is there as a whole from the start.
+
+    Args:
+        own: the model's own, where the knobs name none.
+
+    Raises:
+        ValueError: it does not go together with other knobs; names them.
+    """
+    for knob, value in (("elastic_canvas", config.canvas), ("elastic_alg", config.alg)):
+        if value is not None:  # of an answer that is there as a whole
+            if config.grow_by:
+                raise ValueError(
+                    f"'elastic_grow_by' and '{knob}' do not go together: leave one out."
+                )
+            return 0
+    grow_by = own if config.grow_by is None else config.grow_by
+    if config.predicts_text_blocks and grow_by % config.block_length:
+        raise ValueError(
+            f"'elastic_grow_by' {grow_by} must be a multiple of 'elastic_block_length' "
+            f"{config.block_length} where text blocks are predicted; change one, or send "
+            "elastic_grow_by=0 for an answer that does not grow."
+        )
+    return grow_by
+
+
 def text_block(canvas: Canvas, length: int) -> tuple[int, int]:
     """Positions [start, stop) of the first text block with something left to decode."""
     first = int(canvas.first_masked(1)[0])

@@ -21,6 +21,8 @@ class DecodingTraits:
             model that was trained on from one that predicts the next token (Dream).
         image_token_id: stands in a prompt for a position of an image, whose input of layer 0 is
             no token's embedding; None: the model takes no images.
+        grow_by: positions that are appended to an answer at a time where nobody says otherwise; 0:
+            all of them from the start.
     """
 
     num_layers: int
@@ -32,6 +34,7 @@ class DecodingTraits:
     never_chosen: tuple[int, ...] = ()
     logits_shift: int = 0
     image_token_id: int | None = None
+    grow_by: int = 0
 
     @property
     def stores_input(self) -> bool:

@@ -12,7 +12,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
@@ -113,6 +113,10 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
         )
+    try:
+        growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
+    except ValueError as error:
+        raise ValueError(f"--elastic-config: {error}") from None
     if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)

@@ -9,80 +9,10 @@ with a prompt, and position 0 is never predicted.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-from vllm.config import VllmConfig
-
-from vllm_elastic.models.dream_config import DreamConfig
-from vllm_elastic.models.layers import AttentionProjection, GatedMLP, KernelRMSNorm, PreNormBlock
-from vllm_elastic.models.transformer import DiffusionTransformer
-
-STACKED: dict[str, tuple[str, str | int]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
-
-IN_BLOCKS = {
-    "self_attn": "attention",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
+from vllm_elastic.models.llama_names import LlamaNamed
 
 
-class DreamModel(DiffusionTransformer):
-    """Weight names are those of the released checkpoints, which are Qwen2's."""
+class DreamModel(LlamaNamed):
+    """Weight names are those of the released checkpoints, which are Qwen2's, and so Llama's."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config: DreamConfig = vllm_config.model_config.hf_config
-        width = config.hidden_size
-
-        def norm() -> KernelRMSNorm:
-            return KernelRMSNorm(width, eps=config.rms_norm_eps)
-
-        def make_block(name: str) -> PreNormBlock:
-            attention = AttentionProjection(
-                vllm_config,
-                f"{name}.attention",
-                width=width,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=width // config.num_attention_heads,
-                max_position=config.max_position_embeddings,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                qkv_bias=True,
-            )
-            mlp = GatedMLP(vllm_config, f"{name}.mlp", width=width, inner=config.intermediate_size)
-            return PreNormBlock(norm(), attention, norm(), mlp)
-
-        super().__init__(
-            vllm_config,
-            prefix,
-            width=width,
-            num_layers=config.num_hidden_layers,
-            vocab_size=config.vocab_size,
-            rows_of_embedding=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            norm=norm(),
-            make_block=make_block,
-        )
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load Dream's own tensor names; returns the parameters that were filled.
-
-        Raises:
-            ValueError: a tensor that Dream does not have.
-        """
-        return self.load_named(weights, self._name_of, STACKED)
-
-    def _name_of(self, name: str) -> str | None:
-        if name == "lm_head.weight" and self.tied:
-            return None
-        name = name.removeprefix("model.")
-        if not name.startswith("layers."):
-            return name
-        _, index, module, suffix = name.split(".", 3)
-        return f"blocks.{index}.{IN_BLOCKS.get(module, module)}.{suffix}"
+    qkv_bias = True

@@ -44,6 +44,13 @@ class LLaDAConfig(PretrainedConfig):
         weight_tying: bool = False,
         **kwargs: Any,
     ) -> None:
+        for key in (*self.attribute_map, "num_experts"):
+            if key in kwargs:
+                raise ValueError(
+                    f"LLaDA config: {key} is no key of LLaDA-8B's, whose sizes are called "
+                    f"{', '.join(self.attribute_map.values())}. Other families that say "
+                    'model_type "llada" are told by their "architectures".'
+                )
         for key, wanted in (
             ("block_type", "llama"),
             ("activation_type", "silu"),

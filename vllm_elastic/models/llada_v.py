@@ -48,6 +48,7 @@ class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
     """Weight names are those of the released checkpoint (``model.layers.*``)."""
 
     supports_encoder_tp_data = True
+    loaded_apart = ("images.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -88,8 +89,9 @@ class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
         """Load LLaDA-V's tensor names; returns the parameters that were filled.
 
         Raises:
-            ValueError: a tensor that LLaDA-V does not have.
+            ValueError: a tensor that LLaDA-V does not have, or one that the checkpoint does not.
         """
+        first_load = self._to_be_filled
         of_images: list[tuple[str, torch.Tensor]] = []
 
         def of_text() -> Iterable[tuple[str, torch.Tensor]]:
@@ -100,4 +102,10 @@ class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
                     yield name, weight
 
         loaded = super().load_weights(_LLADAS_NAMES.apply(of_text()))
-        return loaded | {f"images.{name}" for name in self.images.load_weights(of_images)}
+        filled = self.images.load_weights(of_images)
+        if lacking := first_load and sorted(dict(self.images.named_parameters()).keys() - filled):
+            raise ValueError(
+                f"the checkpoint has nothing for {len(lacking)} weights of LLaDA-V's images, "
+                f"{lacking[0]} among them. Were files left out?"
+            )
+        return loaded | {f"images.{name}" for name in filled}

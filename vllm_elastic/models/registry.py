@@ -42,6 +42,14 @@ FAMILIES: dict[str, Family] = {
         model="vllm_elastic.models.dream:DreamModel",
         tokenizer="vllm_elastic.models.dream_tokenizer:DreamTokenizer",
     ),
+    "ILLaDAForCausalLM": Family(
+        config="vllm_elastic.models.illada_config:ILLaDAConfig",
+        model="vllm_elastic.models.illada:ILLaDAForCausalLM",
+    ),
+    "LLaDAMoEModelLM": Family(
+        config="vllm_elastic.models.llada_moe_config:LLaDAMoEConfig",
+        model="vllm_elastic.models.llada_moe:LLaDAMoEModelLM",
+    ),
 }
 """By the name that a config.json has under ``architectures``."""
 
@@ -65,4 +73,5 @@ def traits_of(hf_config: Any) -> DecodingTraits:
         never_chosen=(hf_config.mask_token_id, *getattr(hf_config, "never_chosen_ids", ())),
         logits_shift=getattr(hf_config, "logits_shift", 0),
         image_token_id=getattr(hf_config, "image_token_id", None),
+        grow_by=getattr(hf_config, "grow_by", 0),
     )
