@@ -32,9 +32,15 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/ray_on_cpu/communicator.py",
     "patches/ray_on_cpu/platform.py",
     "engine/engine_config.py",
+    "engine/image_connector.py",
+    "engine/image_renderer.py",
     "engine/request_defaults.py",
     "models/hidden_states.py",
+    "models/image_encoder.py",
+    "models/image_processor.py",
+    "models/llada_v.py",
     "models/ranks.py",
+    "runner/images.py",
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
@@ -71,6 +77,10 @@ VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
 COMPLETIONS = f"{OPENAI}.completion.serving:OpenAIServingCompletion"
 BEAM_SEARCH = "vllm.entrypoints.generate.beam_search"
+PROCESSING = "vllm.multimodal.processing:"
+PROCESSOR = f"{PROCESSING}BaseMultiModalProcessor"
+SUPPORTS_IMAGES = "vllm.model_executor.models.interfaces:SupportsMultiModal"
+RENDERER = "vllm.renderers.hf:HfRenderer"
 QUANTIZED = ["bias", "quant_config", "prefix"]
 
 # Our class and method -> the vLLM class whose method it overrides.
@@ -83,6 +93,32 @@ OVERRIDDEN = [
     ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
     ("engine.engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("engine.image_renderer:ImageRenderer.__init__", RENDERER),
+    ("engine.image_renderer:ImageRenderer._tokenize_prompt", RENDERER),
+    ("engine.image_renderer:ImageRenderer.get_eos_token_id", RENDERER),
+    ("models.image_processor:ImageInfo.get_supported_mm_limits", f"{PROCESSING}BaseProcessingInfo"),
+    (
+        "models.image_processor:ImageInfo.get_mm_max_tokens_per_item",
+        f"{PROCESSING}BaseProcessingInfo",
+    ),
+    (
+        "models.image_processor:DummyImages.get_dummy_text",
+        f"{PROCESSING}BaseDummyInputsBuilder",
+    ),
+    (
+        "models.image_processor:DummyImages.get_dummy_mm_data",
+        f"{PROCESSING}BaseDummyInputsBuilder",
+    ),
+    *(
+        (f"models.image_processor:ImageProcessor.{name}", PROCESSOR)
+        for name in (
+            "apply",
+            "_call_hf_processor",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+        )
+    ),
+    ("models.llada_v:LlavaLLaDAModelLM.get_placeholder_str", SUPPORTS_IMAGES),
     ("models.config_parser:ConfigByArchitecture.parse", CONFIG_PARSER),
     ("patches.ray_on_cpu.platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
     (
@@ -120,6 +156,43 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         ["num_prompt_tokens", "num_local_cached_tokens", "num_external_cached_tokens"],
     ),
     ("vllm.v1.core.sched.output:CachedRequestData.make_empty", [], []),
+    ("vllm.v1.core.sched.output:NewRequestData.from_request", ["request", "block_ids"], []),
+    ("vllm.multimodal.inputs:MultiModalKwargsItem.get_data", ["self"], []),
+    ("vllm.multimodal.inputs:MultiModalFieldConfig.batched", ["modality"], []),
+    ("vllm.multimodal.parse:ImageProcessorItems.get_image_size", ["self", "item_idx"], []),
+    ("vllm.multimodal.parse:ImageEmbeddingItems.get_feature_size", ["self", "item_idx"], []),
+    (f"{PROCESSING}PromptReplacement", ["modality", "target", "replacement"], []),
+    (
+        "vllm.model_executor.models.siglip:SiglipVisionModel",
+        ["config", "quant_config"],
+        ["num_hidden_layers_override", "require_post_norm", "prefix"],
+    ),
+    (
+        "vllm.model_executor.models.utils:AutoWeightsLoader.load_weights",
+        ["self", "weights"],
+        ["mapper"],
+    ),
+    ("vllm.model_executor.models.utils:WeightsMapper.apply", ["self", "weights"], []),
+    (
+        "vllm.renderers.registry:RendererRegistry.register",
+        ["self", "renderer_mode", "module", "class_name"],
+        [],
+    ),
+    (
+        "vllm.tokenizers.registry:_TokenizerRegistry.register",
+        ["self", "tokenizer_mode", "module", "class_name"],
+        [],
+    ),
+    (
+        "vllm.multimodal.media:MediaConnector.load_from_url",
+        ["self", "url", "media_io"],
+        ["fetch_timeout"],
+    ),
+    (
+        "vllm.multimodal.media:MediaConnector.load_from_url_async",
+        ["self", "url", "media_io"],
+        ["fetch_timeout"],
+    ),
     (
         "vllm.v1.core.sched.output:SchedulerOutput",
         [],
@@ -342,6 +415,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "seed",
         "served_model_name",
         "skip_tokenizer_init",
+        "tokenizer_mode",
         "try_get_generation_config",
     ],
     "vllm.config:SchedulerConfig": [
@@ -400,7 +474,11 @@ ATTRIBUTES: dict[str, list[str]] = {
         "stop_token_ids",
     ],
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
-    "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
+    "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens", "scheduled_new_reqs"],
+    "vllm.v1.core.sched.output:NewRequestData": ["block_ids", "mm_features"],
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": ["data", "mm_position"],
+    "vllm.multimodal.inputs:PlaceholderRange": ["length", "offset"],
+    f"{PROCESSING}ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items", "prompt"],
     "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
     "vllm.v1.engine:EngineCoreOutput": [
         "finish_reason",
@@ -418,7 +496,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     ],
     "vllm.v1.metrics.stats:IterationStats": ["num_generation_tokens"],
     "vllm.v1.metrics.stats:RequestStateStats": ["num_generation_tokens"],
-    "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
+    "vllm.v1.engine:EngineCoreRequest": ["mm_features", "prompt_token_ids", "sampling_params"],
     "vllm.v1.engine.input_processor:InputProcessor": ["process_inputs", "vllm_config"],
     "vllm.v1.kv_cache_interface:KVCacheConfig": ["kv_cache_groups", "num_blocks"],
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ["kv_cache_spec"],
@@ -427,6 +505,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.request:Request": [
         "client_index",
         "max_tokens",
+        "mm_features",
         "num_computed_tokens",
         "num_output_tokens",
         "num_prompt_tokens",
@@ -476,6 +555,9 @@ CONTAINERS: dict[str, dict[str, str]] = {
 SUBCLASSES = {
     "engine.scheduler:ElasticScheduler": (SCHEDULER,),
     "engine.worker:ElasticWorker": WORKERS,
+    "engine.image_renderer:ImageRenderer": (RENDERER,),
+    "models.image_processor:ImageProcessor": (PROCESSOR,),
+    "models.image_processor:ImageInfo": (f"{PROCESSING}BaseProcessingInfo",),
 }
 
 # What vLLM's workers ask of their runner, and ours does not offer because nobody gets there.

@@ -21,6 +21,7 @@ def register() -> None:
             "vllm_elastic needs vLLM: install vllm-elastic[cpu] or vllm-elastic[cuda]."
         ) from error
 
+    from vllm_elastic.engine.image_renderer import register_renderer
     from vllm_elastic.models.config_parser import dispatch_on_architectures
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
@@ -31,6 +32,7 @@ def register() -> None:
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
+    register_renderer()
     dispatch_on_architectures()
     add_elastic_flags()
     check_requests_at_admission()

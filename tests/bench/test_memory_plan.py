@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from tests.live_bytes import LiveBytes
+from tests.tiny_llada_v import TinyLLaDAV
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
 from vllm_elastic.bench.simulation import model_shape
 from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.models.llada_v_config import LLaDAVConfig
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
 from vllm_elastic.reference.llada import weight_shapes
@@ -207,6 +209,22 @@ def test_plain_name_is_the_released_config(plan: Any, model: Any) -> None:
     for path in (directory, directory / "config.json"):
         read = plan("--model", path, *words).json
         assert {**read, "model": "llada-8b"} == named
+
+
+def test_a_model_that_takes_images(plan: Any, model: Any) -> None:
+    """Its tower and projector, and layer 0's input of every position."""
+    tiny = TinyLLaDAV()
+    directory = model(tiny.config_json())
+    (rank,) = plan("--model", directory, "--memory", 1, "--dtype", "float32").json["ranks"]
+    text = tiny.oracle.weights.values()
+    of_images = LLaDAVConfig(**tiny.config_json()).image_parameters
+    assert rank["weights"] == bytes_of(text) + 4 * of_images
+    layers, width = tiny.oracle.config.n_layers, tiny.oracle.config.d_model
+    assert rank["hidden_states_of_position"] == 4 * layers * width
+    (released,) = plan("--model", "llada-v", "--memory", 80).json["ranks"]
+    (of_text,) = plan("--model", "llada-8b", "--memory", 80).json["ranks"]
+    assert released["position"] == of_text["position"] + 2 * 4096
+    assert 0.8e9 < released["weights"] - of_text["weights"] < 0.9e9
 
 
 def test_left_is_filled_with_whole_canvases(plan: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import vllm
 
+from tests.tiny_llada_v import TinyLLaDAV
 from vllm_elastic.engine.flag_rules import GROUPS, ONLY_IN, REFUSED, all_flags, page, refuse_flags
 
 pytestmark = pytest.mark.engine
@@ -55,6 +56,9 @@ SET: dict[str, dict[str, Any]] = {
     "--ec-transfer-config": {"ec_transfer_config": {}},
     "--kv-events-config": {"kv_events_config": {"enable_kv_cache_events": True}},
     "--kv-sharing-fast-prefill": {"kv_sharing_fast_prefill": True},
+    "--mm-encoder-only": {"mm_encoder_only": True},
+    "--mm-processor-kwargs": {"mm_processor_kwargs": {"do_resize": False}},
+    "--mm-processor-cache-type": {"mm_processor_cache_type": "shm"},
     "--offload-backend": {"offload_backend": "uva"},
     "--cpu-offload-gb": {"cpu_offload_gb": 1},
     "--offload-group-size": {"offload_group_size": 2},
@@ -65,10 +69,18 @@ SET: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(**options: Any) -> Any:
+def make_config(model: Path = MODEL, **options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(model=str(MODEL), dtype="float32", **options).create_engine_config()
+    return EngineArgs(model=str(model), dtype="float32", **options).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def llada_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes images."""
+    directory = tmp_path_factory.mktemp("llada_v")
+    TinyLLaDAV().save(directory)
+    return directory
 
 
 def installed_flags() -> set[str]:
@@ -151,9 +163,10 @@ def test_rules_say_something() -> None:
         assert group.note or group.status == "works", group.flags
 
 
-def test_fields_exist_and_plain_configurations_are_fine() -> None:
+def test_fields_exist_and_plain_configurations_are_fine(llada_v: Path) -> None:
     """A field that a release renames would no longer be looked at."""
-    config = make_config()
+    refuse_flags(make_config())
+    config = make_config(llada_v)
     for flag, rule in REFUSED.items():
         value = reduce(getattr, rule.field.split("."), config)
         assert value in rule.fine, flag
@@ -169,9 +182,22 @@ def test_each_refused_flag_is_tried() -> None:
 
 
 @pytest.mark.parametrize("flag", SET)
-def test_refused_at_start(flag: str) -> None:
+def test_refused_at_start(flag: str, llada_v: Path) -> None:
+    model = llada_v if flag.startswith("--mm-") else MODEL
     with pytest.raises(ValueError, match=rf"{flag}[,:].* \(LLaDA with vllm_elastic\)"):
-        make_config(**SET[flag])
+        make_config(model, **SET[flag])
+
+
+def test_ranks_that_cannot_share_the_tower(llada_v: Path) -> None:
+    """Two heads among four ranks; each may have all of it."""
+    with pytest.raises(ValueError, match=r"--mm-encoder-tp-mode: 4 ranks .* take data"):
+        make_config(llada_v, tensor_parallel_size=4)
+    assert make_config(llada_v, tensor_parallel_size=4, mm_encoder_tp_mode="data")
+
+
+def test_a_tokenizer_that_cannot_place_images(llada_v: Path) -> None:
+    with pytest.raises(ValueError, match="--tokenizer-mode: mistral cannot place images"):
+        make_config(llada_v, tokenizer_mode="mistral")
 
 
 def test_convert_is_refused() -> None:

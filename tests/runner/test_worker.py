@@ -31,7 +31,8 @@ def test_a_step_in_vllms_gpu_worker(v2: bool, monkeypatch: pytest.MonkeyPatch) -
         vllm_config=SimpleNamespace(parallel_config=None, compilation_config=None),
     )
     execute: Any = inspect.unwrap(gpu_worker.Worker.execute_model)
-    output = execute(worker, SimpleNamespace(total_num_scheduled_tokens=0, elastic_plans=[]))
+    nothing = SimpleNamespace(total_num_scheduled_tokens=0, scheduled_new_reqs=[], elastic_plans=[])
+    output = execute(worker, nothing)
     assert output is EMPTY_MODEL_RUNNER_OUTPUT
 
 

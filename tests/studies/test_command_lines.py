@@ -7,12 +7,13 @@ from types import ModuleType
 
 import drift
 import ideal
+import images
 import pytest
 
 from tests.documented_commands import arguments, documented
 
 
-@pytest.mark.parametrize("study", [drift, ideal], ids=lambda study: study.__name__)
+@pytest.mark.parametrize("study", [drift, ideal, images], ids=lambda study: study.__name__)
 def test_documented_commands_are_understood(study: ModuleType) -> None:
     commands = documented(f"python examples/studies/{study.__name__}.py")
     assert commands

@@ -101,8 +101,9 @@ class BenchEngine:
         """Serve requests and return one result each, in order.
 
         Args:
-            requests: ``prompt`` or ``prompt_token_ids``; optional ``id``, ``max_tokens``
-                (default: the engine's ``default_max_tokens``) and ``elastic_*`` knobs.
+            requests: ``prompt`` or ``prompt_token_ids``; optional ``id``, ``multi_modal_data``
+                (vLLM's), ``max_tokens`` (default: the engine's ``default_max_tokens``) and
+                ``elastic_*`` knobs.
 
         Returns:
             id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
@@ -113,12 +114,15 @@ class BenchEngine:
         from vllm import SamplingParams
 
         default = self.scheduler.elastic_config.default_max_tokens
-        prompts, params = [], []
+        prompts: list[dict[str, Any]] = []
+        params = []
         for request in requests:
             if "prompt_token_ids" in request:
                 prompts.append({"prompt_token_ids": list(request["prompt_token_ids"])})
             else:
                 prompts.append({"prompt": request["prompt"]})
+            if "multi_modal_data" in request:
+                prompts[-1]["multi_modal_data"] = request["multi_modal_data"]
             knobs = {k: v for k, v in request.items() if k.startswith("elastic_")}
             params.append(
                 SamplingParams(

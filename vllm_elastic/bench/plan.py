@@ -25,8 +25,10 @@ from vllm_elastic.config import ConfigError, ElasticConfig
 
 if TYPE_CHECKING:
     from vllm_elastic.models.llada_config import LLaDAConfig
+    from vllm_elastic.models.llada_v_config import LLaDAVConfig
 
 LLADA_8B = "llada-8b"
+LLADA_V = "llada-v"
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 SIZES = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "embedding_size")
 
@@ -47,6 +49,9 @@ less), or 2 * max-num-seqs * window if that is more, of which the row budget is 
 canvases, worked on in chunks of the row budget, and several ranks take somewhat more. It is what
 a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, NCCL and
 attention kernels take; it comes out of what is left, so leave some.
+
+The weights of a model that takes images are counted with its tower and projector, whole on every
+rank; of a position it keeps the input of layer 0 too.
 Exit status: 0 if a canvas fits for one of the --tp values, 1 if for none, 2 for a bad value.
 """
 
@@ -65,7 +70,7 @@ def add_parser(commands: Any) -> None:
         "--model",
         required=True,
         metavar="DIR_OR_CONFIG",
-        help=f"a checkpoint's directory, a config.json, or {LLADA_8B}",
+        help=f"a checkpoint's directory, a config.json, {LLADA_8B} or {LLADA_V}",
     )
     # The second names are those of `vllm serve`.
     parser.add_argument(
@@ -225,28 +230,49 @@ def _shortage(each: RankMemory, setting: Setting) -> str:
 def _read_model(name: str, fail: Fail) -> tuple[LLaDAConfig, ModelShape]:
     """The configuration and its sizes; LLaDA-8B's are the defaults of both."""
     from vllm_elastic.models.llada_config import LLaDAConfig
+    from vllm_elastic.models.llada_v_config import LLaDAVConfig
 
     path = Path(name)
     if name == LLADA_8B and not path.exists():
         return LLaDAConfig(), ModelShape()
+    if name == LLADA_V and not path.exists():
+        return LLaDAVConfig(), _with_images(LLaDAVConfig())
     if path.is_dir():
         path /= "config.json"
     if not path.is_file():
         fail(
             f"argument --model: there is no file {path}; give the directory of a checkpoint, a "
-            f"config.json, or {LLADA_8B}"
+            f"config.json, {LLADA_8B} or {LLADA_V}"
         )
     try:
-        config = LLaDAConfig(**json.loads(path.read_text()))
+        raw = json.loads(path.read_text())
+        takes_images = raw.get("model_type") == LLaDAVConfig.model_type
+        config = LLaDAVConfig(**raw) if takes_images else LLaDAConfig(**raw)
         for key in SIZES:
             if not isinstance(size := getattr(config, key), int) or size < 1:
                 raise ValueError(f"{key} must be a whole number from 1, got {size!r}")
-        shape = ModelShape.from_config(path)
+        shape = _with_images(config) if takes_images else ModelShape.from_config(path)
         if config.d_model % config.n_heads:
             raise ValueError(f"d_model {config.d_model} is no multiple of n_heads {config.n_heads}")
     except (SystemExit, ValueError, TypeError, ArithmeticError) as error:
         fail(f"argument --model: {path} cannot be planned for: {error}")
     return config, shape
+
+
+def _with_images(config: LLaDAVConfig) -> ModelShape:
+    """The sizes of a model that takes images."""
+    rules = config.image_rules()
+    return ModelShape(
+        width=config.d_model,
+        key_width=config.d_model // config.n_heads * config.n_kv_heads,
+        layers=config.n_layers,
+        heads=config.n_heads,
+        mlp=config.mlp_hidden_size,
+        vocabulary=config.embedding_size,
+        tied=config.weight_tying,
+        image_parameters=config.image_parameters,
+        image_rows=rules.most_tiles * rules.patches**2,
+    )
 
 
 def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Callable[[int], bool]]:

@@ -103,14 +103,16 @@ def weight_bytes(shape: ModelShape, kv_heads: int, ranks: int) -> int:
 
     Queries, attention output and MLP are shared; a KV head is kept whole, by several ranks where
     there are fewer heads than ranks; rows of embedding and head are padded and shared; norms are
-    on every rank.
+    on every rank. What makes rows of images is counted whole on every rank, as it is with
+    ``--mm-encoder-tp-mode data``.
     """
     from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
 
     projections = shape.width * (shape.width // ranks + 2 * _key_width(shape, kv_heads, ranks))
     layer = projections + shape.rest_parameters // ranks + 2 * shape.width
     rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
-    return shape.bytes_per_number * (shape.layers * layer + (rows + 1) * shape.width)
+    text = shape.layers * layer + (rows + 1) * shape.width
+    return shape.bytes_per_number * (text + shape.image_parameters)
 
 
 def position_bytes(
@@ -142,11 +144,12 @@ def step_bytes(setting: Setting) -> int:
     ) + totals_bytes(setting.seats, setting.canvas, shape.layers)
     computed = max(rows, setting.canvas)
     tested = min(computed, limits.saved_rows // 4)
-    return lasting + max(
+    in_pass = max(
         shape.layer_bytes(computed, rows, tested, setting.ranks),
         shape.logits_bytes(computed),
         reading_bytes(setting.canvas, heads, kv_heads, head_dim),
     )
+    return max(lasting + in_pass, shape.image_bytes)
 
 
 def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:

@@ -26,7 +26,8 @@ class StepState(Enum):
 class Segment:
     """Rows of one request that join a pass at one layer.
 
-    Join layer 0 starts from the embedding, j > 0 from the stored hidden state at layer j's input.
+    Join layer 0 starts from the embedding (or from a stored input, see ``stored_inputs`` below),
+    j > 0 from the stored hidden state at layer j's input.
     """
 
     join_layer: int
@@ -72,6 +73,7 @@ class PassPlan:
         logits_shift: the candidates of position p are read from row p - logits_shift.
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
+        stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
         num_written: positions whose KV blocks earlier passes have written; what those behind hold
             is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
@@ -86,6 +88,7 @@ class PassPlan:
     logits_shift: int = 0
     measure: Measure | None = None
     sampling: Sampling | None = None
+    stored_inputs: Positions = field(default_factory=lambda: NO_POSITIONS)
     num_written: int = 0
     block_ids: list[int] = field(default_factory=list)
 

@@ -41,6 +41,9 @@ class DenoisingRequest:
     from all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that
     did not fit a batch is simply asked for again.
 
+    Args:
+        stored_inputs: positions of the prompt whose input of layer 0 is no token's embedding.
+
     Attributes:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
@@ -61,6 +64,7 @@ class DenoisingRequest:
         end_token_ids: frozenset[int],
         block_size: int,
         sampling: Sampling | None = None,
+        stored_inputs: Positions = NO_POSITIONS,
     ) -> None:
         self.request_id = request_id
         self.config = config
@@ -97,6 +101,7 @@ class DenoisingRequest:
         self._plan: PassPlan | None = None
         self._state = StepState.FIRST_PASS
         self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
+        self._stored_inputs = stored_inputs
         self._num_written = 0  # positions whose KV blocks a pass has written
 
     @property
@@ -181,6 +186,7 @@ class DenoisingRequest:
             window=window,
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
+            stored_inputs=self._stored_inputs,
             num_written=self._num_written,
         )
         rows = plan.window_rows

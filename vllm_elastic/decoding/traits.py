@@ -19,6 +19,8 @@ class DecodingTraits:
         never_chosen: ids that no candidate may be; the mask is one of them.
         logits_shift: the logits of position p are those of row p - logits_shift: 0, or 1 for a
             model that was trained on from one that predicts the next token (Dream).
+        image_token_id: stands in a prompt for a position of an image, whose input of layer 0 is
+            no token's embedding; None: the model takes no images.
         grow_by: positions that are appended to an answer at a time where nobody says otherwise; 0:
             all of them from the start.
     """
@@ -31,7 +33,13 @@ class DecodingTraits:
     stop_ids: tuple[int, ...] = ()
     never_chosen: tuple[int, ...] = ()
     logits_shift: int = 0
+    image_token_id: int | None = None
     grow_by: int = 0
+
+    @property
+    def stores_input(self) -> bool:
+        """Whether layer 0's input is kept beside the later layers'."""
+        return self.image_token_id is not None
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
+from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import traits_of
@@ -79,6 +80,8 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
         if not model.enforce_eager:
             logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
         model.enforce_eager = True
+        if traits_of(model.hf_config).image_token_id is not None:
+            render_images(vllm_config)
         set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_ends(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
@@ -124,6 +127,16 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             ) from None
 
 
+def _splits_tower(vllm_config: VllmConfig) -> bool:
+    """Whether ranks would have to share an attention head of the image tower."""
+    model = vllm_config.model_config
+    tower = getattr(model.hf_config, "vision_config", None)
+    if tower is None or model.multimodal_config.mm_encoder_tp_mode == "data":
+        return False
+    uneven = tower.num_attention_heads % vllm_config.parallel_config.tensor_parallel_size
+    return bool(uneven)
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
@@ -149,6 +162,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
         "--tensor-parallel-size": (
             bool(undivided),
             f"{tp_size} ranks cannot share {undivided} evenly; take a number that divides them",
+        ),
+        "--mm-encoder-tp-mode": (
+            _splits_tower(vllm_config),
+            f"{tp_size} ranks cannot share the image tower's heads evenly; take data, which leaves "
+            "the tower whole on each rank",
         ),
         "--elastic-config": (
             1 < stride >= layers,

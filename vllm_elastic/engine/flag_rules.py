@@ -153,12 +153,32 @@ REFUSED: dict[str, Refusal] = {
     # the cache
     "--kv-transfer-config": Refusal("kv_transfer_config", _CONNECTOR),
     "--kv-offloading-size": Refusal("cache_config.kv_offloading_size", _CONNECTOR),
-    "--ec-transfer-config": Refusal("ec_transfer_config", "the model has no encoder; leave it out"),
+    "--ec-transfer-config": Refusal(
+        "ec_transfer_config", "images are encoded where they are decoded; leave it out"
+    ),
     "--kv-events-config": Refusal(
         "kv_events_config", "its events are those of the prefix cache, which is off; leave it out"
     ),
     "--kv-sharing-fast-prefill": Refusal(
         "cache_config.kv_sharing_fast_prefill", "no two layers share keys; leave it out", _OFF
+    ),
+    # images
+    "--mm-encoder-only": Refusal(
+        "model_config.multimodal_config.mm_encoder_only",
+        "images are encoded where they are decoded; leave it out",
+        _OFF,
+    ),
+    "--mm-processor-kwargs": Refusal(
+        "model_config.multimodal_config.mm_processor_kwargs",
+        "images are cut as config.json says; change image_aspect_ratio or image_grid_pinpoints in "
+        "it",
+        (None, {}),
+    ),
+    "--mm-processor-cache-type": Refusal(
+        "model_config.multimodal_config.mm_processor_cache_type",
+        "a preempted request's image is sent to the workers once more, and shared memory keeps it "
+        "only until the first time; leave it at lru",
+        (None, "lru"),
     ),
     # weights elsewhere
     "--offload-backend": Refusal("offload_config.offload_backend", _ONE_LOADER, ("auto",)),
@@ -274,16 +294,23 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group(
         "--language-model-only --limit-mm-per-prompt --enable-mm-embeds --media-io-kwargs "
-        "--mm-processor-kwargs --mm-processor-cache-gb --mm-processor-cache-type "
-        "--mm-hasher-algorithm --mm-shm-cache-max-object-size-mb --mm-encoder-only "
-        "--mm-encoder-tp-mode --mm-encoder-attn-backend --mm-encoder-attn-dtype "
-        "--mm-encoder-fp8-scale-path --mm-encoder-fp8-scale-save-path "
-        "--mm-encoder-fp8-scale-save-margin --interleave-mm-strings --skip-mm-profiling "
-        "--video-pruning-rate --video-pruning-method --mm-tensor-ipc --mm-processor-device "
-        "--mm-ipc-gpu-memory-gb --mm-device-do-normalize --trust-request-mm-kwargs "
-        "--allowed-local-media-path --allowed-media-domains --ec-manager-config",
+        "--mm-processor-cache-gb --mm-hasher-algorithm --mm-encoder-tp-mode "
+        "--interleave-mm-strings --allowed-local-media-path --allowed-media-domains",
+        "works",
+        "with a LLaDA-V ([images](images.md)); other LLaDAs take text only",
+    ),
+    Group(
+        "--mm-encoder-attn-backend --mm-encoder-attn-dtype --mm-encoder-fp8-scale-path "
+        "--mm-encoder-fp8-scale-save-path --mm-encoder-fp8-scale-save-margin --mm-tensor-ipc",
+        "works",
+        "with a LLaDA-V; no part of it is ours, not tested here",
+    ),
+    Group(
+        "--mm-shm-cache-max-object-size-mb --skip-mm-profiling --video-pruning-rate "
+        "--video-pruning-method --mm-processor-device --mm-ipc-gpu-memory-gb "
+        "--mm-device-do-normalize --trust-request-mm-kwargs --ec-manager-config",
         "no effect",
-        "the model takes text only",
+        "they are for other encoders and caches than a LLaDA-V's",
     ),
     Group(
         "--io-processor-plugin --enable-flash-late-interaction", "no effect", "of pooling models"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
@@ -18,6 +18,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
@@ -82,7 +83,7 @@ class ElasticScheduler(Scheduler):
             plans = self._plan_step()
         rows = {plan.request_id: plan.num_rows for plan in plans}
         output = SchedulerOutput(
-            scheduled_new_reqs=[],
+            scheduled_new_reqs=self._with_images(plans),
             scheduled_cached_reqs=CachedRequestData.make_empty(),
             num_scheduled_tokens=rows,
             total_num_scheduled_tokens=sum(rows.values()),
@@ -187,6 +188,7 @@ class ElasticScheduler(Scheduler):
             # token.
             end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
+            stored_inputs=_image_positions(request),
             sampling=sampling_of(
                 params,
                 config,
@@ -208,6 +210,17 @@ class ElasticScheduler(Scheduler):
             # A canvas that grows has blocks for all that it may grow to.
             plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
         return [plan for _, plan in taken]
+
+    def _with_images(self, plans: list[PassPlan]) -> list[NewRequestData]:
+        """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
+        fresh = [plan.request_id for plan in plans if not plan.num_written]
+        return [
+            NewRequestData.from_request(
+                self.requests[request_id], self.kv_cache_manager.get_block_ids(request_id)
+            )
+            for request_id in fresh
+            if self.requests[request_id].mm_features
+        ]
 
     # Where vLLM asks.
 
@@ -271,6 +284,13 @@ class ElasticScheduler(Scheduler):
             and request.num_output_tokens > 0
             and request.output_token_ids[-1] == params.eos_token_id
         )
+
+
+def _image_positions(request: Request) -> Positions:
+    """Canvas positions of a request's images, ascending."""
+    images = [feature.mm_position for feature in request.mm_features]
+    ranges = [np.arange(at.offset, at.offset + at.length, dtype=np.int32) for at in images]
+    return np.concatenate([NO_POSITIONS, *ranges])
 
 
 def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:

@@ -33,6 +33,10 @@ FAMILIES: dict[str, Family] = {
         config="vllm_elastic.models.llada_config:LLaDAConfig",
         model="vllm_elastic.models.llada:LLaDAModelLM",
     ),
+    "LlavaLLaDAModelLM": Family(
+        config="vllm_elastic.models.llada_v_config:LLaDAVConfig",
+        model="vllm_elastic.models.llada_v:LlavaLLaDAModelLM",
+    ),
     "DreamModel": Family(
         config="vllm_elastic.models.dream_config:DreamConfig",
         model="vllm_elastic.models.dream:DreamModel",
@@ -55,7 +59,8 @@ def traits_of(hf_config: Any) -> DecodingTraits:
 
     Args:
         hf_config: its configuration, of one of the ``FAMILIES``. A family whose logits are shifted
-            has ``logits_shift`` in its configuration class.
+            has ``logits_shift`` in its configuration class, one that takes images has
+            ``image_token_id``, one whose sampler bans tokens ``never_chosen_ids``.
     """
     return DecodingTraits(
         num_layers=hf_config.num_hidden_layers,
@@ -65,7 +70,8 @@ def traits_of(hf_config: Any) -> DecodingTraits:
         end_of_turn_id=getattr(hf_config, "eot_token_id", None),
         stop_ids=tuple(getattr(hf_config, "stop_ids", ())),
         # A mask that was committed would leave its position undecided.
-        never_chosen=(hf_config.mask_token_id,),
+        never_chosen=(hf_config.mask_token_id, *getattr(hf_config, "never_chosen_ids", ())),
         logits_shift=getattr(hf_config, "logits_shift", 0),
+        image_token_id=getattr(hf_config, "image_token_id", None),
         grow_by=getattr(hf_config, "grow_by", 0),
     )

@@ -83,12 +83,15 @@ class PassRows:
 
     Attributes:
         tokens: int64 [R0 filled up], of the rows that join at layer 0; empty where none does.
+        stored: bool [R0 filled up], of these, whose input is stored and no token's embedding;
+            None: no row's is.
         layers: what is active in each layer; None before the first join layer.
         window: rows whose candidates are wanted.
         num_window_rows: W.
     """
 
     tokens: torch.Tensor
+    stored: torch.Tensor | None
     layers: list[LayerRows | None]
     window: CandidateRows
     num_window_rows: int

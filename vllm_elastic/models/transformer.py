@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
 from vllm_elastic.models.layers import PreNormBlock
+from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import (
     AttentionCall,
     LayerRows,
@@ -75,7 +76,13 @@ class DiffusionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             make_block(maybe_prefix(prefix, f"blocks.{i}")) for i in range(num_layers)
         )
-        # Layer 0's input is the embedding of the canvas; it needs no storage.
+        # Layer 0's input is the embedding of the canvas and needs no storage, unless images are
+        # in it.
+        self.input_states: HiddenStateCache | None = None
+        if traits_of(vllm_config.model_config.hf_config).stores_input:
+            self.input_states = HiddenStateCache(
+                width, vllm_config, maybe_prefix(prefix, "hidden_states.0")
+            )
         elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
         self.hidden_stride = elastic.hidden_stride
         self.hidden_states = nn.ModuleList(
@@ -120,7 +127,7 @@ class DiffusionTransformer(nn.Module):
         Raises:
             RuntimeError: rows join at a layer whose input is not stored.
         """
-        x = self._embed(rows.tokens)
+        x = self._embed(rows)
         before: LayerRows | None = None
         for layer, block in enumerate(self.blocks):
             now = rows.layers[layer]
@@ -150,11 +157,29 @@ class DiffusionTransformer(nn.Module):
 
     # One layer of a pass, in order.
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _embed(self, rows: PassRows) -> torch.Tensor:
+        """Layer 0's input [R0 filled up, d]."""
         # A pass without rows at layer 0 (a replay) spares the ranks a reduction of nothing.
-        if len(tokens):
-            return self.embed_tokens(tokens)
-        return self.embed_tokens.weight.new_empty(0, self.width)
+        if not len(rows.tokens):
+            return self.embed_tokens.weight.new_empty(0, self.width)
+        x = self.embed_tokens(rows.tokens)
+        if rows.stored is None:
+            return x
+        if self.input_states is None or rows.layers[0] is None:
+            raise RuntimeError("rows start from stored inputs, of which the model keeps none")
+        # All rows' slots are read, so that the shape does not depend on what they hold.
+        stored = self.input_states.read(_first(rows.layers[0].slots, len(x)))
+        return torch.where(rows.stored[:, None], stored, x)
+
+    def store_inputs(self, inputs: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keep layer 0's input of rows [R, d] that no token stands for, at slots [R] (int64).
+
+        Raises:
+            RuntimeError: the model's traits say that it has no such rows.
+        """
+        if self.input_states is None:
+            raise RuntimeError("the model keeps no inputs of layer 0 (DecodingTraits.stores_input)")
+        self.input_states.write(inputs, slots)
 
     def _store_and_join(
         self, layer: int, x: torch.Tensor, before: LayerRows | None, now: LayerRows
@@ -183,7 +208,7 @@ class DiffusionTransformer(nn.Module):
         nth, between = divmod(layer, self.hidden_stride)
         if recorder is None or recorder.old_inputs is None or between:
             return x
-        # A tested position's token has not changed: its embedding is its old input.
+        # A tested position's token has not changed: its input of layer 0 is its old one.
         old = recorder.old_inputs[nth - 1] if nth else x[recorder.tested_rows]
         filling = x.new_zeros(len(now.positions) - now.num_rows - len(old), self.width)
         return torch.cat([x[: now.num_rows], old, filling])

@@ -117,6 +117,15 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             f"prompt: token id {wrong[0]} is not in the vocabulary, 0 to {traits.vocab_size - 1}.",
             parameter="prompt",
         )
+    # An image's placeholders are known to vLLM; one without an image would read what is not there.
+    images = sum(feature.mm_position.length for feature in request.mm_features or ())
+    lone = request.prompt_token_ids.count(traits.image_token_id) - images
+    if lone:
+        raise VLLMValidationError(
+            f"image: the prompt has {lone} <image> (token id {traits.image_token_id}) more than "
+            "images; send an image for each, or take it out.",
+            parameter="image",
+        )
     if request.resumable:
         raise VLLMValidationError(
             "streaming input is not supported for LLaDA: a canvas is decoded as a whole; send "

@@ -65,9 +65,14 @@ class BatchBuilder:
         num_embedded = len(order.tokens)
         tokens = np.zeros(bucket(num_embedded), dtype=np.int64)
         tokens[:num_embedded] = order.tokens
+        stored = None
+        if order.stored.any():
+            stored = np.zeros(len(tokens), dtype=np.bool_)
+            stored[:num_embedded] = order.stored
         window_rows = [order.row_of[i][plan.window_rows] for i, plan in enumerate(self._plans)]
         return PassRows(
             tokens=self._upload.put(tokens),
+            stored=None if stored is None else self._upload.put(stored),
             layers=layers,
             window=self._window(window_rows),
             num_window_rows=sum(map(len, window_rows)),

@@ -33,6 +33,7 @@ class RowOrder:
     Attributes:
         positions, slots: int64 [R], canvas position and slot of the paged cache.
         tokens: int64 [R0], of the rows that join at layer 0.
+        stored: bool [R0], of these, whose input is stored and no token's embedding.
         row_of: per plan int64 [T], row of a canvas position or -1.
         spans: in row order.
     """
@@ -40,6 +41,7 @@ class RowOrder:
     positions: IntArray
     slots: IntArray
     tokens: IntArray
+    stored: npt.NDArray[np.bool_]
     row_of: list[IntArray]
     spans: list[Span]
 
@@ -56,6 +58,7 @@ class RowOrder:
         row_of = [np.full(len(plan.tokens), -1, dtype=np.int64) for plan in plans]
         blocks = [np.asarray(plan.block_ids, dtype=np.int64) for plan in plans]
         positions, slots, tokens, spans = [], [], [NO_ROWS], []
+        stored = [np.empty(0, dtype=np.bool_)]
         row = 0
         for join_layer, index, number in segments:
             own = plans[index].segments[number].positions.astype(np.int64)
@@ -64,12 +67,16 @@ class RowOrder:
             slots.append(blocks[index][own // block_size] * block_size + own % block_size)
             if join_layer == 0:
                 tokens.append(plans[index].tokens[own].astype(np.int64))
+                of_images = plans[index].stored_inputs
+                none = np.zeros(len(own), dtype=np.bool_)
+                stored.append(np.isin(own, of_images) if of_images.size else none)
             spans.append(Span(join_layer, index, row, row + len(own)))
             row += len(own)
         return cls(
             positions=np.concatenate(positions),
             slots=np.concatenate(slots),
             tokens=np.concatenate(tokens),
+            stored=np.concatenate(stored),
             row_of=row_of,
             spans=spans,
         )

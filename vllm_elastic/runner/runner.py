@@ -34,6 +34,7 @@ from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
@@ -126,15 +127,19 @@ class ElasticRunner:
         (group,) = kv_cache_config.kv_cache_groups
         block_size = self.cache.block_size
         token_bytes = group.kv_cache_spec.page_size_bytes // block_size
-        hidden_bytes = sum(layer.width * layer.dtype.itemsize for layer in self.model.hidden_states)
+        stores = [*self.model.hidden_states]
+        if self.model.input_states is not None:
+            stores.append(self.model.input_states)
+        hidden_bytes = sum(store.width * store.dtype.itemsize for store in stores)
         canvas = self.model_config.max_model_len
         canvases = (kv_cache_config.num_blocks - 1) // -(-canvas // block_size)
         logger.info(
-            "a canvas position costs %d bytes%s (%d of them hidden states); %d full canvases of "
+            "a canvas position costs %d bytes%s (%d of them hidden states%s); %d full canvases of "
             "%d positions fit; keys are stored %s by %s",
             token_bytes,
             f" on each of {ranks.count()} ranks" if ranks.count() > 1 else "",
             hidden_bytes,
+            ", layer 0's input among them" if self.model.input_states is not None else "",
             canvases,
             canvas,
             self.cache.key_layout.name,
@@ -147,8 +152,13 @@ class ElasticRunner:
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
     ) -> ModelRunnerOutput:
-        """Run the plans that the scheduler put on its output (``elastic_plans``)."""
+        """Run the plans that the scheduler put on its output (``elastic_plans``).
+
+        Beside them it has the images of those whose KV blocks are fresh (``scheduled_new_reqs``).
+        """
         plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
+        for request in scheduler_output.scheduled_new_reqs:
+            store_images(self.model, request, self.cache.block_size, self.device)
         results = self.run(plans) if plans else None
         if results is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -251,7 +261,8 @@ class ElasticRunner:
 
     def reset_mm_cache(self) -> None: ...
 
-    def reset_encoder_cache(self) -> None: ...
+    def reset_encoder_cache(self) -> None:
+        """An image's features are in its request's KV blocks and nowhere else."""
 
     def shutdown(self) -> None:
         self.kv_caches.clear()

@@ -28,6 +28,8 @@ def trial_run(
     Args:
         seats: requests that run at a time; canvas: positions of the longest one.
     """
+    if traits.stores_input:  # images come before anything of the pass is held
+        model.embed_multimodal(**model.largest_image())
     attention, weight = model.attention_layers[0], model.embed_tokens.weight
 
     def room(num_bytes: int) -> torch.Tensor:

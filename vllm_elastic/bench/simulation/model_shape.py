@@ -26,6 +26,8 @@ class ModelShape:
         width: d_model; key_width: n_kv_heads times the entries of a head.
         mlp: mlp_hidden_size; vocabulary: rows of the embedding and of the head.
         bytes_per_number: of weights, keys, values and hidden states.
+        image_parameters: of what makes rows of images. image_rows: that the largest image has
+            before it is made smaller. 0: the model takes none.
     """
 
     width: int = 4096
@@ -36,6 +38,13 @@ class ModelShape:
     vocabulary: int = 126464
     tied: bool = False
     bytes_per_number: int = 2
+    image_parameters: int = 0
+    image_rows: int = 0
+
+    @property
+    def stored_inputs(self) -> int:
+        """Layers whose input is kept: all but layer 0, and that too where images enter there."""
+        return self.layers - 1 + bool(self.image_rows)
 
     @classmethod
     def from_config(cls, path: Path, bytes_per_number: int = 2) -> ModelShape:
@@ -96,13 +105,18 @@ class ModelShape:
         """All weights; norms included."""
         layer = self.projection_parameters + self.rest_parameters + 2 * self.width
         ends = self.head_parameters * (1 if self.tied else 2) + self.width
-        return self.bytes_per_number * (self.layers * layer + ends)
+        return self.bytes_per_number * (self.layers * layer + ends + self.image_parameters)
+
+    @property
+    def image_bytes(self) -> int:
+        """What the largest image needs while its rows are made: all of them, twice."""
+        return 2 * self.bytes_per_number * self.image_rows * self.width
 
     @property
     def position_bytes(self) -> int:
         """Keys, values and hidden states of one canvas position (docs/design.md, Memory)."""
         keys_values = self.layers * 2 * self.key_width
-        return self.bytes_per_number * (keys_values + (self.layers - 1) * self.width)
+        return self.bytes_per_number * (keys_values + self.stored_inputs * self.width)
 
     def layer_bytes(self, rows: int, chunk_rows: int, tested_rows: int = 0, ranks: int = 1) -> int:
         """What a layer needs of a rank beside weights and cache, at its peak.

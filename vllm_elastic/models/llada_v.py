@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA-V: LLaDA with images in its prompt.
+
+The language model is LLaDA's under Llama's weight names. An image becomes rows that enter at layer
+0 in place of embeddings; from there on its positions are positions like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_elastic.models.image_encoder import ImageEncoder
+from vllm_elastic.models.image_processor import DummyImages, ImageInfo, ImageProcessor
+from vllm_elastic.models.llada import LLaDAModelLM
+from vllm_elastic.models.llada_v_config import PLACEHOLDER, LLaDAVConfig
+
+_OF_IMAGES = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
+
+# LLaDA-V renamed LLaDA's tensors to Llama's names when it was trained; this is the way back.
+_LLADAS_NAMES = WeightsMapper(
+    orig_to_new_prefix={
+        "model.embed_tokens.": "wte.",
+        "model.layers.": "blocks.",
+        "model.norm.": "ln_f.",
+        "lm_head.": "ff_out.",
+    },
+    orig_to_new_substr={
+        ".self_attn.o_proj.": ".attn_out.",
+        ".self_attn.": ".",
+        ".mlp.gate_proj.": ".ff_proj.",
+        ".mlp.up_proj.": ".up_proj.",
+        ".mlp.down_proj.": ".ff_out.",
+        ".input_layernorm.": ".attn_norm.",
+        ".post_attention_layernorm.": ".ff_norm.",
+    },
+)
+
+
+@MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
+class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
+    """Weight names are those of the released checkpoint (``model.layers.*``)."""
+
+    supports_encoder_tp_data = True
+    loaded_apart = ("images.",)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config: LLaDAVConfig = vllm_config.model_config.hf_config
+        self.images = ImageEncoder(vllm_config, config, maybe_prefix(prefix, "images"))
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What vLLM's chat puts where the ``i``-th image goes."""
+        if modality == "image":
+            return PLACEHOLDER
+        raise ValueError(f"LLaDA-V takes images, no {modality}")
+
+    def embed_multimodal(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_size: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows [positions, d] of one image, on every rank.
+
+        Args:
+            pixel_values: its tiles [tiles, 3, side, side]; image_size: (height, width) in pixels.
+            image_embeds: in place of both, the rows themselves (``--enable-mm-embeds``).
+        """
+        if image_embeds is not None:
+            return image_embeds.to(self.images.newline)
+        assert pixel_values is not None and image_size is not None
+        return self.images(pixel_values, *image_size.tolist())
+
+    def largest_image(self) -> dict[str, torch.Tensor]:
+        """Of ``embed_multimodal``, arguments that take the most memory."""
+        rules = self.images.rules
+        tiles = torch.zeros(rules.most_tiles, 3, rules.tile, rules.tile)
+        return {"pixel_values": tiles, "image_size": torch.tensor(max(rules.grids, key=math.prod))}
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load LLaDA-V's tensor names; returns the parameters that were filled.
+
+        Raises:
+            ValueError: a tensor that LLaDA-V does not have, or one that the checkpoint does not.
+        """
+        first_load = self._to_be_filled
+        of_images: list[tuple[str, torch.Tensor]] = []
+
+        def of_text() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                if name.startswith(_OF_IMAGES):
+                    of_images.append((name, weight))
+                else:
+                    yield name, weight
+
+        loaded = super().load_weights(_LLADAS_NAMES.apply(of_text()))
+        filled = self.images.load_weights(of_images)
+        if lacking := first_load and sorted(dict(self.images.named_parameters()).keys() - filled):
+            raise ValueError(
+                f"the checkpoint has nothing for {len(lacking)} weights of LLaDA-V's images, "
+                f"{lacking[0]} among them. Were files left out?"
+            )
+        return loaded | {f"images.{name}" for name in filled}
