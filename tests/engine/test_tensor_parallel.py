@@ -130,7 +130,7 @@ def assert_equals_oracle(
     assert equal.count(False) <= 1, "near ties are rare"
     if len(configs) == len(CONFIGS):
         kinds = {p["kind"] for result in results for p in result["steps"]}
-        assert kinds == {"first", "window", "replay", "full", "refresh", "widened"}
+        assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
 def test_equals_oracle(served: Served) -> None:

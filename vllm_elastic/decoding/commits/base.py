@@ -38,11 +38,10 @@ class CommitRule:
     ) -> npt.NDArray[np.bool_]:
         """bool [W]: what the rule would commit of its own accord, perhaps nothing.
 
-        Asked after every step that commits by rule, and with a ``lazy_window`` also after a pass
-        that predicted a part of the window: if it accepts none of these, the rest is predicted.
+        Asked after every step that commits by rule.
 
         Args:
-            window: the positions predicted, ascending, W >= 1.
+            window: the positions predicted, ascending, W >= 1; the first masked one among them.
             probabilities: float64 [W], of each position's prediction.
             entropies: float64 [W], of its distribution, in nats; None where not needed.
         """
