@@ -27,7 +27,8 @@ def commit(
     """Indices that a step commits."""
     window = np.array(positions, dtype=np.int32)
     canvas = Canvas([1], positions[-1], 99)
-    schedule = make_schedule(replace(ElasticConfig(), **knobs), positions[-1])
+    config = replace(ElasticConfig(), **{"commit": "threshold", **knobs})
+    schedule = make_schedule(config, positions[-1])
     of_each = None if entropies is None else np.array(entropies)
     return schedule.choose(canvas, window, np.array(confidences), 0, of_each).tolist()
 

@@ -67,7 +67,7 @@ class CommitOptions:
 
     commit: Rule = "threshold"
     threshold: float = 0.9
-    frontier_threshold: float = 0.6
+    frontier_threshold: float = 0.5
     factor: float = 0.75
     frechet_margin: float = 0.25
     relaxed_threshold: float = 0.75
