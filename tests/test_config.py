@@ -32,7 +32,7 @@ def names(*allowed: str) -> tuple[list[Any], list[Any]]:
 KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "preset": (DEFAULT_PRESET, [(name, name) for name in PRESETS], ["", "Block", None, 1]),
     "policy": ("elastic-block", *names(*policies.POLICIES)),
-    "window": (32, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
+    "window": (16, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
     "threshold": (0.9, [(0, 0.0), (1, 1.0), (0.5, 0.5)], [-0.01, 1.01, 2]),
     "commit": (
         "frontier",
@@ -293,11 +293,11 @@ def test_what_a_step_may_predict_is_bounded() -> None:
 
 def test_the_bound_holds_for_presets_and_defaults_too() -> None:
     """An engine of narrow windows would be widened by naming a preset, or by saying nothing."""
-    with pytest.raises(ConfigError, match=r"^'window' is 32, .*'max_window' 20"):
-        ElasticConfig.from_dict({"max_window": 20})
-    served = ElasticConfig.from_dict({"max_window": 20, "window": 20})
-    assert served.for_request({"elastic_preset": "published"}).window == 16
-    with pytest.raises(ConfigError, match=r"^'elastic_window' is 32"):
+    with pytest.raises(ConfigError, match=r"^'window' is 16, .*'max_window' 12"):
+        ElasticConfig.from_dict({"max_window": 12})
+    served = ElasticConfig.from_dict({"max_window": 12, "window": 12})
+    assert served.for_request({"elastic_gamma": 0.5}).window == 12
+    with pytest.raises(ConfigError, match=r"^'elastic_window' is 16"):
         served.for_request({"elastic_preset": "exact"})
 
 

@@ -127,7 +127,7 @@ class ElasticConfig:
         "elastic-block", _choice(*POLICIES), "what is recomputed when ([policies](policies.md))"
     )
     window: int = _knob(
-        32,
+        16,
         _integer(1, _MOST),
         "masked positions predicted at a step (the paper's beta): the leftmost ones. Not used "
         "where text blocks are predicted (`dual-cache`, `steps`)",

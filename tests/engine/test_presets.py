@@ -17,10 +17,10 @@ from .test_oracle import ask_oracle, problems
 pytestmark = pytest.mark.engine
 
 ORACLES: dict[str, dict[str, Any]] = {
-    "block": {"policy": "elastic-block", "window": 32, "commit": "frontier"},
+    "block": {"policy": "elastic-block", "window": 16, "commit": "frontier"},
     "published": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "released"},
     "paper": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "paper"},
-    "exact": {"policy": "none", "window": 32, "commit": "frontier"},
+    "exact": {"policy": "none", "window": 16, "commit": "frontier"},
 }
 SPOILT = {
     **{"policy": "interval", "window": 3, "threshold": 0.2, "track_num": 3, "reach": 5},

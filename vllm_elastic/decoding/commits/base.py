@@ -48,17 +48,6 @@ class CommitRule:
         raise NotImplementedError
 
     @final
-    def sure(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
-        """bool [W]: those accepted; a probability of 0 (``confidence_eos_eot_inf``: a predicted
-        end) is a guess under any rule."""
-        return self.accepts(window, probabilities, entropies) & (probabilities > 0)
-
-    @final
     def choose(
         self,
         window: Positions,
@@ -68,9 +57,11 @@ class CommitRule:
         """Indices into the window that are committed, ascending, at least one.
 
         Where nothing is sure it is the best, with those equal to it; of zeros only the earliest,
-        since all of them would be guesses.
+        since all of them would be guesses: a probability of 0 (``confidence_eos_eot_inf``, a
+        predicted end) is one under any rule.
         """
-        sure = np.flatnonzero(self.sure(window, probabilities, entropies))
+        accepted = self.accepts(window, probabilities, entropies)
+        sure = np.flatnonzero(accepted & (probabilities > 0))
         if len(sure):
             return sure
         best = np.flatnonzero(probabilities == probabilities.max())
