@@ -14,5 +14,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """LLaDA-8B's test goes last: freeing its engine takes the process's parallel groups with it."""
-    items.sort(key=lambda item: "test_llada_8b" in item.nodeid)
+    """Released configurations go last: freeing their engines takes the process's groups with it."""
+    items.sort(key=lambda item: "test_llada_8b" in item.nodeid or "test_dream_7b" in item.nodeid)

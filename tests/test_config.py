@@ -58,7 +58,17 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "tokens_per_step": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "block_length": (32, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "steps": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
+    "grow_by": (None, [(None, None), (0, 0), (32, 32)], [-1, 1.5, MILLION + 1]),
     "remasking": ("low_confidence", *names("low_confidence", "random")),
+    "alg": (
+        None,
+        [
+            (None, None),
+            *names("origin", "maskgit_plus", "topk_margin", "entropy")[0],
+        ],
+        ["", "Entropy", 1],
+    ),
+    "alg_temp": (0.0, [(0, 0.0), (100, 100.0), (0.1, 0.1)], [-0.01, 100.5, None]),
     "logits_eos_inf": (False, *FLAG),
     "confidence_eos_eot_inf": (False, *FLAG),
     "canvas": (
@@ -66,13 +76,16 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
         [(None, None), ([0, 5], (0, 5)), ((7,), (7,))],
         [[], 5, "5", [-1], [1.5], [True], ["5"], [None]],
     ),
+    "watch": (False, *FLAG),
     "max_window": (1024, [(64, 64), (MILLION, MILLION)], [0, MILLION + 1]),
     "hidden_stride": (1, [(1, 1), (1024, 1024)], [0, 1025]),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "record": (False, *FLAG),
     "record_similarities": (False, *FLAG),
     "record_rows": (False, *FLAG),
+    "record_canvas": (False, *FLAG),
 }
+REQUEST_ONLY = ["canvas", "watch"]
 ENGINE_ONLY = [
     "max_window",
     "hidden_stride",
@@ -80,6 +93,7 @@ ENGINE_ONLY = [
     "record",
     "record_similarities",
     "record_rows",
+    "record_canvas",
 ]
 PER_REQUEST = [name for name in KNOBS if name not in ENGINE_ONLY]
 
@@ -106,7 +120,7 @@ def test_defaults() -> None:
 def ways_to_set(name: str) -> list[tuple[str, Any]]:
     """(prefix, function of a value that sets the knob): of the engine, of a request, or both."""
     ways: list[tuple[str, Any]] = []
-    if name != "canvas":
+    if name not in REQUEST_ONLY:
         ways.append(("", lambda value: ElasticConfig.from_dict({name: value})))
     if name in PER_REQUEST:
         key = REQUEST_PREFIX + name
@@ -204,7 +218,7 @@ def test_a_misspelt_key_gets_a_hint(prefix: str) -> None:
         assert message.startswith(f"unknown parameter '{prefix}{key}'.")
         assert name is None or f"Did you mean '{prefix}{name}'?" in message
         for known in PER_REQUEST:
-            if prefix or known != "canvas":
+            if prefix or known not in REQUEST_ONLY:
                 assert prefix + known in message.split("Allowed: ")[1]
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_what_everybody_reads_is_short(name: str, most: int) -> None:
     """They would become lab notebooks again."""
     assert len((ROOT / name).read_text().split()) <= most
+
+
+def test_the_site_is_built_without_a_warning() -> None:
+    """Links, anchors and the table of contents, as the site has them."""
+    built = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "docs.sh"), sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (ROOT / "out" / "docs" / "site" / "docs" / "design" / "index.html").exists()

@@ -38,8 +38,12 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
+    "models/config_parser.py",
+    "models/experts.py",
     "models/layers.py",
     "models/llada.py",
+    "models/llada_moe.py",
+    "models/llama_names.py",
     "models/transformer.py",
     "runner/batch.py",
     "runner/cache_view.py",
@@ -47,6 +51,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/ray_on_cpu/__init__.py",
     "patches/max_tokens.py",
     "patches/sent_parameters.py",
+    "patches/watched_requests.py",
     "engine/sampling.py",
     "engine/scheduler.py",
 }
@@ -54,11 +59,13 @@ FILES_THAT_IMPORT_VLLM = {
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 WORKERS = ("vllm.v1.worker.cpu_worker:CPUWorker", "vllm.v1.worker.gpu_worker:Worker")
 ATTENTION_LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
+CONFIG_PARSER = "vllm.transformers_utils.config:HFConfigParser"
 CONFIG_HOOK = "vllm.model_executor.models.config:VerifyAndUpdateConfig"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
 ATTN_UTILS = "vllm.v1.worker.gpu.attn_utils"
 CPU_PLATFORM = "vllm.platforms.cpu:CpuPlatform"
+EXPERTS = "vllm.model_executor.layers.fused_moe"
 LINEAR = "vllm.model_executor.layers.linear"
 VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
@@ -76,6 +83,7 @@ OVERRIDDEN = [
     ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
     ("engine.engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("models.config_parser:ConfigByArchitecture.parse", CONFIG_PARSER),
     ("patches.ray_on_cpu.platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
     (
         "patches.ray_on_cpu.communicator:NodeAwareCpuCommunicator._all_group_ranks_share_shm_group_name",
@@ -212,6 +220,24 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     (f"{VOCABULARY}:ParallelLMHead.tie_weights", ["self", "embed_tokens"], []),
     ("vllm.model_executor.layers.layernorm:RMSNorm", ["hidden_size"], ["eps"]),
+    (f"{EXPERTS}:GateLinear", ["input_size", "output_size"], ["prefix"]),
+    (
+        f"{EXPERTS}:FusedMoEFactory",
+        [],
+        [
+            "num_experts",
+            "top_k",
+            "hidden_size",
+            "intermediate_size",
+            "renormalize",
+            "quant_config",
+            "dp_size",
+            "prefix",
+        ],
+    ),
+    (f"{EXPERTS}:MoERunner.forward", ["self", "hidden_states", "router_logits"], []),
+    (f"{EXPERTS}:MoERunner.load_weights", ["self", "weights"], []),
+    ("vllm.forward_context:set_forward_context", ["attn_metadata", "vllm_config"], []),
     (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         ["head_size"],
@@ -239,6 +265,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
     ),
     ("vllm.exceptions:VLLMValidationError", ["message"], ["parameter", "value"]),
+    ("vllm.v1.engine:EngineCoreOutput", [], ["request_id", "new_token_ids"]),
+    ("vllm.v1.engine:EngineCoreOutputs", [], []),
     ("vllm.tokenizers:cached_tokenizer_from_config", ["model_config"], []),
     ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], []),
     ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], []),
@@ -272,6 +300,15 @@ WRAPPED = {
         )
     },
     f"{COMPLETIONS}.create_completion": ["self", "request", "raw_request"],
+    f"{OPENAI}.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": [
+        "self",
+        "request",
+        "result_generator",
+        "request_id",
+        "model_name",
+        "conversation",
+        "tokenizer",
+    ],
     f"{BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search": ["self"],
     f"{BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search": ["self"],
 }
@@ -338,6 +375,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "prompt_logprobs",
         "response_format",
         "tool_choice",
+        "vllm_xargs",
     ],
     f"{OPENAI}.completion.protocol:CompletionRequest": [
         "echo",
@@ -364,9 +402,20 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens"],
     "vllm.v1.engine:EngineCoreEventType": ["SCHEDULED"],
-    "vllm.v1.engine:EngineCoreOutput": ["finish_reason", "kv_transfer_params", "request_id"],
+    "vllm.v1.engine:EngineCoreOutput": [
+        "finish_reason",
+        "kv_transfer_params",
+        "new_token_ids",
+        "request_id",
+    ],
+    "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
     "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
-    "vllm.v1.engine.output_processor:RequestState": ["detokenizer", "stats"],
+    "vllm.v1.engine.output_processor:RequestState": [
+        "detokenizer",
+        "external_req_id",
+        "request_index",
+        "stats",
+    ],
     "vllm.v1.metrics.stats:IterationStats": ["num_generation_tokens"],
     "vllm.v1.metrics.stats:RequestStateStats": ["num_generation_tokens"],
     "vllm.v1.engine:EngineCoreRequest": ["prompt_token_ids", "sampling_params"],
@@ -376,6 +425,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.kv_cache_interface:KVCacheSpec": ["block_size", "page_size_bytes"],
     "vllm.v1.outputs:ModelRunnerOutput": ["req_ids", "sampled_token_ids"],
     "vllm.v1.request:Request": [
+        "client_index",
         "max_tokens",
         "num_computed_tokens",
         "num_output_tokens",

@@ -69,7 +69,9 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {str(path) for path in files if "__pycache__" not in path.parts}
     metadata = f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info"
     expected |= {f"{metadata}/{name}" for name in ("METADATA", "WHEEL", "RECORD")}
-    expected |= {f"{metadata}/entry_points.txt", f"{metadata}/licenses/LICENSE"}
+    licences = [ROOT / "LICENSE", *package.glob("page/vendor/*.LICENSE")]
+    expected |= {f"{metadata}/licenses/{path.relative_to(ROOT)}" for path in licences}
+    expected |= {f"{metadata}/entry_points.txt"}
     assert set(zipfile.ZipFile(wheel).namelist()) == expected
 
 

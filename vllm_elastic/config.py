@@ -24,6 +24,9 @@ POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 COMMIT_RULES = ("threshold", "frontier", "factor", "frechet", "local", "entropy")
 """Names of the rules in ``decoding.commits``, likewise."""
 
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+"""Names of Dream's samplers, as its generation code has them."""
+
 _MOST = 1 << 20
 
 
@@ -251,12 +254,35 @@ class ElasticConfig:
         _or_null(_integer(1, _MOST)),
         "LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly by "
         "its text blocks; `window`, `commit`, `threshold` and `tokens_per_step` are not used. "
-        "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks",
+        "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks. With "
+        "`alg` Dream's schedule, which has no blocks",
+    )
+    grow_by: int | None = _knob(
+        None,
+        _or_null(_integer(0, _MOST)),
+        "positions that an answer grows by: the next ones are appended when all before them are "
+        "committed, and no mask stands behind them until then. 0: all `max_tokens` masks are there "
+        "from the start. null: as the model's authors decode, 32 for iLLaDA and 0 for all others. "
+        "A multiple of `block_length` where text blocks are predicted; infilling and `alg` do not "
+        "grow",
     )
     remasking: str = _knob(
         "low_confidence",
         _choice("low_confidence", "random"),
-        "of `steps`: a step keeps its most probable predictions, or random ones",
+        "of `steps` without `alg`: a step keeps its most probable predictions, or random ones",
+    )
+    alg: str | None = _knob(
+        None,
+        _or_null(_choice(*ALGORITHMS)),
+        "Dream's own sampler ([what each does](models.md#dreams-own-sampler)): `steps` denoising "
+        "steps, `max_tokens` of them where `steps` is null, each of which predicts all masks; what "
+        "`steps` does not use is not used here either. Not with `dual-cache`",
+    )
+    alg_temp: float = _knob(
+        0.0,
+        _number(0.0, 100.0),
+        "of `alg` but `origin`: above 0 a step's commits are drawn by softmax(confidence / "
+        "alg_temp); 0 takes the most confident",
     )
     logits_eos_inf: bool = _knob(
         False,
@@ -276,6 +302,13 @@ class ElasticConfig:
         _or_null(_TOKEN_IDS),
         "infilling: the answer's token ids, `max_tokens` of them, with the mask's id where text is "
         "wanted. Fixed tokens stay, and no end token is chosen ahead of one. null: all masks",
+        engine=False,
+    )
+    watch: bool = _knob(
+        False,
+        _FLAG,
+        "of a streamed chat: an event for every pass, in the order in which tokens are committed "
+        "([seeing it](see.md#a-running-server))",
         engine=False,
     )
     max_window: int = _knob(
@@ -312,15 +345,29 @@ class ElasticConfig:
         "with the rows of each join layer (`bench run` sets it, `bench simulate` reads it)",
         per_request=False,
     )
+    record_canvas: bool = _knob(
+        False,
+        _FLAG,
+        "with what each pass predicted, where it computed and what it left stale (`bench run "
+        "--canvas` sets it, `bench report` shows it; about 2 KB a pass)",
+        per_request=False,
+    )
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether the number of denoising steps is fixed: LLaDA's own schedule, or Dream's."""
+        return self.steps is not None or self.alg is not None
 
     @property
     def predicts_text_blocks(self) -> bool:
         """Whether a step predicts a text block of ``block_length``, and not the window."""
-        return self.steps is not None or self.policy == "dual-cache"
+        return self.alg is None and (self.steps is not None or self.policy == "dual-cache")
 
     @property
     def most_predicted(self) -> int:
         """The most positions that a step predicts."""
+        if self.alg is not None:
+            return self.max_window
         return self.block_length if self.predicts_text_blocks else self.window
 
     @classmethod
@@ -390,7 +437,7 @@ class ElasticConfig:
     def _check_most_predicted(self, prefix: str) -> None:
         knob = "block_length" if self.predicts_text_blocks else "window"
         value = getattr(self, knob)
-        if value > self.max_window:
+        if self.alg is None and value > self.max_window:
             raise ConfigError(
                 f"'{prefix}{knob}' is {value}, and the engine's 'max_window' {self.max_window} is "
                 f"the most that a step may predict; lower {knob}, or raise max_window with "
@@ -419,7 +466,7 @@ prefix `elastic_`, in `SamplingParams(extra_args={{"elastic_window": 32}})`, or 
 `"vllm_xargs": {{"elastic_window": 32}}`. An unknown key or a value out of range is an error that
 names the key and what is allowed, at start or at admission (HTTP 400). Keys without the prefix are
 not ours and are passed over. `null` is for the engine and for Python: vLLM's server takes none in
-`vllm_xargs`; `elastic_preset` undoes an engine's `steps`, `tokens_per_step` or `refresh`.
+`vllm_xargs`; `elastic_preset` undoes an engine's `steps`, `alg`, `tokens_per_step` or `refresh`.
 
 ## Presets
 

@@ -21,24 +21,28 @@ def register() -> None:
             "vllm_elastic needs vLLM: install vllm-elastic[cpu] or vllm-elastic[cuda]."
         ) from error
 
+    from vllm_elastic.models.config_parser import dispatch_on_architectures
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
     from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
     from vllm_elastic.patches.sent_parameters import note_what_was_sent
+    from vllm_elastic.patches.watched_requests import show_passes_of_watched_requests
 
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
+    dispatch_on_architectures()
     add_elastic_flags()
     check_requests_at_admission()
     take_reports_of_ended_requests()
     take_max_tokens_literally()
     note_what_was_sent()
+    show_passes_of_watched_requests()
 
 
 def register_family(architecture: str, family: Family) -> None:
     """Let vLLM serve an architecture of ``models.registry.FAMILIES``."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -46,6 +50,8 @@ def register_family(architecture: str, family: Family) -> None:
 
     config = resolve_name(family.config)
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    if family.tokenizer is not None:
+        AutoTokenizer.register(config, resolve_name(family.tokenizer), exist_ok=True)
     if architecture not in ModelRegistry.models:
         ModelRegistry.register_model(architecture, family.model)
     MODELS_CONFIG_MAP[architecture] = LLaDAEngineConfig

@@ -393,7 +393,7 @@ def test_bad_config_is_named(plan: Any, model: Any, change: dict[str, Any], mess
 def test_config_of_another_model(plan: Any, model: Any) -> None:
     ran = plan("--model", model({"hidden_size": 64, "model_type": "llama"}), "--memory", 80)
     assert ran.status == 2
-    assert "not a LLaDA's config, lacks d_model" in ran.err
+    assert "hidden_size is no key of LLaDA-8B's" in ran.err
 
 
 def test_rows_of_the_vocabulary_are_shared_too(plan: Any, model: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,3 +212,38 @@ def test_gamma_prints_policies_and_tasks(
     assert printed.count("elastic-block") >= 1 and "dual-cache" in printed
     works = [row["work"] for row in rows]
     assert works[0] == 1.0 and max(works[1:]) < 0.6
+
+
+def test_run_records_what_report_shows(problems: Path, tmp_path: Path) -> None:
+    """From prompts to a page; every number of it is in the records, words and all."""
+    files = []
+    for setting in ("block", "exact"):
+        files.append(str(tmp_path / f"{setting}.jsonl"))
+        config = json.dumps({"preset": setting})
+        words = ["--prompts", str(problems), "--elastic-config", config, "--canvas"]
+        run("run", "--model", MODEL, *words, "--out", files[-1])
+    out = tmp_path / "report.html"
+    run("report", *files, "--out", str(out))
+    (embedded,) = re.findall(
+        r'<script id="data" type="application/json">(.*?)</script>', out.read_text(), re.S
+    )
+    requests = json.loads(embedded)["requests"]
+    asked = [json.loads(line) for line in problems.read_text().splitlines()]
+    assert [request["id"] for request in requests] == [line["id"] for line in asked]
+    for request, line in zip(requests, asked, strict=True):
+        # A token alone is decoded without the space before it.
+        assert "".join(request["prompt"]).split() == ["".join(line["prompt"].split())]
+        assert [made["setting"] for made in request["runs"]] == ["block", "exact"]
+        for made in request["runs"]:
+            answer = [int(token_id) for token_id in made["answer"].split()]
+            last = {
+                at: token for step in made["steps"] for at, token, _ in step["canvas"]["predicted"]
+            }
+            start = made["prompt_tokens"]
+            assert [last[start + index] for index in range(len(answer))] == answer
+            layers = made["layers"]
+            assert made["row_layers"] == sum(
+                (stop - first) * (layers - join)
+                for step in made["steps"]
+                for first, stop, join in step["canvas"]["spans"]
+            )

@@ -108,12 +108,13 @@ def scenarios(
             "slack": st.sampled_from([0.0, 0.1, 1.0]),
             "hidden_stride": st.sampled_from([1, 2, 3]),
             "granularity": st.none() | st.integers(1, 9),
+            "grow_by": st.none() | st.integers(0, 9),
             "record": st.booleans(),
         }
     )
     return st.builds(
         Scenario,
-        config=knobs.map(ElasticConfig.from_dict),
+        config=knobs.map(_by_whole_blocks).map(ElasticConfig.from_dict),
         prompt_length=st.integers(1, 9),
         max_tokens=st.integers(1, 24),
         num_layers=st.integers(1, 5),
@@ -124,6 +125,13 @@ def scenarios(
         restart_rate=st.sampled_from(restart_rates),
         seed=st.integers(0, 2**32 - 1),
     )
+
+
+def _by_whole_blocks(knobs: dict[str, Any]) -> dict[str, Any]:
+    """Where text blocks are predicted an answer grows by some of them."""
+    if knobs["policy"] == "dual-cache" and knobs["grow_by"]:
+        return knobs | {"grow_by": knobs["grow_by"] * knobs["block_length"]}
+    return knobs
 
 
 class FakeModel:
@@ -145,7 +153,7 @@ class FakeModel:
         if isinstance(plan.measure, DriftTest):
             measured = self._drift(plan.measure, plan.start_layer)
         elif isinstance(plan.measure, BlockProbe):
-            measured = self._blocks(plan.measure)
+            measured = self._blocks(plan.measure, len(plan.tokens))
         entropies = None
         if scenario.config.commit == "entropy":
             entropies = rng.choice([0.0, 0.1, 0.5, 1.0], count)
@@ -169,9 +177,9 @@ class FakeModel:
         similarities[self.not_stored] = np.nan
         return MeasuredDrift(most_attended, similarities[: measure.tested_layers])
 
-    def _blocks(self, measure: BlockProbe) -> MeasuredBlocks:
+    def _blocks(self, measure: BlockProbe, length: int) -> MeasuredBlocks:
         scenario, rng = self.scenario, self.rng
-        blocks = np.arange(scenario.length) // measure.block_size
+        blocks = np.arange(length) // measure.block_size
         found = MeasuredBlocks(
             np.zeros(blocks[-1] + 1, dtype=np.float32),
             np.full(blocks[-1] + 1, -1, dtype=np.int32),
@@ -201,6 +209,7 @@ class Pass:
     end: int  # before the pass
     committed: list[int]  # canvas positions
     emitted: list[int]
+    appended: set[int]  # canvas positions that are new, and that no pass has computed
 
     @property
     def replayed(self) -> bool:
@@ -242,10 +251,17 @@ def drive(scenario: Scenario) -> Trace:
             plan = request.plan()
         before = copy.deepcopy(plan)
         masked, end = request.canvas.masked.copy(), request.canvas.end
+        computed = len(trace.passes[-1].plan.tokens) if trace.passes else 0
+        appended = set(range(computed, len(plan.tokens))) if computed and not restarted else set()
+        if trace.passes and trace.passes[-1].replayed and not restarted:
+            appended |= trace.passes[-1].appended
         result = model.run(plan)
         emitted = request.finish_pass(result)
-        committed = np.flatnonzero(masked & ~request.canvas.masked).tolist()
-        trace.passes.append(Pass(plan, before, result, restarted, masked, end, committed, emitted))
+        # It may have grown meanwhile.
+        committed = np.flatnonzero(masked & ~request.canvas.masked[: len(masked)]).tolist()
+        trace.passes.append(
+            Pass(plan, before, result, restarted, masked, end, committed, emitted, appended)
+        )
     return trace
 
 
@@ -285,7 +301,8 @@ class CheckedCache:
             if not rows:
                 continue
             self.has_keys[layer, rows] = True
-            assert self.has_keys[layer].all(), f"layer {layer} attends to keys that are not there"
+            seen = self.has_keys[layer, : len(plan.tokens)]
+            assert seen.all(), f"layer {layer} attends to keys that are not there"
             above = layer + 1
             stored = above % self.scenario.config.hidden_stride == 0
             if above < self.scenario.num_layers and stored:

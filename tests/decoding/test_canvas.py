@@ -130,6 +130,29 @@ def test_canvas_of_one() -> None:
     assert canvas.take_finished() == [END_TOKENS[0]]
 
 
+def test_it_grows_when_all_is_committed() -> None:
+    """The model would see masks that are not there yet, or the answer would stop short."""
+    canvas = Canvas([1, 2], 7, MASK, grow_by=3)
+    assert (canvas.length, canvas.capacity, len(canvas.tokens)) == (5, 9, 5)
+    commit(canvas, {3: 50, 4: 51})
+    assert (canvas.length, canvas.take_finished()) == (5, []), "a hole is left"
+    commit(canvas, {2: 52})
+    assert canvas.length == 8 and canvas.take_finished() == [52, 50, 51]
+    assert canvas.first_masked(9).tolist() == [5, 6, 7] and not canvas.done
+    commit(canvas, {5: 50, 6: 50, 7: 50})
+    assert canvas.length == 9, "no more than was asked for"
+    commit(canvas, {8: 50})
+    assert canvas.done and canvas.length == 9
+
+
+@pytest.mark.parametrize("place", [2, 4])
+def test_an_end_stops_growth(place: int) -> None:
+    """Also at the last position of what is there."""
+    canvas = Canvas([1, 2], 7, MASK, ENDS, grow_by=3)
+    commit(canvas, {at: END_TOKENS[0] if at == place else 50 for at in (2, 3, 4)})
+    assert canvas.done and canvas.length == 5
+
+
 def test_infilling_keeps_what_is_fixed() -> None:
     """Fixed tokens are shown in their place, and at once where nothing is missing before them."""
     canvas = Canvas([1, 2], 5, 9, frozenset({3}), answer=[7, 9, 8, 9, 6])

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,7 +74,7 @@ def test_the_answer_is_emitted_in_order_and_without_delay(scenario: Scenario) ->
         still_masked = p.masked.copy()
         still_masked[p.committed] = False
         finished = scenario.prompt_length
-        while finished < scenario.length and not still_masked[finished]:
+        while finished < len(still_masked) and not still_masked[finished]:
             finished += 1
             if answer[finished - 1 - scenario.prompt_length] in scenario.end_tokens:
                 break
@@ -207,15 +210,15 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
         if p.restarted:
             cache.forget()
         cache.run(p.plan)
-        committed = ~p.masked
+        committed = np.flatnonzero(~p.masked)
         assert (cache.embedded[committed] == p.plan.tokens[committed]).all(), (
             "the keys of a committed position are still those of the mask"
         )
 
 
-def near(trace: Trace, positions: list[int]) -> set[int]:
-    """The canvas positions within the request's reach of any of these."""
-    reach, everywhere = trace.request.reach, range(trace.scenario.length)
+def near(trace: Trace, p: Pass, positions: list[int]) -> set[int]:
+    """The canvas positions of a pass within the request's reach of any of these."""
+    reach, everywhere = trace.request.reach, range(len(p.plan.tokens))
     return {at for at in everywhere for p in positions if abs(at - p) <= reach}
 
 
@@ -228,22 +231,22 @@ def test_elastic_rows(scenario: Scenario) -> None:
     measured = np.full((layers, track_num), -1)  # most attended, this step's latest of each layer
     just_committed: list[int] = []
     drifted_layer, join_layer = -1, 0
-    everything = list(range(scenario.length))
     for p in trace.passes:
         plan = p.plan
+        everything = list(range(len(plan.tokens)))
         if p.restarted:
             measured[:] = -1
             just_committed = []
         tracked = set(measured[measured >= 0].tolist()) if plan.kind == "window" else set()
         segments = [(s.join_layer, s.positions.tolist()) for s in plan.segments]
         if plan.kind == "window":
-            rows = set(plan.window_rows.tolist()) | near(trace, just_committed) | tracked
-            assert segments == [(0, sorted(rows))]
+            rows = set(plan.window_rows.tolist()) | near(trace, p, just_committed) | tracked
+            assert segments == [(0, sorted(rows | p.appended))]
         elif plan.kind == "replay":
             assert segments == [(join_layer, everything)]
         else:
             assert segments == [(0, everything)]
-        assert plan.tested.tolist() == sorted(tracked)
+        assert plan.tested.tolist() == ([] if p.appended else sorted(tracked))
         assert isinstance(plan.measure, DriftTest)
         assert plan.measure.trackable.tolist() == (~p.masked).tolist()
         drifted_layer = -1
@@ -280,7 +283,7 @@ def test_elastic_next_refreshes_a_step_later(scenario: Scenario) -> None:
             assert plan.measure.tested_layers == stale_from
             if stale_from is not None:
                 everyone = joins[0] + joins.get(stale_from, [])
-                assert sorted(everyone) == list(range(scenario.length))
+                assert sorted(everyone) == list(range(len(plan.tokens)))
         stale_from = None
         assert isinstance(p.result.measured, MeasuredDrift)
         if p.result.measured.similarities is not None:
@@ -303,15 +306,16 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
         if plan.kind in ("window", "refresh"):
             rows = (
                 set(plan.window_rows.tolist())
-                | near(trace, just_committed)
+                | near(trace, p, just_committed)
                 | set(plan.probes.tolist())
+                | p.appended
             )
             at_zero = set(plan.segments[0].positions.tolist())
             assert plan.segments[0].join_layer == 0 and rows <= at_zero
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]
             stale = (at_zero - rows).union(*others)
             for block in {position // size for position in stale}:
-                members = set(range(block * size, min((block + 1) * size, scenario.length)))
+                members = set(range(block * size, min((block + 1) * size, len(plan.tokens))))
                 homes = [s for s in (at_zero - rows, *others) if s & members]
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
@@ -354,7 +358,7 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         assert again.window.tolist() == plan.window.tolist()
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
-        assert again.row_layers(scenario.num_layers) == scenario.length * scenario.num_layers
+        assert again.row_layers(scenario.num_layers) == len(plan.tokens) * scenario.num_layers
         request.finish_pass(model.run(plan))
 
 
@@ -367,7 +371,8 @@ def test_the_record_adds_up(scenario: Scenario) -> None:
     assert record.passes == len(trace.passes)
     assert record.denoising_steps == sum(not p.replayed for p in trace.passes)
     assert record.row_layers == sum(p.plan.row_layers(layers) for p in trace.passes)
-    assert record.full_row_layers == scenario.length * layers * record.denoising_steps
+    lengths = [len(p.plan.tokens) for p in trace.passes if not p.replayed]
+    assert record.full_row_layers == sum(lengths) * layers
     if not scenario.config.record:
         assert record.steps == []
         return
@@ -442,6 +447,66 @@ def test_similarities_are_kept_only_where_asked_for() -> None:
         tested = [m for m in measured if getattr(m, "similarities", None) is not None]
         assert tested
         assert len(kept) == (len(tested) if asked else 0)
+
+
+@drives
+@given(scenarios())
+def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:
+    """A page would show another pass than the one that was run."""
+    config = replace(scenario.config, record=True, record_canvas=True)
+    scenario = replace(scenario, config=config)
+    trace, block_size = drive(scenario), scenario.make_request().validity.block_size
+    assert len(trace.request.record.steps) == len(trace.passes)
+    shown = {}
+    ends = [p.end for p in trace.passes[1:]] + [trace.request.canvas.end]
+    for entry, p, end in zip(trace.request.record.steps, trace.passes, ends, strict=True):
+        canvas = entry["canvas"]
+        assert canvas["length"] == len(p.plan.tokens)
+        assert canvas["end"] == min(end, len(p.plan.tokens))
+        found = zip(p.plan.window, p.result.token_ids, p.result.probabilities, strict=True)
+        assert canvas["predicted"] == [[at, token, round(sure, 4)] for at, token, sure in found]
+        spans = {at: join for start, stop, join in canvas["spans"] for at in range(start, stop)}
+        rows = {at: s.join_layer for s in p.plan.segments for at in s.positions.tolist()}
+        assert spans == rows
+        starts = [start for start, _, _ in canvas["spans"]]
+        stops = {(stop, join) for _, stop, join in canvas["spans"]}
+        pairs = {(start, join) for start, _, join in canvas["spans"]}
+        assert len(starts) == len(set(starts)) and not stops & pairs, "stretches are whole"
+        assert canvas["block_size"] == block_size
+        blocks = -(-len(p.plan.tokens) // block_size)
+        assert len(canvas["stale_from"]) == blocks
+        assert all(len(values) == blocks for values in canvas["judged_by"].values())
+        shown |= {at: token for at, token, _ in canvas["predicted"]}
+        for at in entry["committed"]:  # the last prediction of a position is what it gets
+            assert shown[at] == scenario.answer[at - scenario.prompt_length]
+    assert json.loads(json.dumps(trace.request.record.steps)) == trace.request.record.steps
+
+
+def test_canvases_say_what_the_next_pass_refreshes() -> None:
+    """What a verdict leaves stale is what the pass behind it computes, from that layer on."""
+    knobs = {"policy": "elastic-block", "granularity": 4, "block_drift": 0.05, "record": True}
+    scenario = quiet({**knobs, "record_canvas": True, "window": 4}, max_tokens=24, drift_rate=0.5)
+    steps = drive(scenario).request.record.steps
+    refreshed = 0
+    for before, after in itertools.pairwise(steps):
+        judged = before["canvas"]["judged_by"]
+        costs = np.multiply(judged["attention"], judged["drift"])
+        stale = before["canvas"]["stale_from"]
+        assert any(layer < scenario.num_layers for layer in stale) == (costs.sum() > 0.05)
+        joins = dict.fromkeys(range(scenario.length), scenario.num_layers)
+        for start, stop, join in after["canvas"]["spans"]:
+            joins |= dict.fromkeys(range(start, stop), join)
+        for at, join in joins.items():
+            assert join <= stale[at // 4]
+            refreshed += join == stale[at // 4] < scenario.num_layers
+    assert refreshed
+
+
+def test_canvases_are_kept_only_where_asked_for() -> None:
+    """A plain server, and a benchmark that shows nothing, would pay for it."""
+    for knobs in ({}, {"record": True}, {"record_canvas": True}):
+        steps = drive(drifting(knobs)).request.record.steps
+        assert bool(steps) == ("record" in knobs) and not any("canvas" in s for s in steps)
 
 
 def test_all_at_once_with_an_end_in_the_middle() -> None:

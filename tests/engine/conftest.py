@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.engines_kept import keep_engines
+from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 from vllm_elastic.reference.llada import HEAD
 
@@ -25,12 +26,8 @@ RANDOM_MODELS = {
     "gqa-tied": dict(d_model=128, n_heads=4, n_kv_heads=2, n_layers=5, weight_tying=True),
     "mha-head64": dict(d_model=192, n_heads=3, n_kv_heads=3, n_layers=4, weight_tying=False),
 }
-# Position p's logits are row p - 1's, as in Dream.
-SHIFTED = {
-    "shifted": dict(
-        d_model=128, n_heads=4, n_kv_heads=2, n_layers=4, weight_tying=False, logits_shift=1
-    ),
-}
+# Position p's logits are row p - 1's. Six heads share two; widths and vocabulary are odd.
+SHIFTED = {"dream": small_config()}
 # As above, and likes to end an answer.
 EAGER_TO_END = {
     "eager": dict(d_model=128, n_heads=4, n_kv_heads=4, n_layers=3, weight_tying=False),
@@ -104,8 +101,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if name not in loaded:
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
-            options = (RANDOM_MODELS | SHIFTED | EAGER_TO_END | SURE)[name]
-            oracle = LLaDA.random(random_config(**options), seed=3)
+            oracle: LLaDA
+            if name in SHIFTED:
+                oracle = Qwen2Oracle(SHIFTED[name], seed=3)
+            else:
+                options = (RANDOM_MODELS | EAGER_TO_END | SURE)[name]
+                oracle = LLaDA.random(random_config(**options), seed=3)
             if name in EAGER_TO_END:
                 oracle.weights[HEAD][EOS] *= 2.5
             if name in SURE:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from vllm_elastic.config import ALGORITHMS
 from vllm_elastic.decoding.policies import POLICIES
 
 from .driver import Driver, prompt_of
@@ -107,16 +108,20 @@ def asks(draw: st.DrawFn) -> Ask:
         knobs["granularity"] = draw(st.sampled_from([3, 8, 32]))
         knobs["probes"] = draw(st.sampled_from([1, 4]))
         knobs["attention_stride"] = draw(st.sampled_from([1, 4]))
-    commits = draw(st.sampled_from(["threshold", "rank", "steps"]))
+    commits = draw(st.sampled_from(["threshold", "rank", "steps", "alg"]))
     if commits == "steps" and max_tokens % BLOCK_LENGTH == 0:
         knobs["steps"] = max_tokens // BLOCK_LENGTH * draw(st.sampled_from([2, 3]))
         knobs["remasking"] = draw(st.sampled_from(["low_confidence", "random"]))
+    elif commits == "alg" and knobs["policy"] != "dual-cache":
+        knobs["alg"] = draw(st.sampled_from(ALGORITHMS))
+        knobs["alg_temp"] = draw(st.sampled_from([0.0, 0.3]))
+        knobs["steps"] = draw(st.sampled_from([None, 1, max_tokens + 3]))
     elif commits == "rank":
         knobs["tokens_per_step"] = draw(st.sampled_from([1, 2, 5]))
     else:
         knobs["threshold"] = draw(st.sampled_from([0.2, 0.9]))
     sampling: dict[str, Any] = {}
-    if draw(st.booleans()) or knobs.get("remasking") == "random":
+    if draw(st.booleans()) or knobs.get("remasking") == "random" or "alg" in knobs:
         sampling["seed"] = draw(st.sampled_from([-7, 0, 3]))  # vLLM takes -1 for none
         sampling["temperature"] = draw(st.sampled_from([0.5, 1.3]))
         sampling["top_p"] = draw(st.sampled_from([1.0, 0.8]))
@@ -139,7 +144,7 @@ def schedules(draw: st.DrawFn, resets: bool = False) -> Schedule:
         st.booleans(),
     )
     return Schedule(
-        draw(st.sampled_from(["gqa-tied", "eager"])),
+        draw(st.sampled_from(["gqa-tied", "eager", "dream"])),
         tuple(draw(st.lists(arrival, min_size=2, max_size=12))),
         row_budget=draw(st.sampled_from([24, 64, 150, 500])),
         places=draw(st.sampled_from([2, 5, 16])),

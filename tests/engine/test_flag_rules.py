@@ -31,6 +31,7 @@ SET: dict[str, dict[str, Any]] = {
         "tensor_parallel_size": 2,
     },
     "--prefill-context-parallel-size": {"prefill_context_parallel_size": 2},
+    "--enable-expert-parallel": {"enable_expert_parallel": True},
     "--enable-dbo": {"enable_dbo": True},
     "--ubatch-size": {"ubatch_size": 2},
     "--speculative-config": {"speculative_config": SPECULATIVE},

@@ -125,9 +125,14 @@ def test_constraints_hold(served: Served) -> None:
     assert third.index(EOS) == 7 and len(third) == 8
 
 
-@pytest.mark.parametrize("policy", ["none", "elastic"])
-def test_logprobs_are_those_of_the_commit(policy: str, served: Served) -> None:
+@pytest.mark.parametrize(
+    ("policy", "model"), [("none", "gqa-tied"), ("elastic", "gqa-tied"), ("none", "dream")]
+)
+def test_logprobs_are_those_of_the_commit(
+    policy: str, model: str, serve: Callable[[str], Served]
+) -> None:
     """Against the oracle's forward on the canvas as it was when the token was committed."""
+    served = serve(model)
     prompts = [prompt_of(12 + i, i) for i in range(4)]
     from vllm import SamplingParams
 
@@ -156,7 +161,8 @@ def test_logprobs_are_those_of_the_commit(policy: str, served: Served) -> None:
             shown = [p for p in committed if p - len(prompt) < len(answer)]
             if policy == "none":
                 hidden = served.oracle.forward(torch.from_numpy(canvas))
-                logits = served.oracle.head(hidden[shown]).float()
+                shift = served.oracle.config.logits_shift
+                logits = served.oracle.head(hidden[[p - shift for p in shown]]).float()
                 logits[:, MASK] = float("-inf")
                 wanted = logits[:, : served.oracle.config.vocab_size].log_softmax(-1)
             for row, position in enumerate(shown):

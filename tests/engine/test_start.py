@@ -84,6 +84,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"gama": 0.9}, "unknown parameter 'gama'. Did you mean 'gamma'"),
         ({"hidden_stride": 8}, "--elastic-config: hidden_stride 8 .* at most 7"),
         ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
+        ({"grow_by": 24, "policy": "dual-cache"}, "--elastic-config: 'elastic_grow_by' 24 must be"),
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),

@@ -13,21 +13,26 @@ from typing import Any
 import pytest
 import torch
 
+from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees
 from .collectives import count_collectives, expected_traffic, take_collectives
 from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
 from .test_oracle import CONFIGS, ask_oracle
+from .transformers_oracle import save_family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 RANKS = 2
 ROW_BUDGET = 24  # less than a canvas of the problems below
-MODELS = {
-    "gqa-tied": RANDOM_MODELS["gqa-tied"],
+DREAM = small_config(hidden_size=128, num_attention_heads=4)
+MODELS: dict[str, Callable[[], LLaDA]] = {
+    "gqa-tied": lambda: LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3),
+    # Heads, KV heads and their biases are shared out.
+    "dream": lambda: Qwen2Oracle(DREAM, seed=3),
     # One KV head, which both ranks keep; an odd number of layers of hidden states.
-    "mqa": dict(d_model=128, n_heads=4, n_kv_heads=1, n_layers=4, weight_tying=False),
+    "dream-mqa": lambda: Qwen2Oracle(DREAM | {"num_key_value_heads": 1, "vocab_size": 320}, seed=6),
 }
 
 
@@ -42,7 +47,7 @@ def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
     def save(name: str) -> tuple[LLaDA, Path]:
         directory = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
-        oracle = LLaDA.random(random_config(**MODELS[name]), seed=3)
+        oracle = MODELS[name]()
         oracle.save_pretrained(directory)
         return oracle, directory
 
@@ -145,6 +150,20 @@ def poison_worker(worker: Any) -> None:
         cache.fill_(float("nan"))
 
 
+def test_shared_experts_equal_oracle(tmp_path: Path) -> None:
+    """LLaDA-MoE: each rank has a share of every expert, and one KV head; answers grow."""
+    oracle = save_family("llada-moe", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+        served = start(oracle, tmp_path, "llada-moe", "mp")
+    try:
+        workers(served, poison_worker)
+        names = ["none", "released-high", "block-topk"]
+        assert_equals_oracle(served, {name: CONFIGS[name] | {"grow_by": 8} for name in names})
+    finally:
+        stop(served)
+
+
 def assert_traffic_follows_the_formula(
     served: Served, names: list[str], row_budget: int, hidden_stride: int = 1
 ) -> None:
@@ -243,7 +262,11 @@ def test_row_chunks_shared_kv_heads_and_every_other_hidden_state(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
         served = start(
-            *directory_of("mqa"), "mqa", "mp", row_budget=ROW_BUDGET, elastic_config=stride
+            *directory_of("dream-mqa"),
+            "dream-mqa",
+            "mp",
+            row_budget=ROW_BUDGET,
+            elastic_config=stride,
         )
     try:
         names = ["none", "released-high", "paper-low", "block", "next-high"]
@@ -277,7 +300,7 @@ def test_ray_equals_oracle(
     ray_with_two_devices: None, directory_of: Callable[[str], tuple[LLaDA, Path]]
 ) -> None:
     """The same ranks as Ray's actors: patches/ray_on_cpu."""
-    served = start(*directory_of("gqa-tied"), "gqa-tied", "ray")
+    served = start(*directory_of("dream"), "dream", "ray")
     try:
         executor = served.engine.llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
         assert executor.uses_ray

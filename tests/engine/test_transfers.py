@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_elastic.runner.batch import BatchBuilder
 
 from .conftest import Served
+from .driver import Driver, prompt_of
 from .test_oracle import request
 
 pytestmark = pytest.mark.engine
@@ -61,3 +62,36 @@ def test_one_upload_a_pass(
     for made, calls, _ in passes:
         # vLLM's attention metadata has two tensors for the host itself.
         assert made == 2 * calls
+
+
+BUDGET = {
+    "none": {"first": 278, "full": 276},
+    "dual-cache": {"first": 278, "window": 276, "full": 276},
+    "elastic-block": {"first": 360, "window": 384, "refresh": 416},
+}
+"""Operators of a pass of one request in a model of 5 layers, its head and statistics included."""
+
+
+@pytest.mark.parametrize("policy", BUDGET)
+def test_operators_of_a_pass(
+    policy: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each is a launch, on a small model their overhead is the time: a change that adds
+    some has to say so here."""
+    driver = Driver(serve("gqa-tied"))
+    run = driver.engine.runner.run
+    most: Counter[str] = Counter()
+
+    def counted(plans: Any) -> Any:
+        with Operators() as seen:
+            results = run(plans)
+        most[plans[0].kind] = max(most[plans[0].kind], seen.counts.total())
+        return results
+
+    monkeypatch.setattr(driver.engine.runner, "run", counted)
+    driver.add(prompt_of(45, 3), 64, policy=policy, window=16, block_length=16)
+    driver.run()
+    driver.take_records()
+    assert most.keys() == BUDGET[policy].keys()
+    for kind, count in most.items():
+        assert count <= BUDGET[policy][kind], f"{kind}: {count}"

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from vllm_elastic.patches import cli_flags
+
 MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint")
 ARGUMENTS = ["--model", MODEL, "--plugin", "elastic", "--elastic-config", '{"gamma": 0.5}']
 
@@ -44,6 +46,19 @@ def test_the_same_thing_twice_is_refused(engine_args: Any) -> None:
     twice = [*ARGUMENTS, "--additional-config", '{"elastic": {"reach": 4}}']
     with pytest.raises(ValueError, match="give one of them"):
         engine_args.from_cli_args(parse(engine_args.add_cli_args, twice))
+
+
+def test_a_flag_without_effect_is_said_at_start(
+    engine_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cli_flags.logger, "warning", lambda text, *args: said.append(text % args))
+    engine_args.from_cli_args(parse(engine_args.add_cli_args, ARGUMENTS))
+    assert said == [], "nothing that the user did not set"
+    some = ["--disable-cascade-attn", "--max-num-seqs", "4", "--max-loras", "2"]
+    engine_args.from_cli_args(parse(engine_args.add_cli_args, [*ARGUMENTS, *some]))
+    (line,) = said
+    assert line.endswith(": --disable-cascade-attn, --max-loras")
 
 
 def test_a_path_in_place_of_json(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:

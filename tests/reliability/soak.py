@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from tqdm import tqdm
+
 from tests.reliability.exchange import Answer, Ask
 from tests.reliability.server_state import ServerState, read_state
 from tests.reliability.traffic import Load, Tally, ask_again, ask_alone, mixed_asks
@@ -147,7 +149,8 @@ def soak(
     start = wait_until_idle(server)
     load = Load(server.address, asks, right, clients=clients, leave_share=0.2, seed=seed)
     with _sampling(server, log) as samples, load:
-        time.sleep(seconds)
+        for _ in tqdm(range(round(seconds)), "load", unit="s", leave=False, disable=None):
+            time.sleep(1)
     return SoakRun(seconds, start, wait_until_idle(server), samples, load.tally)
 
 

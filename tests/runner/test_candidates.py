@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from tests.golden import end_options
+from tests.golden import dream_steps, end_options
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner import candidates
 from vllm_elastic.runner.candidates import (
+    as_dream,
     constrain,
     leave_out_of_confidence,
     logprobs_of,
@@ -188,3 +189,32 @@ def test_logprobs_are_of_the_token_and_the_best() -> None:
             assert value == pytest.approx(float(wanted[row, int(token)]), abs=1e-6)
         assert report.token_ids[row, 1:].tolist() == wanted[row].topk(2).indices.tolist()
     assert logprobs_of(logits, chosen, -1).token_ids.shape == (3, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alg", dream_steps.CONFIDENCES)
+def test_dreams_confidences_by_hand(
+    alg: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (30, 30))  # rows by twos
+    logits = torch.tensor(dream_steps.ODDS, dtype=dtype).log()
+    # vLLM resets top_p at temperature 0; nothing is filtered then.
+    token_ids, confidence = as_dream(logits, Sampling(alg=alg, top_p=0.5), 0, torch.arange(4))
+    assert token_ids.tolist() == [0, 0, 0, 0]
+    assert confidence.tolist() == pytest.approx(dream_steps.CONFIDENCES[alg], abs=1e-6)
+    logits[1, 2] = float("nan")
+    confidence = as_dream(logits, Sampling(alg=alg), 0, torch.arange(4))[1]
+    assert torch.isnan(confidence).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("row", "top_p", "alg", "expected"), dream_steps.SAMPLED)
+def test_dreams_confidences_of_sampled_tokens_by_hand(
+    row: int, top_p: float, alg: str, expected: dict[int, float]
+) -> None:
+    logits = torch.tensor(dream_steps.ODDS[row]).log().expand(400, -1)
+    sampling = Sampling(temperature=0.5, top_p=top_p, seed=3, alg=alg)
+    token_ids, confidence = as_dream(logits, sampling, 2, torch.arange(400))
+    found = dict(zip(token_ids.tolist(), confidence.tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-6)
+    plain, _ = sampled(logits, sampling, 2, torch.arange(400))
+    assert torch.equal(token_ids, plain), "the same draw, another confidence"

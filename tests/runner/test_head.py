@@ -24,7 +24,12 @@ WISHES = [
     Sampling(temperature=0.7, top_p=0.8, seed=3),
     Sampling(num_logprobs=2, banned_token_ids=(1, 2, 3)),
     Sampling(temperature=1.3, seed=9, num_logprobs=1, entropies=True),
+    Sampling(temperature=0.9, top_p=0.9, seed=4, alg="entropy"),
+    Sampling(alg="topk_margin", banned_token_ids=(1, 2, 3)),
 ]
+
+
+ROWS = (4, 9, 5, 7, 4, 2)
 
 
 def plan(first: int, count: int, sampling: Sampling | None) -> PassPlan:
@@ -33,10 +38,10 @@ def plan(first: int, count: int, sampling: Sampling | None) -> PassPlan:
 
 
 def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Head, list[int]]:
-    """Candidates of 4 + 9 + 5 + 7 rows, and how many rows each call of the head had."""
+    """Candidates of 31 rows, and how many rows each call of the head had."""
     monkeypatch.setattr(module.ranks, "reports", lambda: True)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows_at_once * VOCABULARY)
-    plans = [plan(10 + i, n, w) for i, (n, w) in enumerate(zip((4, 9, 5, 7), WISHES, strict=True))]
+    plans = [plan(10 + i, n, w) for i, (n, w) in enumerate(zip(ROWS, WISHES, strict=True))]
     upload = Upload(torch.device("cpu"))
     head = Head(plans, TRAITS, upload)
     upload.send()
@@ -46,7 +51,7 @@ def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
         calls.append(len(hidden))
         return hidden.clone()
 
-    logits = torch.randn(25, VOCABULARY, generator=torch.Generator().manual_seed(4))
+    logits = torch.randn(sum(ROWS), VOCABULARY, generator=torch.Generator().manual_seed(4))
     logits[:, [MASK, NEVER]] = 50.0  # what may not be chosen is what the model would choose
     return head.predict(SimpleNamespace(compute_logits=compute_logits), logits), head, calls
 
@@ -55,27 +60,28 @@ def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
 def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request cut in two would lose its positions, its random numbers or its constraints; and
     a pass with wide windows would hold all logits at once."""
-    whole, _, calls = predicted(25, monkeypatch)
-    assert calls == [25]
+    whole, _, calls = predicted(31, monkeypatch)
+    assert calls == [31]
     parts, head, calls = predicted(rows_at_once, monkeypatch)
-    assert max(calls) == rows_at_once and sum(calls) == 25
+    assert max(calls) == rows_at_once and sum(calls) == 31
     assert torch.equal(parts.token_ids, whole.token_ids)
     torch.testing.assert_close(parts.probabilities, whole.probabilities)
     torch.testing.assert_close(parts.entropies, whole.entropies)
     assert whole.entropies.nonzero().flatten().tolist() == list(range(18, 25))
+    assert (whole.probabilities[25:29] < 0).all(), "Dream's confidence by entropy"
     assert parts.logprobs.keys() == whole.logprobs.keys() == {2, 3}
     for index, found in parts.logprobs.items():
         wanted = whole.logprobs[index]
         assert found.token_ids.tolist() == wanted.token_ids.tolist()
         assert found.ranks.tolist() == wanted.ranks.tolist()
         np.testing.assert_allclose(found.logprobs, wanted.logprobs)
-        assert len(found.ranks) == len(range(25)[head.slices[index]])
+        assert len(found.ranks) == len(range(31)[head.slices[index]])
     assert not set(whole.token_ids.tolist()) & {MASK, NEVER}
 
 
 def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A banned token would vanish from the alternatives, and the rest be renormalised."""
-    whole, head, _ = predicted(25, monkeypatch)
+    whole, head, _ = predicted(31, monkeypatch)
     assert not set(whole.token_ids[head.slices[2]].tolist()) & {1, 2, 3}
     shown = whole.logprobs[2].token_ids[:, 1:]
     assert set(shown.ravel().tolist()) & {1, 2, 3}, "the seed shows nothing"

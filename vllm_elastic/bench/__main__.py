@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import compare, gamma, plan, plot, run, simulate, step, tune
+from vllm_elastic.bench import compare, gamma, plan, plot, report, run, simulate, step, tune
 from vllm_elastic.config import ConfigError
 
 
@@ -14,7 +14,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
     parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, tune, step, simulate, plan, plot):
+    for command in (run, gamma, compare, tune, step, simulate, plan, plot, report):
         command.add_parser(commands)
     return parser
 

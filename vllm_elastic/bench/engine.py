@@ -4,14 +4,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+
+
+def progress_bar(label: str) -> Callable[..., tqdm] | bool:
+    """What vLLM is to call for its bar: one with this label, gone when it is full.
+
+    False where nobody looks: vLLM divides by the time of a bar that is switched off.
+    """
+
+    def bar(*args: Any, **kwargs: Any) -> tqdm:
+        return tqdm(*args, **{**kwargs, "desc": label, "leave": False})
+
+    return bar if sys.stderr.isatty() else False
 
 
 class BenchEngine:
@@ -24,6 +41,7 @@ class BenchEngine:
         row_budget: max_num_batched_tokens.
         similarities: keep every drift test's similarities in the records.
         rows: keep the rows of each join layer in the records.
+        canvas: keep what ``bench report`` shows in the records.
     """
 
     def __init__(
@@ -37,6 +55,7 @@ class BenchEngine:
         row_budget: int = DEFAULT_ROW_BUDGET,
         similarities: bool = False,
         rows: bool = False,
+        canvas: bool = False,
         **llm_options: Any,
     ) -> None:
         # The scheduler must live in this process: its records are the result.
@@ -44,7 +63,7 @@ class BenchEngine:
         from vllm import LLM
 
         knobs = dict(elastic_config or {}, record=True)
-        knobs |= {"record_similarities": similarities, "record_rows": rows}
+        knobs |= {"record_similarities": similarities, "record_rows": rows, "record_canvas": canvas}
         ElasticConfig.from_dict(knobs)
         tokenizer = (Path(model) / "tokenizer.json").exists()
         self.llm = LLM(
@@ -64,7 +83,7 @@ class BenchEngine:
         config = self.llm.llm_engine.vllm_config.model_config.hf_config
         self.mask_token_id: int = config.mask_token_id
         self.eos_token_id: int | None = config.eos_token_id
-        self.num_layers: int = config.n_layers
+        self.num_layers: int = config.num_hidden_layers
         self._has_tokenizer = tokenizer
 
     @property
@@ -88,7 +107,8 @@ class BenchEngine:
         Returns:
             id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
             and without the first end token), text,
-            denoising_steps, passes, row_layers, full_row_layers, steps, seconds.
+            denoising_steps, passes, row_layers, full_row_layers, steps, seconds; with ``canvas``
+            also knobs, prompt_token_ids and words (the text of every token id that occurs).
         """
         from vllm import SamplingParams
 
@@ -110,7 +130,7 @@ class BenchEngine:
                     stop_token_ids=None if self._has_tokenizer else self._end_token_ids(),
                 )
             )
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=progress_bar(_setting(requests)))
         return [
             self._result(request, index, output, asked.max_tokens)
             for index, (request, output, asked) in enumerate(
@@ -131,12 +151,21 @@ class BenchEngine:
         token_ids = list(completion.token_ids)
         if token_ids[-1:] == [self.eos_token_id]:  # there without a tokenizer only
             token_ids.pop()
+        config = self.scheduler.elastic_config.for_request(request)
+        prompt_token_ids = list(output.prompt_token_ids)
+        shown: dict[str, Any] = {}
+        if config.record_canvas:
+            shown = {
+                "knobs": asdict(config),
+                "prompt_token_ids": prompt_token_ids,
+                "words": self._words([*prompt_token_ids, *token_ids], record),
+            }
         return {
             "id": request.get("id", index),
-            "policy": self.scheduler.elastic_config.for_request(request).policy,
+            "policy": config.policy,
             "layers": self.num_layers,
-            "canvas": len(output.prompt_token_ids) + max_tokens,
-            "prompt_tokens": len(output.prompt_token_ids),
+            "canvas": len(prompt_token_ids) + max_tokens,
+            "prompt_tokens": len(prompt_token_ids),
             "token_ids": token_ids,
             "text": completion.text,
             "denoising_steps": record.denoising_steps,
@@ -145,4 +174,21 @@ class BenchEngine:
             "full_row_layers": record.full_row_layers,
             "seconds": record.seconds,
             "steps": record.steps,
+            **shown,
         }
+
+    def _words(self, shown: Sequence[int], record: DecodingRecord) -> dict[str, str]:
+        """Text of these tokens and of all that was predicted, by token id as JSON's keys are."""
+        token_ids = set(shown)
+        for step in record.steps:
+            token_ids |= {token_id for _, token_id, _ in step["canvas"]["predicted"]}
+        if not self._has_tokenizer:
+            return {str(token_id): f" {token_id}" for token_id in sorted(token_ids)}
+        tokenizer = self.llm.get_tokenizer()
+        return {str(token_id): tokenizer.decode([token_id]) for token_id in sorted(token_ids)}
+
+
+def _setting(requests: Sequence[Mapping[str, Any]]) -> str:
+    """The knobs of the first request, for people: a run's requests have the same ones."""
+    knobs = {k.removeprefix("elastic_"): v for k, v in requests[0].items() if "elastic_" in k}
+    return ", ".join(f"{name} {value}" for name, value in knobs.items()) or "engine's knobs"

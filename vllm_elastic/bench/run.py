@@ -46,6 +46,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--similarities", action="store_true", help="record each drift test's similarities"
     )
+    parser.add_argument(
+        "--canvas",
+        action="store_true",
+        help="record what `bench report` shows: predictions, recomputed rows, stale blocks",
+    )
     parser.set_defaults(function=main)
 
 
@@ -79,6 +84,7 @@ def main(args: argparse.Namespace) -> None:
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,
         rows=True,
+        canvas=args.canvas,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     )
     started = time.perf_counter()

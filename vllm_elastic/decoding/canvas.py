@@ -29,15 +29,23 @@ def merged(length: int, *sets: Positions) -> Positions:
 class Canvas:
     """P prompt tokens, then N positions that start as the mask and are each committed once.
 
-    Invariant: a committed position never changes; ``end`` never grows. Positions at or after
-    ``end`` that are still masked are dropped: they stay in the canvas as masks and are attended,
-    but are never decoded.
+    A canvas that grows starts with the first ``grow_by`` of the N positions. When all positions are
+    committed and none of them ends the answer, the next ones are appended.
+
+    Invariant: a committed position never changes. Positions at or after ``end`` that are still
+    masked are dropped: they stay in the canvas as masks and are attended, but are never decoded.
 
     Attributes:
-        tokens: int32 [T], T = P + N.
+        length: T, of what is there; capacity: P + N.
+        tokens: int32 [T].
         masked: bool [T], true until committed (dropped positions stay true).
         end: int, exclusive bound of what is decoded.
     """
+
+    length: int
+    end: int
+    tokens: npt.NDArray[np.int32]
+    masked: npt.NDArray[np.bool_]
 
     def __init__(
         self,
@@ -46,21 +54,25 @@ class Canvas:
         mask_token_id: int,
         end_token_ids: frozenset[int] = frozenset(),
         answer: Sequence[int] | None = None,
+        grow_by: int = 0,
     ) -> None:
         """Args:
         answer: infilling: N token ids, the mask's where a token is to be found. None: all masks.
+        grow_by: 0: all N positions are there from the start.
         """
         self.prompt_length = len(prompt_token_ids)
-        self.length = self.prompt_length + num_new_tokens
-        self.tokens = np.full(self.length, mask_token_id, dtype=np.int32)
-        self.tokens[: self.prompt_length] = prompt_token_ids
+        self.capacity = self.prompt_length + num_new_tokens
+        self._all_tokens = np.full(self.capacity, mask_token_id, dtype=np.int32)
+        self._all_tokens[: self.prompt_length] = prompt_token_ids
         if answer is not None:
-            self.tokens[self.prompt_length :] = answer
-        self.masked = self.tokens == mask_token_id
-        self.masked[: self.prompt_length] = False
-        self.end = self.length
+            self._all_tokens[self.prompt_length :] = answer
+        self._all_masked = self._all_tokens == mask_token_id
+        self._all_masked[: self.prompt_length] = False
         self._end_token_ids = end_token_ids
         self._num_emitted = 0
+        self._ended = False
+        self._grow_by = grow_by or num_new_tokens
+        self._show(min(self.prompt_length + self._grow_by, self.capacity))
 
     @property
     def done(self) -> bool:
@@ -78,7 +90,7 @@ class Canvas:
         return (self.masked[start:stop].nonzero()[0][:count] + start).astype(np.int32)
 
     def commit(self, positions: Positions, token_ids: npt.NDArray[np.int32]) -> None:
-        """Fix tokens, and drop what is masked beyond the leftmost end token."""
+        """Fix tokens, drop what is masked beyond the leftmost end token, and grow if it is time."""
         if not self.masked[positions].all():
             raise ValueError(f"positions committed twice: {positions[~self.masked[positions]]}")
         self.tokens[positions] = token_ids
@@ -86,6 +98,14 @@ class Canvas:
         for position, token_id in zip(positions.tolist(), token_ids.tolist(), strict=True):
             if token_id in self._end_token_ids:
                 self.end = min(self.end, position + 1)
+                self._ended = True
+        if self.done and not self._ended and self.length < self.capacity:
+            self._show(min(self.length + self._grow_by, self.capacity))
+
+    def _show(self, length: int) -> None:
+        self.length = self.end = length
+        self.tokens = self._all_tokens[:length]
+        self.masked = self._all_masked[:length]
 
     def take_finished(self) -> list[int]:
         """Tokens that joined the finished left-to-right prefix since the last call.

@@ -71,7 +71,8 @@ class PassPlan:
         logits_shift: the candidates of position p are read from row p - logits_shift.
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
-        fresh: the first pass over these KV blocks; what they hold is another request's.
+        num_written: positions whose KV blocks earlier passes have written; what those behind hold
+            is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
     """
 
@@ -84,7 +85,7 @@ class PassPlan:
     logits_shift: int = 0
     measure: Measure | None = None
     sampling: Sampling | None = None
-    fresh: bool = False
+    num_written: int = 0
     block_ids: list[int] = field(default_factory=list)
 
     @property
@@ -147,7 +148,8 @@ class PassResult:
 
     Attributes:
         token_ids: int32 [W], the candidate of each window position.
-        probabilities: float64 [W], its probability; NaN where the logits were not finite.
+        probabilities: float64 [W], its probability, or its confidence as ``Sampling.alg`` has it;
+            NaN where the logits were not finite.
         entropies: float64 [W], of the distributions that they are of, in nats; None: not asked for.
         logprobs: of the window's candidates; None: not asked for.
         measured: of the kind that the plan's ``measure`` asks for; None: nothing was.

@@ -8,9 +8,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.canvas import Canvas, Positions
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.validity import BlockValidity
 
 
 @dataclass(slots=True)
@@ -22,6 +25,9 @@ class DecodingRecord:
     ``attention_stride`` (in every so manyth layer) and ``tested`` (rows of the drift test): what
     the pass costs on any machine.
 
+    With ``keep_canvas`` an entry also has ``canvas``, from ``canvas_of_pass``: what a picture of
+    the pass shows.
+
     Attributes:
         denoising_steps: steps finished; a step that is replayed counts once.
         passes: forward passes; a replay is a second one. kinds: how many of each kind.
@@ -32,6 +38,7 @@ class DecodingRecord:
 
     keep_steps: bool = False
     keep_rows: bool = False
+    keep_canvas: bool = False
     denoising_steps: int = 0
     passes: int = 0
     row_layers: int = 0
@@ -40,14 +47,25 @@ class DecodingRecord:
     kinds: Counter[str] = field(default_factory=Counter)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
+    def take_steps(self) -> list[dict[str, Any]]:
+        """The entries since the last call, which are not kept."""
+        taken, self.steps = self.steps, []
+        return taken
+
     def add_pass(
         self,
         plan: PassPlan,
         num_layers: int,
         committed: list[int] | None,
         similarities: npt.NDArray[Any] | None,
+        canvas: dict[str, Any] | None = None,
     ) -> None:
-        """Count a pass. ``committed``: canvas positions, None for a pass that is replayed."""
+        """Count a pass.
+
+        Args:
+            committed: canvas positions; None for a pass that commits nothing (its step goes on).
+            canvas: from ``canvas_of_pass``, with ``keep_canvas``.
+        """
         self.passes += 1
         self.kinds[plan.kind] += 1
         self.row_layers += plan.row_layers(num_layers)
@@ -73,4 +91,63 @@ class DecodingRecord:
                 entry["attention_stride"] = plan.attention_stride
                 entry["tested"] = len(plan.tested)
                 entry["saved_rows"] = plan.num_saved_rows
+            if canvas is not None:
+                entry["canvas"] = canvas
             self.steps.append(entry)
+
+
+def canvas_of_pass(
+    plan: PassPlan,
+    result: PassResult,
+    canvas: Canvas,
+    validity: BlockValidity,
+    judged_by: dict[str, Any],
+) -> dict[str, Any]:
+    """What a pass predicted, where it computed, and what it left stale; plain JSON values.
+
+    Args:
+        canvas: after the pass's commits.
+        validity: after the policy's verdict on this pass.
+        judged_by: from ``RefreshPolicy.judged_by``.
+
+    Returns:
+        predicted: [position, token id, probability] of each window position, the last as
+        ``PassResult.probabilities`` has it. What is committed gets the token of its last
+        prediction.
+        length: positions there were in the pass; an answer that grows has more in a later one.
+        end: exclusive bound of those of them that are still decoded.
+        spans: [first position, position behind the last, join layer] of the rows computed.
+        compared: positions whose rows were compared with what was stored of them.
+        block_size: positions; stale_from: of each block the first stale layer, L for none.
+        judged_by: as given.
+    """
+    predictions = zip(
+        plan.window.tolist(),
+        result.token_ids.tolist(),
+        result.probabilities.round(4).tolist(),
+        strict=True,
+    )
+    return {
+        "predicted": [list(prediction) for prediction in predictions],
+        "length": len(plan.tokens),
+        "end": min(canvas.end, len(plan.tokens)),
+        "spans": [
+            [first, stop, segment.join_layer]
+            for segment in plan.segments
+            for first, stop in _runs(segment.positions)
+        ],
+        "compared": (plan.probes if plan.probes.size else plan.tested).tolist(),
+        "block_size": validity.block_size,
+        "stale_from": validity.stale_from.tolist(),
+        "judged_by": judged_by,
+    }
+
+
+def _runs(positions: Positions) -> list[tuple[int, int]]:
+    """Stretches of neighbours, each from its first position up to the one behind its last."""
+    if not positions.size:
+        return []
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    firsts = positions[np.concatenate([[0], breaks + 1])]
+    lasts = positions[np.concatenate([breaks, [len(positions) - 1]])]
+    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))

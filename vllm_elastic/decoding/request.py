@@ -18,9 +18,9 @@ from vllm_elastic.decoding.plan import (
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
-from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.record import DecodingRecord, canvas_of_pass
 from vllm_elastic.decoding.sampling import Sampling
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.decoding.validity import BlockValidity
 
@@ -42,6 +42,7 @@ class DenoisingRequest:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         just_committed: positions committed in the previous step, ascending.
+        appended: positions that the canvas has grown by since; no pass has computed them.
     """
 
     def __init__(
@@ -60,7 +61,12 @@ class DenoisingRequest:
         self.config = config
         self.traits = traits
         self.canvas = Canvas(
-            prompt_token_ids, max_tokens, traits.mask_token_id, end_token_ids, config.canvas
+            prompt_token_ids,
+            max_tokens,
+            traits.mask_token_id,
+            end_token_ids,
+            config.canvas,
+            growth_of(config, traits.grow_by),
         )
         self.validity = BlockValidity(
             self.canvas.length,
@@ -71,15 +77,20 @@ class DenoisingRequest:
         self.policy = make_policy(config)
         self.refresh = config.refresh or self.policy.refresh
         reach = self.policy.reach if config.reach is None else config.reach
-        self.reach = min(reach, self.canvas.length)
+        self.reach = min(reach, self.canvas.capacity)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
-        self.record = DecodingRecord(keep_steps=config.record, keep_rows=config.record_rows)
+        self.record = DecodingRecord(
+            keep_steps=config.record or config.watch,
+            keep_rows=config.record_rows,
+            keep_canvas=config.watch or (config.record and config.record_canvas),
+        )
         self.just_committed: Positions = NO_POSITIONS
+        self.appended: Positions = NO_POSITIONS
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._state = StepState.FIRST_PASS
-        self._fresh = True  # no pass has written the KV blocks yet
+        self._num_written = 0  # positions whose KV blocks a pass has written
 
     @property
     def num_layers(self) -> int:
@@ -88,10 +99,10 @@ class DenoisingRequest:
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
         self.validity.invalidate(0)
-        self.just_committed = NO_POSITIONS
+        self.just_committed = self.appended = NO_POSITIONS
         self._plan = None
         self._state = StepState.FIRST_PASS
-        self._fresh = True
+        self._num_written = 0
 
     def plan(self) -> PassPlan:
         """The next pass. Pure until ``finish_pass``."""
@@ -107,7 +118,7 @@ class DenoisingRequest:
         """
         plan = self.plan()
         self._plan = None
-        self._fresh = False
+        self._num_written = len(plan.tokens)
         self.validity.validate()  # the pass recomputed all that was stale
         if not np.isfinite(result.probabilities).all():
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
@@ -156,9 +167,11 @@ class DenoisingRequest:
             window=self.schedule.window(self.canvas),
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
-            fresh=self._fresh,
+            num_written=self._num_written,
         )
         rows = self.policy.rows(self, plan.window_rows)
+        if self.appended.size:
+            rows = merged(self.canvas.length, rows, self.appended)
         join = self.validity.join_layers()
         # A replay repeats its step's rows too, but only from where the first block is stale.
         start = int(join.min()) if self._state is StepState.REPLAY else 0
@@ -194,14 +207,22 @@ class DenoisingRequest:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
                 self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
+        self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
+        if self.appended.size:
+            self.validity.extend(self.canvas.length)
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None
     ) -> None:
         similarities = None
-        if self.config.record_similarities and isinstance(result.measured, MeasuredDrift):
+        wanted = self.config.record_similarities or self.record.keep_canvas
+        if wanted and isinstance(result.measured, MeasuredDrift):
             similarities = result.measured.similarities
-        self.record.add_pass(plan, self.num_layers, committed, similarities)
+        canvas = None
+        if self.record.keep_canvas:
+            judged_by = {} if result.measured is None else self.policy.judged_by()
+            canvas = canvas_of_pass(plan, result, self.canvas, self.validity, judged_by)
+        self.record.add_pass(plan, self.num_layers, committed, similarities, canvas)
 
 
 def _certain(token_id: np.int32) -> Logprobs:

@@ -23,6 +23,8 @@ class Sampling:
             is read, so such a prediction has confidence 0.
         end_token_ids: not chosen at canvas positions before ``first_end_position``.
         entropies: whether the entropy of every prediction is wanted (the commit rule ``entropy``).
+        alg: what a prediction's confidence is, by the name of Dream's sampler; None: its
+            probability at temperature 1.
         num_logprobs: alternatives to report with each committed token, -1 all, None: no report.
     """
 
@@ -38,4 +40,5 @@ class Sampling:
     end_token_ids: tuple[int, ...] = ()
     first_end_position: int = 0
     entropies: bool = False
+    alg: str | None = None
     num_logprobs: int | None = None

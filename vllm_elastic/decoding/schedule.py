@@ -11,6 +11,8 @@ import numpy.typing as npt
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.commits import by_rank, make_commit_rule
+from vllm_elastic.decoding.dream_steps import DreamSteps
+from vllm_elastic.decoding.random_numbers import uniform
 
 
 class Schedule(Protocol):
@@ -28,7 +30,8 @@ class Schedule(Protocol):
         step: int,
         entropies: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.intp]:
-        """Indices into the window that are committed, ascending, at least one."""
+        """Indices into the window that are committed, ascending; at least one, but for
+        ``DreamSteps``, whose number of steps is fixed as well."""
         ...
 
 
@@ -101,7 +104,7 @@ class FixedSteps(TextBlocks):
                 "step commits a token."
             )
         self._random = config.remasking == "random"
-        self._seed = seed % (1 << 64)  # numpy takes no negative key, vLLM does
+        self._seed = seed
 
     def choose(
         self,
@@ -115,11 +118,34 @@ class FixedSteps(TextBlocks):
         count = share + (step % self._steps_per_block < rest)
         priorities = probabilities
         if self._random:
-            # As a list, a key above 2^63 would become float64.
-            key = np.array([self._seed, step], dtype=np.uint64)
-            random = np.random.Generator(np.random.Philox(key=key))
-            priorities = random.random(canvas.length)[window]
+            priorities = uniform(self._seed, step, canvas.length)[window]
         return by_rank(priorities, count)
+
+
+def growth_of(config: ElasticConfig, own: int) -> int:
+    """Positions that a canvas grows by; 0: it is there as a whole from the start.
+
+    Args:
+        own: the model's own, where the knobs name none.
+
+    Raises:
+        ValueError: it does not go together with other knobs; names them.
+    """
+    for knob, value in (("elastic_canvas", config.canvas), ("elastic_alg", config.alg)):
+        if value is not None:  # of an answer that is there as a whole
+            if config.grow_by:
+                raise ValueError(
+                    f"'elastic_grow_by' and '{knob}' do not go together: leave one out."
+                )
+            return 0
+    grow_by = own if config.grow_by is None else config.grow_by
+    if config.predicts_text_blocks and grow_by % config.block_length:
+        raise ValueError(
+            f"'elastic_grow_by' {grow_by} must be a multiple of 'elastic_block_length' "
+            f"{config.block_length} where text blocks are predicted; change one, or send "
+            "elastic_grow_by=0 for an answer that does not grow."
+        )
+    return grow_by
 
 
 def text_block(canvas: Canvas, length: int) -> tuple[int, int]:
@@ -130,7 +156,9 @@ def text_block(canvas: Canvas, length: int) -> tuple[int, int]:
 
 
 def make_schedule(config: ElasticConfig, num_new_tokens: int, seed: int = 0) -> Schedule:
-    """The schedule that a request's knobs name. Raises as ``FixedSteps``."""
+    """The schedule that a request's knobs name. Raises as ``FixedSteps`` and ``DreamSteps``."""
+    if config.alg is not None:
+        return DreamSteps(config, num_new_tokens, seed)
     if config.steps is not None:
         return FixedSteps(config, num_new_tokens, seed)
     return TextBlocks(config) if config.predicts_text_blocks else SlidingWindow(config)

@@ -26,10 +26,9 @@ class BlockValidity:
     ) -> None:
         self.num_layers = num_layers
         self._hidden_stride = hidden_stride
-        self._canvas_length = canvas_length
         self.block_size = block_size
-        num_blocks = -(-canvas_length // block_size)
-        self.stale_from: npt.NDArray[np.int16] = np.zeros(num_blocks, dtype=np.int16)
+        self.stale_from: npt.NDArray[np.int16] = np.empty(0, dtype=np.int16)
+        self.extend(canvas_length)
 
     @property
     def all_valid(self) -> bool:
@@ -44,6 +43,16 @@ class BlockValidity:
     def first_stale_layer(self) -> int | None:
         """The layer in which the first stale row joins; None: nothing is stale."""
         return None if self.all_valid else int(self.stale_from.min())
+
+    def extend(self, canvas_length: int) -> None:
+        """The canvas has grown: blocks that are new to it are valid, unless nothing is.
+
+        Whoever grows it sees to it that its new positions are computed.
+        """
+        self._canvas_length = canvas_length
+        new = -(-canvas_length // self.block_size) - len(self.stale_from)
+        layer = 0 if self.all_stale else self.num_layers
+        self.stale_from = np.append(self.stale_from, np.full(new, layer, dtype=np.int16))
 
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""

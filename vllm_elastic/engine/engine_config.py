@@ -12,10 +12,11 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
+from vllm_elastic.models.registry import traits_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,7 +33,7 @@ a multiple of 32."""
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
 
 END_OF_TURN = "<|eot_id|>"
-"""LLaDA's end-of-turn token, id 126348 in LLaDA-8B."""
+"""The end-of-turn token where a configuration class has no ``end_of_turn``: LLaDA-8B's 126348."""
 
 
 class LLaDAEngineConfig(VerifyAndUpdateConfig):
@@ -79,7 +80,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
             logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
         model.enforce_eager = True
         set_request_defaults(vllm_config, elastic.default_max_tokens)
-        _find_end_of_turn(vllm_config)
+        _find_ends(vllm_config)
         logger.info("LLaDA is decoded with %s", elastic.summary())
 
 
@@ -88,13 +89,17 @@ def is_served_by_us(vllm_config: VllmConfig) -> bool:
     return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
 
 
-def _find_end_of_turn(vllm_config: VllmConfig) -> None:
-    """LLaDA's config.json does not name its end-of-turn token; its tokenizer does."""
+def _find_ends(vllm_config: VllmConfig) -> None:
+    """A config.json does not name the tokens that end a turn or an answer; the tokenizer does."""
     model = vllm_config.model_config
-    if model.skip_tokenizer_init or getattr(model.hf_config, "eot_token_id", None) is not None:
+    config = model.hf_config
+    if model.skip_tokenizer_init:
         return
-    token_id = cached_tokenizer_from_config(model).get_vocab().get(END_OF_TURN)
-    model.hf_config.eot_token_id = token_id
+    vocabulary = cached_tokenizer_from_config(model).get_vocab()
+    if getattr(config, "eot_token_id", None) is None:
+        config.eot_token_id = vocabulary.get(getattr(config, "end_of_turn", END_OF_TURN))
+    stops = getattr(config, "stop_tokens", ())
+    config.stop_ids = [vocabulary[token] for token in stops if token in vocabulary]
 
 
 def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
@@ -105,7 +110,11 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
         )
-    if elastic.steps is not None:
+    try:
+        growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
+    except ValueError as error:
+        raise ValueError(f"--elastic-config: {error}") from None
+    if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
         except ValueError as error:
@@ -122,7 +131,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
     stride = elastic.hidden_stride
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    layers = vllm_config.model_config.hf_config.n_layers
+    layers = vllm_config.model_config.hf_config.num_hidden_layers
     cache = vllm_config.cache_config
     problems = {
         "--block-size": (

@@ -69,6 +69,11 @@ REFUSED: dict[str, Refusal] = {
         "prefill context parallelism splits a causal prompt; leave it at 1",
         (1,),
     ),
+    "--enable-expert-parallel": Refusal(
+        "parallel_config.enable_expert_parallel",
+        "experts are not spread over ranks, every rank has a share of each; leave it out",
+        _OFF,
+    ),
     "--enable-dbo": Refusal(
         "parallel_config.enable_dbo", "a pass is not split into two batches; leave it out", _OFF
     ),
@@ -113,7 +118,7 @@ REFUSED: dict[str, Refusal] = {
     ),
     "--enable-return-routed-experts": Refusal(
         "aux_output_config.enable_return_routed_experts",
-        "the model has no experts; leave it out",
+        "no routes are kept; leave it out",
         _OFF,
         also=("--aux-output-config",),
     ),
@@ -238,11 +243,11 @@ GROUPS: tuple[Group, ...] = (
         "they belong to ways of sharing a model that are refused or not built",
     ),
     Group(
-        "--enable-expert-parallel --enable-ep-weight-filter --all2all-backend --enable-elastic-ep "
+        "--enable-ep-weight-filter --all2all-backend --enable-elastic-ep "
         "--elastic-ep-max-dp-size --enable-eplb --eplb-config --expert-placement-strategy "
-        "--moe-backend --dp-sync-interval --disable-nccl-for-dp-synchronization",
+        "--dp-sync-interval --disable-nccl-for-dp-synchronization",
         "no effect",
-        "the model has no experts",
+        "without --enable-expert-parallel, which is refused",
     ),
     Group(
         "--lora-modules --max-loras --max-lora-rank --lora-dtype --enable-tower-connector-lora "
@@ -363,6 +368,7 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("--attention-backend --attention-config", "works", "of those that can attend both ways"),
     Group("--kernel-config --ir-op-priority --linear-backend", "works"),
+    Group("--moe-backend", "works", "with LLaDA-MoE; other models have no experts"),
     Group(
         "--distributed-executor-backend --master-addr --master-port --nnodes --node-rank "
         "--distributed-timeout-seconds --cpu-distributed-timeout-seconds --numa-bind "
@@ -420,6 +426,16 @@ def refuse_flags(vllm_config: Any) -> None:
         if value is not None and value not in rule.fine:
             flags = ", ".join((flag, *rule.also))
             raise ValueError(f"{flags}: {rule.reason} (LLaDA with vllm_elastic).")
+
+
+def without_effect() -> dict[str, str]:
+    """Flags that have no effect for a LLaDA, by the name each has on a parsed command line."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): flag
+        for group in GROUPS
+        if group.status == "no effect"
+        for flag in group.flags.split()
+    }
 
 
 _PAGE = """\

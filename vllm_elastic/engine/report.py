@@ -15,6 +15,9 @@ from typing import Any, TypedDict
 KEY = "vllm_elastic"
 """Ours in either field."""
 
+PASSES = "vllm_elastic_passes"
+"""Ours in ``kv_transfer_params`` after every pass of a request with ``watch``: what it did."""
+
 
 class EndedRequest(TypedDict):
     """What one request cost; the counts are as in ``DecodingRecord``.
@@ -37,13 +40,13 @@ class EndedRequest(TypedDict):
     seconds_per_token: float | None
 
 
-def attach(field: dict[str, Any] | None, value: Any) -> dict[str, Any]:
+def attach(field: dict[str, Any] | None, value: Any, key: str = KEY) -> dict[str, Any]:
     """The field with our value in it."""
-    return {**(field or {}), KEY: value}
+    return {**(field or {}), key: value}
 
 
-def detach(field: dict[str, Any] | None) -> tuple[dict[str, Any] | None, Any]:
+def detach(field: dict[str, Any] | None, key: str = KEY) -> tuple[dict[str, Any] | None, Any]:
     """The field as vLLM would have sent it, and our value; None where there is none."""
-    if not field or KEY not in field:
+    if not field or key not in field:
         return field, None
-    return {name: value for name, value in field.items() if name != KEY} or None, field[KEY]
+    return {name: value for name, value in field.items() if name != key} or None, field[key]

@@ -52,7 +52,8 @@ def sampling_of(
         unconfident_token_ids=traits.text_end_ids if config.confidence_eos_eot_inf else (),
         end_token_ids=tuple(sorted(end_token_ids)) if first_end else (),
         first_end_position=prompt_length + first_end if first_end else 0,
-        entropies=COMMIT_RULES[config.commit].needs_entropies and config.steps is None,
+        entropies=COMMIT_RULES[config.commit].needs_entropies and not config.fixed_steps,
+        alg=config.alg,
         num_logprobs=params.num_logprobs,
     )
     if sampling == Sampling() and config.remasking != "random":

@@ -40,7 +40,8 @@ RULES: dict[str, Rule] = {
     "temperature": Rule(
         "deviates",
         "0 is the default; above 0 Gumbel-max in float64 chooses the token of each window "
-        "position, as LLaDA's authors do; its probability at temperature 1 decides on the commit",
+        "position, as LLaDA's authors do; its probability at temperature 1 decides on the commit "
+        "(with `elastic_alg` the tempered one)",
     ),
     "seed": Rule(
         "deviates",
@@ -57,7 +58,11 @@ RULES: dict[str, Rule] = {
         "deviates", "no end token is chosen at the first min_tokens positions of the answer"
     ),
     "stop": Rule("kept", "looked for in the finished left-to-right prefix"),
-    "stop_token_ids": Rule("deviates", "once one is committed, masks behind it are dropped"),
+    "stop_token_ids": Rule(
+        "deviates",
+        "once one is committed, masks behind it are dropped; some models have their own beside "
+        "them ([models](models.md))",
+    ),
     "ignore_eos": Rule(
         "deviates",
         "no end token is chosen, so that all `max_tokens` are text; those in stop_token_ids still "

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -23,7 +23,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
-from vllm_elastic.engine.report import EndedRequest, attach
+from vllm_elastic.engine.report import PASSES, EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.models.registry import traits_of
 
@@ -104,6 +104,7 @@ class ElasticScheduler(Scheduler):
         results: list[PassResult] = getattr(model_runner_output, "pass_results", [])
         failed: list[str] = []
         shown: dict[int, list[Logprobs]] = {}
+        watched: list[tuple[int, str, list[dict[str, Any]]]] = []
         for index, result in enumerate(results):
             request_id = model_runner_output.req_ids[index]
             canvas = self._canvases.get(request_id)
@@ -115,17 +116,22 @@ class ElasticScheduler(Scheduler):
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
                 continue
-            if canvas.record.denoising_steps:  # each one commits
+            if canvas.just_committed.size:
                 self._first_commit_at.setdefault(request_id, time.monotonic())
             model_runner_output.sampled_token_ids[index] = tokens
             if result.logprobs is not None:
                 shown[index] = canvas.take_logprobs(len(tokens))
+            if canvas.config.watch:
+                client = self.requests[request_id].client_index
+                watched.append((client, request_id, _passes_to_show(canvas)))
         if shown:
             model_runner_output.logprobs = _logprobs_lists(shown, len(results))
         # vLLM ends these with FINISHED_ERROR and tells the client. Of its lists of such requests
         # this one is a set in every release.
         self.encoder_cache_mismatch_reqs.update(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client, request_id, passes in watched:
+            _send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
             if request is not None:
@@ -177,8 +183,9 @@ class ElasticScheduler(Scheduler):
             request.max_tokens,
             config,
             self._traits,
-            # LLaDA's own schedule decodes to the end; vLLM still cuts the answer at its end token.
-            end_token_ids=frozenset() if config.steps else frozenset(end_token_ids),
+            # The authors' own schedules decode to the end; vLLM still cuts the answer at its end
+            # token.
+            end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
             sampling=sampling_of(
                 params,
@@ -197,7 +204,9 @@ class ElasticScheduler(Scheduler):
             self.limits,
         )
         for request_id, plan in taken:
-            (plan.block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
+            # A canvas that grows has blocks for all that it may grow to.
+            plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
         return [plan for _, plan in taken]
 
     # Where vLLM asks.
@@ -252,14 +261,41 @@ class ElasticScheduler(Scheduler):
 
     def _ends_with_end_token(self, request: Request) -> bool:
         """Whether the model ended the answer with a token that is no part of its text."""
-        params = request.sampling_params
+        params, stops = request.sampling_params, self._traits.stop_ids
+        if request.status != RequestStatus.FINISHED_STOPPED or params is None:
+            return False
+        if request.stop_reason in stops:  # a token's id
+            return True
         return (
-            request.status == RequestStatus.FINISHED_STOPPED
-            and request.stop_reason is None
-            and params is not None
+            request.stop_reason is None
             and request.num_output_tokens > 0
             and request.output_token_ids[-1] == params.eos_token_id
         )
+
+
+def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
+    """Entries of the record since the last call; the first pass says what canvas it is of."""
+    passes = canvas.record.take_steps()
+    if canvas.record.passes == len(passes):
+        passes[0]["request"] = {
+            "policy": canvas.config.policy,
+            "layers": canvas.num_layers,
+            "canvas": canvas.canvas.capacity,
+            "prompt_tokens": canvas.canvas.prompt_length,
+            "knobs": {"gamma": canvas.config.gamma, "block_drift": canvas.config.block_drift},
+        }
+    return passes
+
+
+def _send_passes(sent: EngineCoreOutputs, request_id: str, passes: list[dict[str, Any]]) -> None:
+    """Put a request's passes beside its tokens of this step, or alone where it has none."""
+    for output in sent.outputs:
+        if output.request_id == request_id:
+            break
+    else:
+        output = EngineCoreOutput(request_id=request_id, new_token_ids=[])
+        sent.outputs.append(output)
+    output.kv_transfer_params = attach(output.kv_transfer_params, passes, PASSES)
 
 
 def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:

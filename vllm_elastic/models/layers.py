@@ -32,6 +32,7 @@ class KernelRMSNorm(RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()  # the kernel takes rows for neighbours; a lone head's are not
         out = torch.empty_like(x)
         kernels.rms_norm(out, x, self.weight.data, self.variance_epsilon)
         return out
@@ -44,6 +45,10 @@ class AttentionProjection(nn.Module):
         attn: vLLM's attention layer, which owns the paged keys and values.
         num_heads, num_kv_heads: of this rank.
         scale: of the scores, head_dim ** -0.5.
+
+    Args:
+        head_norm_eps: queries and keys are normed, each head by itself, before they are rotated;
+            None: they are not.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class AttentionProjection(nn.Module):
         max_position: int,
         rope_parameters: dict[str, Any],
         qkv_bias: bool = False,
+        head_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         ranks = get_tensor_model_parallel_world_size()
@@ -81,6 +87,10 @@ class AttentionProjection(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.q_norm = self.k_norm = None
+        if head_norm_eps is not None:
+            self.q_norm = KernelRMSNorm(head_dim, eps=head_norm_eps)
+            self.k_norm = KernelRMSNorm(head_dim, eps=head_norm_eps)
         self.rotary_emb = get_rope(
             head_dim,
             max_position=max(max_position, vllm_config.model_config.max_model_len),
@@ -108,6 +118,9 @@ class AttentionProjection(nn.Module):
         qkv, _ = self.qkv_proj(normed)
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
+            k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
         q, k = self.rotary_emb(positions, q, k)
         return (
             q.view(-1, self.num_heads, self.head_dim),

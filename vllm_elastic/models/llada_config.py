@@ -44,6 +44,13 @@ class LLaDAConfig(PretrainedConfig):
         weight_tying: bool = False,
         **kwargs: Any,
     ) -> None:
+        for key in (*self.attribute_map, "num_experts"):
+            if key in kwargs:
+                raise ValueError(
+                    f"LLaDA config: {key} is no key of LLaDA-8B's, whose sizes are called "
+                    f"{', '.join(self.attribute_map.values())}. Other families that say "
+                    'model_type "llada" are told by their "architectures".'
+                )
         for key, wanted in (
             ("block_type", "llama"),
             ("activation_type", "silu"),
@@ -83,17 +90,20 @@ def padded_rows(vocabulary: int) -> int:
     return -(-vocabulary // 64) * 64
 
 
-def undivided_by(config: LLaDAConfig, ranks: int) -> str:
+def undivided_by(config: PretrainedConfig, ranks: int) -> str:
     """What ``ranks`` tensor-parallel ranks cannot share evenly, in words; "" if they can.
 
     KV heads may be fewer than ranks: several then keep the same one, as vLLM does.
+
+    Args:
+        config: of any family.
     """
-    kv_heads = config.n_kv_heads
-    rows = padded_rows(config.embedding_size)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    rows = padded_rows(getattr(config, "embedding_size", config.vocab_size))
     problems = {
-        f"{config.n_heads} heads": config.n_heads % ranks,
+        f"{heads} heads": heads % ranks,
         f"{kv_heads} KV heads": max(kv_heads, ranks) % min(kv_heads, ranks),
-        f"an MLP of width {config.mlp_hidden_size}": config.mlp_hidden_size % ranks,
+        f"an MLP of width {config.intermediate_size}": config.intermediate_size % ranks,
         f"{rows} (padded) rows of the vocabulary": rows % ranks,
     }
     return " and ".join(what for what, rest in problems.items() if rest)

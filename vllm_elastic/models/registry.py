@@ -19,16 +19,32 @@ class Family:
     Attributes:
         config: ``module:Class`` of its configuration, a transformers ``PretrainedConfig``.
         model: ``module:Class`` of its model, a ``models.transformer.DiffusionTransformer``.
+        tokenizer: ``module:Class`` of what stands in for a checkpoint's remote code; None where
+            transformers knows the tokenizer.
     """
 
     config: str
     model: str
+    tokenizer: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "LLaDAModelLM": Family(
         config="vllm_elastic.models.llada_config:LLaDAConfig",
         model="vllm_elastic.models.llada:LLaDAModelLM",
+    ),
+    "DreamModel": Family(
+        config="vllm_elastic.models.dream_config:DreamConfig",
+        model="vllm_elastic.models.dream:DreamModel",
+        tokenizer="vllm_elastic.models.dream_tokenizer:DreamTokenizer",
+    ),
+    "ILLaDAForCausalLM": Family(
+        config="vllm_elastic.models.illada_config:ILLaDAConfig",
+        model="vllm_elastic.models.illada:ILLaDAForCausalLM",
+    ),
+    "LLaDAMoEModelLM": Family(
+        config="vllm_elastic.models.llada_moe_config:LLaDAMoEConfig",
+        model="vllm_elastic.models.llada_moe:LLaDAMoEModelLM",
     ),
 }
 """By the name that a config.json has under ``architectures``."""
@@ -47,7 +63,9 @@ def traits_of(hf_config: Any) -> DecodingTraits:
         mask_token_id=hf_config.mask_token_id,
         end_of_text_id=hf_config.eos_token_id,
         end_of_turn_id=getattr(hf_config, "eot_token_id", None),
+        stop_ids=tuple(getattr(hf_config, "stop_ids", ())),
         # A mask that was committed would leave its position undecided.
         never_chosen=(hf_config.mask_token_id,),
         logits_shift=getattr(hf_config, "logits_shift", 0),
+        grow_by=getattr(hf_config, "grow_by", 0),
     )

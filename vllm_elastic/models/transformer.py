@@ -47,7 +47,12 @@ class DiffusionTransformer(nn.Module):
         norm: before the head.
         rows_of_embedding: rows of the embedding and of the head.
         tied: the head is the embedding.
+
+    Attributes:
+        loaded_apart: parts of parameters' names that a family does not load by ``load_named``.
     """
+
+    loaded_apart: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -87,6 +92,9 @@ class DiffusionTransformer(nn.Module):
         if tied:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(vocab_size)
+        # The first load has to fill everything; later ones may bring parts (weight transfer).
+        loads = vllm_config.load_config.load_format
+        self._to_be_filled = vllm_config.quant_config is None and loads != "dummy"
 
     @property
     def attention_layers(self) -> list[Attention]:
@@ -245,10 +253,11 @@ class DiffusionTransformer(nn.Module):
             stacked: parts of fused weights, by their module's name.
 
         Raises:
-            ValueError: a tensor that the model does not have.
+            ValueError: a tensor that the model does not have, or none for one that it has.
         """
         params = dict(self.named_parameters())
         loaded: set[str] = set()
+        parts: set[tuple[str, str | int | None]] = set()
         for full_name, weight in weights:
             name, shard = name_of(full_name), None
             if name is None:
@@ -266,9 +275,34 @@ class DiffusionTransformer(nn.Module):
             loader = getattr(param, "weight_loader", default_weight_loader)
             loader(param, weight) if shard is None else loader(param, weight, shard)
             loaded.add(name)
+            parts.add((name, shard))
         if self.tied:
             loaded.add("lm_head.weight")
+        if self._to_be_filled:
+            self._refuse_unfilled(loaded, parts, stacked)
+            self._to_be_filled = False
         return loaded
+
+    def _refuse_unfilled(
+        self, loaded: set[str], parts: set[tuple[str, str | int | None]], stacked: Stacked
+    ) -> None:
+        """vLLM looks for what a checkpoint lacks too, but not in linear layers."""
+        missing = []
+        for name, _ in self.named_parameters():
+            if any(part in name for part in self.loaded_apart):
+                continue
+            if name not in loaded:
+                missing.append(name)
+            path = name.rpartition(".")[0]
+            for part, (fused, shard) in stacked.items():
+                if path.endswith(f".{fused}") and (name, shard) not in parts and name in loaded:
+                    missing.append(f"{name} ({part})")
+        if missing:
+            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            raise ValueError(
+                f"the checkpoint has nothing for {len(missing)} of {type(self).__name__}'s "
+                f"weights: {shown}. Is it another architecture, or were files left out?"
+            )
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:

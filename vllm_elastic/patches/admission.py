@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import make_policy
-from vllm_elastic.decoding.schedule import make_schedule
+from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.engine_config import is_served_by_us
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
@@ -51,6 +51,7 @@ def check_requests_at_admission() -> None:
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
         if is_served_by_us(self.vllm_config) and params is not None:
+            end_at_stops(params, self.vllm_config)
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params, sent_as(sent))
@@ -78,6 +79,16 @@ def check_bad_words(params: object) -> None:
                 f"bad_words: {word!r} cannot be sent to the engine: {error.reason}.",
                 parameter="bad_words",
             ) from None
+
+
+def end_at_stops(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Let the model's own ``stop_ids`` end an answer, unless the request ignores its ends.
+
+    Stock vLLM takes these from a generation_config.json, where Dream's do not stand.
+    """
+    own = traits_of(vllm_config.model_config.hf_config).stop_ids
+    if own and not params.ignore_eos:
+        params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or ()), *own]))
 
 
 def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
@@ -168,9 +179,10 @@ def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfi
     try:
         config = elastic.for_request(params.extra_args)
         make_schedule(config, params.max_tokens or 1)
+        growth_of(config, traits_of(vllm_config.model_config.hf_config).grow_by)
         if config.canvas is not None:
             _check_infilling(config.canvas, params.max_tokens or 1, vllm_config)
-    except ValueError as error:  # a ConfigError, or steps that the canvas does not allow
+    except ValueError as error:  # a ConfigError, or knobs that do not go together
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return config
 

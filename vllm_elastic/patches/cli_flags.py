@@ -8,7 +8,12 @@ import functools
 import json
 from typing import Any
 
+from vllm.logger import init_logger
+
 from vllm_elastic.config import ConfigError, ElasticConfig
+from vllm_elastic.engine.flag_rules import without_effect
+
+logger = init_logger("vllm.vllm_elastic.cli_flags")
 
 _WRAPPED = "_vllm_elastic_wrapped"
 
@@ -37,10 +42,13 @@ def add_elastic_flags() -> None:
     if hasattr(EngineArgs.add_cli_args, _WRAPPED):
         return
     add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+    ignored = without_effect()
+    defaults: dict[str, Any] = {}
 
     @functools.wraps(add_cli_args)
     def with_flags(parser: Any) -> Any:
         parser = add_cli_args(parser)
+        defaults.update({name: parser.get_default(name) for name in ignored})
         group = parser.add_argument_group("Elastic", "Decoding of LLaDA by vllm_elastic.")
         group.add_argument(
             "--plugin",
@@ -60,6 +68,13 @@ def add_elastic_flags() -> None:
     @functools.wraps(from_cli_args)
     def with_config(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = from_cli_args(cls, args)
+        given = [
+            flag for name, flag in ignored.items() if getattr(args, name, None) != defaults[name]
+        ]
+        if given and getattr(args, "plugin", None):
+            logger.warning(
+                "no effect with a LLaDA, see docs/flags.md of vllm_elastic: %s", ", ".join(given)
+            )
         values = getattr(args, "elastic_config", None)
         if values is not None:
             if "elastic" in engine_args.additional_config:

@@ -62,7 +62,9 @@ def take_reports_of_ended_requests() -> None:
         stop_reason: int | str | None,
     ) -> CompletionOutput:
         output = new_completion_output(self, token_ids, finish_reason, stop_reason)
-        ended = finish_reason is not None and stop_reason is None and getattr(self, _ENDED, False)
+        # A stop string in what was shown before has the last word; a number is a stop token.
+        by_token = finish_reason is not None and not isinstance(stop_reason, str)
+        ended = by_token and getattr(self, _ENDED, False)
         # vLLM's server sends no last chunk for an answer without any token.
         if ended and self.detokenizer is not None and self.detokenizer.num_output_tokens() > 1:
             drop_last_token(output)

@@ -16,18 +16,21 @@ Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingRe
     interval        IntervalOptions(..., interval=8)
     dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
     low_confidence  LowConfidenceOptions(steps=128, block_length=32)
+    diffusion       DiffusionOptions(steps, alg="entropy", alg_temp=0.0, temperature=0.0, ...)
 
-All but the last take a commit rule: ``commit="threshold"``, "frontier", "factor", "frechet",
+All but the last two take a commit rule: ``commit="threshold"``, "frontier", "factor", "frechet",
 "local" or "entropy".
 
 ``LLaDAConfig(logits_shift=1)`` makes a model whose position m is predicted from row m - 1.
-One request at a time, temperature 0. An engine is to agree with it token for token, pass for
-pass in float32; in bfloat16 rounding decides near ties, and it need not. The same holds for a
-gamma within rounding (1e-6) of a similarity, gamma = 1 above all.
+One request at a time; temperature 0 but for ``diffusion``, which is given its random numbers. An
+engine is to agree with it token for token, pass for pass in float32; in bfloat16 rounding decides
+near ties, and it need not. The same holds for a gamma within rounding (1e-6) of a similarity,
+gamma = 1 above all.
 """
 
 from .config import LLaDAConfig
 from .decoding import DecodingOptions, decode
+from .diffusion import DiffusionOptions, diffusion
 from .dual_cache import DualCacheOptions, dual_cache
 from .elastic_block import ElasticBlock, ElasticBlockOptions, elastic_block
 from .elastic_cache import ElasticCache, ElasticOptions, elastic_cache
@@ -39,6 +42,7 @@ from .result import DecodingResult, Pass
 __all__ = [
     "DecodingOptions",
     "DecodingResult",
+    "DiffusionOptions",
     "DualCacheOptions",
     "ElasticBlock",
     "ElasticBlockOptions",
@@ -50,6 +54,7 @@ __all__ = [
     "LowConfidenceOptions",
     "Pass",
     "decode",
+    "diffusion",
     "dual_cache",
     "elastic_block",
     "elastic_cache",

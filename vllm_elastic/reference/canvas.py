@@ -12,7 +12,7 @@ from .llada import LLaDA
 
 
 class Canvas:
-    """P prompt tokens, then N masks: T = P + N positions.
+    """P prompt tokens, then N masks: T = P + N positions, or fewer of a canvas that grows.
 
     A position is *masked* as long as it holds the mask token, and *open* if it is masked and
     not dropped. Dropped positions lie beyond an EOS: they keep the mask token, stay keys that
@@ -24,6 +24,8 @@ class Canvas:
         max_tokens: N >= 1.
         drop_after_every_eos: drop masked positions beyond every committed EOS, not beyond those
             of the first commit that has one only (what the released code does).
+        grow_by: 0, or the masks that are there at first; as many more are appended whenever none of
+            these is open and no EOS has been committed, N in all (iLLaDA's decoder).
 
     Raises:
         ValueError: empty prompt or response (with shifted logits the first position has no row that
@@ -37,6 +39,7 @@ class Canvas:
         prompt_ids: Sequence[int],
         max_tokens: int,
         drop_after_every_eos: bool = True,
+        grow_by: int = 0,
     ) -> None:
         config = model.config
         total = len(prompt_ids) + max_tokens
@@ -50,11 +53,14 @@ class Canvas:
         if config.mask_token_id in prompt_ids:
             raise ValueError(f"prompt contains the mask token {config.mask_token_id}")
         self.prompt_length = len(prompt_ids)
+        first = min(grow_by, max_tokens) if grow_by else max_tokens
         self.tokens = torch.tensor(
-            [*prompt_ids, *[config.mask_token_id] * max_tokens], device=model.device
+            [*prompt_ids, *[config.mask_token_id] * first], device=model.device
         )  # (T,) int64
         self.masked = self.tokens == config.mask_token_id  # (T,) bool
         self.dropped = torch.zeros_like(self.masked)  # (T,) bool
+        self._mask_token_id = config.mask_token_id
+        self._grow_by, self._to_come = grow_by, max_tokens - first
         self._logits_shift = config.logits_shift
         self._eos_token_id = config.eos_token_id
         self._drop_after_every_eos = drop_after_every_eos
@@ -75,6 +81,18 @@ class Canvas:
     def window(self, size: int) -> Tensor:
         """The first ``size`` open positions, holes skipped; fewer if fewer are left."""
         return self.open()[:size]
+
+    def grow(self) -> Tensor:
+        """Append the next masks if it is time for them; (n,) their positions."""
+        before = len(self)
+        if len(self.open()) == 0 and not self._ended:
+            count = min(self._grow_by, self._to_come)
+            self._to_come -= count
+            masks = self.tokens.new_full((count,), self._mask_token_id)
+            self.tokens = torch.cat([self.tokens, masks])
+            self.masked = torch.cat([self.masked, torch.ones_like(masks, dtype=torch.bool)])
+            self.dropped = torch.cat([self.dropped, torch.zeros_like(masks, dtype=torch.bool)])
+        return self.everywhere[before:]
 
     def rows_predicting(self, positions: Tensor) -> Tensor:
         """(n,) rows whose output predicts (n,) response positions; see ``logits_shift``."""

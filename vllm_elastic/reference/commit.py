@@ -61,7 +61,7 @@ class CommitOptions:
         frontier_threshold, factor, frechet_margin, relaxed_threshold, anchor_radius,
             entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
-        drop_after_every_eos: see ``Canvas``.
+        drop_after_every_eos, grow_by: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
     """
 
@@ -75,6 +75,7 @@ class CommitOptions:
     entropy_bound: float = 0.1
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
+    grow_by: int = 0
     never: tuple[int, ...] = ()
     unconfident: tuple[int, ...] = ()
 

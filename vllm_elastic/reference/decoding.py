@@ -66,7 +66,7 @@ def decode(
         ValueError: see ``Canvas``.
     """
     options = options or DecodingOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     result = DecodingResult()
     while len(window := canvas.window(options.window)):
         hidden = model.forward(canvas.tokens)[canvas.rows_predicting(window)]
@@ -75,4 +75,5 @@ def decode(
         result.record(
             [(kind, 0, len(canvas))], committed.tolist(), model.config.n_layers, len(canvas)
         )
+        canvas.grow()
     return result.finish(canvas)

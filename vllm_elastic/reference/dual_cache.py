@@ -48,10 +48,13 @@ def dual_cache(
         ValueError: see ``Canvas``.
     """
     options = options or DualCacheOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     cache = LayerCache(model, len(canvas))
     result = DecodingResult()
-    for start in range(canvas.prompt_length, len(canvas), options.block_length):
+    end = canvas.prompt_length + max_tokens
+    for start in range(canvas.prompt_length, end, options.block_length):
+        canvas.grow()
+        cache.grow(len(canvas))
         block = canvas.everywhere[start : start + options.block_length]
         block_rows = union(block, canvas.rows_predicting(block))
         rows = canvas.everywhere

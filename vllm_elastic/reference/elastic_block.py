@@ -29,6 +29,10 @@ Then, in this order:
 "next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
+Positions that the canvas has grown by are computed in the step that sees them first. They count as
+computed in it, and blocks that begin with them as refreshed and probed in it, with a rate of 0.
+Where every block is stale from layer 0 on, so are these.
+
 With a ``hidden_stride`` s the inputs of layers s, 2 s, ... are stored: drift is known of these
 only, and blocks join at one of them or at layer 0.
 """
@@ -96,17 +100,27 @@ class ElasticBlock:
         self.model, self.canvas, self.options = model, canvas, options
         self.layers = model.config.n_layers
         self.cache = LayerCache(model, len(canvas))
-        size = options.granularity
-        everyone = list(range(len(canvas)))
-        self.blocks = [
-            Block(everyone[start : start + size], [0.0] * self.layers)
-            for start in range(0, len(canvas), size)
-        ]
-        self.computed_at = [0] * len(canvas)
+        self.blocks: list[Block] = []
+        self.computed_at: list[int] = []
         self.committed: list[int] = []
         self.probes: list[int] = []
         self.stale: dict[int, int] = {}  # block -> the layer at which it joins
         self.result = DecodingResult()
+        self.appended: list[int] = []
+        self.take_in_new()
+
+    def take_in_new(self) -> None:
+        """Positions that the canvas has and no block yet."""
+        step, size = self.result.denoising_steps, self.options.granularity
+        all_stale = len(self.stale) == len(self.blocks) and not any(self.stale.values())
+        self.appended = list(range(len(self.computed_at), len(self.canvas)))
+        for position in self.appended:
+            if position % size == 0:
+                self.blocks.append(Block([], [0.0] * self.layers, step, step))
+            self.blocks[-1].positions.append(position)
+            self.computed_at.append(step)
+        if all_stale:
+            self.stale = dict.fromkeys(range(len(self.blocks)), 0)
 
     def run(self, join: dict[int, int], predicting: Tensor) -> Measured:
         """All layers for positions that join at the layers given, (W,) of them the window's."""
@@ -222,9 +236,7 @@ class ElasticBlock:
         if len(window) == 0:
             return False
         predicting = self.canvas.rows_predicting(window)
-        if self.result.denoising_steps == 0:
-            self.stale = dict.fromkeys(range(len(self.blocks)), 0)
-        rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes})
+        rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
@@ -253,6 +265,9 @@ class ElasticBlock:
             len(self.canvas),
             row_layers=sum(self.layers - at for _, join in passes for at in join.values()),
         )
+        self.canvas.grow()
+        self.cache.grow(len(self.canvas))
+        self.take_in_new()
         return True
 
 
@@ -268,7 +283,7 @@ def elastic_block(
         ValueError: see ``Canvas``.
     """
     options = options or ElasticBlockOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     decoder = ElasticBlock(model, canvas, options)
     while decoder.step():
         pass

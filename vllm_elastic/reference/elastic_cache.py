@@ -16,6 +16,8 @@ What is pinned down here beyond the paper:
 * The window's rows are those that predict it: its own, or with shifted logits those before.
 * Tracking looks at the attention of the window's rows: layers up to l* have it from this step's
   rows over the reused cache, layers beyond from the refresh. The first step tracks, too.
+* Positions that the canvas has grown by are computed in the step that sees them first; that step
+  tests nothing, for the step before had no keys of theirs.
 * A position counts as masked as long as its token is the mask, dropped ones included; a step's
   own commits come after its tracking. Equal attention mass goes to the smaller position.
 """
@@ -117,6 +119,7 @@ class ElasticCache:
         cache: keys, values and hidden states, as the last step left them.
         tracked: (n,) positions that the next step tracks.
         committed: (n,) positions that the last step committed.
+        appended: (n,) positions that the canvas has grown by since.
         stale_from: where everyone joins the coming step (refresh "next"), or None.
         result: the record so far.
     """
@@ -124,7 +127,7 @@ class ElasticCache:
     def __init__(self, model: LLaDA, canvas: Canvas, options: ElasticOptions) -> None:
         self.model, self.canvas, self.options = model, canvas, options
         self.cache = LayerCache(model, len(canvas))
-        self.tracked = self.committed = canvas.everywhere[:0]
+        self.tracked = self.committed = self.appended = canvas.everywhere[:0]
         self.stale_from: int | None = None
         self.result = DecodingResult()
 
@@ -139,7 +142,7 @@ class ElasticCache:
         around = torch.arange(-reach, reach + 1, device=self.model.device)
         near = (self.committed[:, None] + around).flatten()
         near = near[(near >= 0) & (near < len(self.canvas))]
-        return union(self.tracked, near, self.canvas.rows_predicting(window))
+        return union(self.tracked, near, self.canvas.rows_predicting(window), self.appended)
 
     def run_layers(self, rows: Tensor, predicting: Tensor) -> LayersOutput:
         """All layers for ``rows`` (R,), refreshing from where the attention has drifted.
@@ -149,7 +152,7 @@ class ElasticCache:
         model, cache, options = self.model, self.cache, self.options
         last_layer = model.config.n_layers - 1
         # In the first step there is nothing stored to compare with, and nothing tracked.
-        testing = len(self.tracked) > 0
+        testing = len(self.tracked) > 0 and len(self.appended) == 0
         similarities: list[float] = []
         stale_from = None
         tracked: list[Tensor] = []
@@ -238,6 +241,8 @@ class ElasticCache:
             row_layers,
         )
         self.tracked, self.committed = output.tracked, committed
+        self.appended = self.canvas.grow()
+        self.cache.grow(len(self.canvas))
         return True
 
 
@@ -256,7 +261,7 @@ def elastic_cache(
         ValueError: see ``Canvas``.
     """
     options = options or ElasticOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     decoder = ElasticCache(model, canvas, options)
     while decoder.step():
         pass

@@ -28,16 +28,18 @@ def interval(
 ) -> DecodingResult:
     """Decode with a fixed schedule: policy ``interval``.
 
+    Positions that the canvas has grown by are computed in the step that sees them first.
+
     Raises:
         ValueError: see ``Canvas``.
     """
     options = options or IntervalOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos)
+    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
     cache, result = LayerCache(model, len(canvas)), DecodingResult()
-    committed = canvas.everywhere[:0]
+    committed = appended = canvas.everywhere[:0]
     while len(window := canvas.window(options.window)):
         predicting = canvas.rows_predicting(window)
-        rows = union(predicting, committed)
+        rows = union(predicting, committed, appended)
         kind = "window"
         if result.denoising_steps % options.interval == 0:
             rows, kind = canvas.everywhere, "full" if result.denoising_steps else "first"
@@ -46,4 +48,6 @@ def interval(
         result.record(
             [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
         )
+        appended = canvas.grow()
+        cache.grow(len(canvas))
     return result.finish(canvas)

@@ -25,6 +25,14 @@ class LayerCache:
         self.values = torch.full_like(self.keys, torch.nan)
         self.hidden = self.keys.new_full((config.n_layers, length, config.d_model), torch.nan)
 
+    def grow(self, length: int) -> None:
+        """Make room for more positions."""
+        new = length - self.keys.shape[2]
+        room = (0, 0, 0, new)  # behind the last but one dimension
+        self.keys = torch.nn.functional.pad(self.keys, room, value=torch.nan)
+        self.values = torch.nn.functional.pad(self.values, room, value=torch.nan)
+        self.hidden = torch.nn.functional.pad(self.hidden, room, value=torch.nan)
+
     def write(self, layer: int, rows: Tensor, hidden: Tensor, k: Tensor, v: Tensor) -> None:
         """Replace what is stored of positions ``rows`` (R,): hidden (R, d), k and v (K, R, D)."""
         self.hidden[layer].index_copy_(0, rows, hidden)

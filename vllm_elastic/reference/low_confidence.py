@@ -17,13 +17,15 @@ from .result import DecodingResult
 class LowConfidenceOptions:
     """LLaDA's knobs: ``steps`` over the whole response, ``block_length`` positions a block.
 
-    ``never`` and ``unconfident``: token ids, see ``candidates``.
+    ``never`` and ``unconfident``: token ids, see ``candidates``. ``grow_by``: see ``Canvas``; a
+    multiple of ``block_length``.
     """
 
     steps: int = 128
     block_length: int = 32
     never: tuple[int, ...] = ()
     unconfident: tuple[int, ...] = ()
+    grow_by: int = 0
 
 
 def tokens_to_transfer(masked: int, steps: int) -> list[int]:
@@ -58,9 +60,10 @@ def low_confidence(
     blocks = max_tokens // length
     if options.steps < 1 or options.steps % blocks:
         raise ValueError(f"{options.steps} steps cannot be shared evenly by {blocks} blocks")
-    canvas = Canvas(model, prompt_ids, max_tokens)
+    canvas = Canvas(model, prompt_ids, max_tokens, grow_by=options.grow_by)
     result = DecodingResult()
-    for start in range(canvas.prompt_length, len(canvas), length):
+    for start in range(canvas.prompt_length, canvas.prompt_length + max_tokens, length):
+        canvas.grow()
         for count in tokens_to_transfer(length, options.steps // blocks):
             hidden = model.forward(canvas.tokens)
             left = start + canvas.masked[start : start + length].nonzero().flatten()

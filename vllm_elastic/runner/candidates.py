@@ -77,6 +77,46 @@ def sampled(
     return token_ids, confidence
 
 
+def as_dream(
+    logits: torch.Tensor, sampling: Sampling, step: int, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token, most probable or sampled, and its confidence as ``sampling.alg`` has it.
+
+    Dream's sampler reads the confidence from the distribution that it samples from, tempered and
+    filtered. (Here in float64, in Dream's code in the logits' type; and of top-k and top-p
+    this applies top-k first, as vLLM does, which matters only where both are given.)
+
+    Args, returns: as of ``sampled``. A confidence may be negative.
+    """
+    assert sampling.alg is not None
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for rows in _some_at_once(logits, _COPIES_OF_SAMPLED):
+        wide = logits[rows].double()
+        noised = wide
+        if sampling.temperature > 0:
+            wide = _filtered(wide / sampling.temperature, sampling)
+            noise = uniform(sampling.seed, step, positions[rows], logits.shape[-1])
+            noised = wide - torch.log(-torch.log(noise))
+            del noise
+        chosen = noised.argmax(dim=-1)
+        del noised
+        token_ids[rows] = chosen
+        confidence[rows] = _confidence(wide.softmax(dim=-1), chosen, sampling.alg)
+        del wide  # before the next ones are made
+    return token_ids, confidence
+
+
+def _confidence(probabilities: torch.Tensor, chosen: torch.Tensor, alg: str) -> torch.Tensor:
+    """float64 [W] of distributions [W, V] and the tokens int64 [W] chosen from them."""
+    if alg == "entropy":
+        return (probabilities * torch.log(probabilities + 1e-10)).sum(dim=-1)
+    if alg == "topk_margin":
+        first, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
+        return first - second
+    return probabilities.gather(-1, chosen[:, None])[:, 0]
+
+
 def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> None:
     """Bias and forbid tokens in place, for one request's window rows [W, V] at ``positions``."""
     if sampling.logit_bias:

@@ -14,6 +14,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.candidates import (
+    as_dream,
     constrain,
     entropies_of,
     leave_out_of_confidence,
@@ -109,8 +110,9 @@ class Head:
         for index, own, at in self._wishes(rows):
             plan, sampling = self._plans[index], self._plans[index].sampling
             assert sampling is not None
-            if sampling.temperature > 0:
-                token_ids[own], confidence[own] = sampled(
+            choose = sampled if sampling.alg is None else as_dream
+            if sampling.temperature > 0 or sampling.alg is not None:
+                token_ids[own], confidence[own] = choose(
                     logits[own], sampling, plan.denoising_step, self._positions[at]
                 )
             if sampling.entropies:

@@ -205,12 +205,17 @@ class ElasticRunner:
         ]
 
     def _half_filled(self, plans: list[PassPlan]) -> torch.Tensor | None:
-        """Blocks that fresh canvases fill only in part, and that have to be zeroed; None: none.
+        """Blocks that canvases begin to fill, in part, and that have to be zeroed; None: none.
 
         Attention kernels multiply a whole block by probabilities that are 0 beyond T, and a NaN
         that an earlier owner left there would survive that.
         """
-        last = [p.block_ids[-1] for p in plans if p.fresh and len(p.tokens) % self.cache.block_size]
+        size = self.cache.block_size
+        last = [
+            plan.block_ids[-1]
+            for plan in plans
+            if len(plan.tokens) % size and len(plan.tokens) // size * size >= plan.num_written
+        ]
         if not last:
             return None
         return self._upload.put(np.array(self.cache.kernel_blocks(last), dtype=np.int64))

@@ -68,6 +68,10 @@ class RefreshPolicy:
         """
         return None
 
+    def judged_by(self) -> dict[str, list[float]]:
+        """What the last ``judge`` went by, one number a block under each name; for records."""
+        return {}
+
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:

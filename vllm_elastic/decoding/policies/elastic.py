@@ -46,7 +46,9 @@ class Elastic(RefreshPolicy):
     def measure(
         self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
     ) -> DriftTest:
-        compared = state is StepState.FIRST_PASS and not request.validity.all_stale
+        # Where the canvas has grown there were no keys before, and so no attention to compare.
+        comparable = not request.validity.all_stale and not request.appended.size
+        compared = state is StepState.FIRST_PASS and comparable
         return DriftTest(
             tested=self.tracked if compared else NO_POSITIONS,
             tested_layers=request.validity.first_stale_layer,

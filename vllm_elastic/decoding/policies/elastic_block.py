@@ -45,6 +45,10 @@ class ElasticBlock(RefreshPolicy):
         super().__init__(config)
         self._probes = self._next_probes = NO_POSITIONS
         self._rate: npt.NDArray[np.float32] | None = None
+        # Steps, of blocks and of positions.
+        self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._probed_at = self._written_at = self._refreshed_at
+        self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
@@ -74,6 +78,7 @@ class ElasticBlock(RefreshPolicy):
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
         assert isinstance(measured, MeasuredBlocks)
         step = plan.denoising_step
+        self._take_in_new(request, step)
         if plan.computes_everything:
             self._start_over(request, step)
         self._take_probes(request, plan, measured, step)
@@ -84,11 +89,27 @@ class ElasticBlock(RefreshPolicy):
         self._choose_probes(measured, step)
         return stale
 
+    def judged_by(self) -> dict[str, list[float]]:
+        """``attention`` that each block is paid and its expected ``drift``; cost is the product."""
+        return {n: values.astype(float).round(6).tolist() for n, values in self._judged_by.items()}
+
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:
         for segment in plan.segments:
             self._written_at[segment.positions] = plan.denoising_step
+
+    def _take_in_new(self, request: DenoisingRequest, step: int) -> None:
+        """What the canvas has grown by is as of this step; how fast it drifts is not known."""
+        blocks, length = len(request.validity.stale_from), request.canvas.length
+        if self._rate is None or len(self._written_at) == length:
+            return
+        new = blocks - len(self._rate)
+        self._rate = np.pad(self._rate, ((0, new), (0, 0)))
+        self._refreshed_at = np.append(self._refreshed_at, np.full(new, step))
+        self._probed_at = np.append(self._probed_at, np.full(new, step))
+        appended = np.full(length - len(self._written_at), step)
+        self._written_at = np.append(self._written_at, appended)
 
     def _start_over(self, request: DenoisingRequest, step: int) -> None:
         """All blocks are as of this step."""
@@ -117,7 +138,9 @@ class ElasticBlock(RefreshPolicy):
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
         assert self._rate is not None
         age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
-        cost = mass * (self._rate.max(axis=1) * age)
+        drift = self._rate.max(axis=1) * age
+        self._judged_by = {"attention": mass, "drift": drift}
+        cost = mass * drift
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None

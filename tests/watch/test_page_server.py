@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page's own server against a stand-in for the one that is watched."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from tests.documented_commands import arguments, documented
+from vllm_elastic.bench.server import free_port
+from vllm_elastic.presets import PRESETS
+from vllm_elastic.watch.__main__ import make_parser
+from vllm_elastic.watch.page_server import MOST_BYTES, PageServer
+
+KEY = "secret"
+SECONDS = 30
+
+
+class Watched(ThreadingHTTPServer):
+    """Answers with what it was asked; a stream waits for ``go_on`` before its second event."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.go_on = threading.Event()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Watched
+
+    def do_GET(self) -> None:
+        self._reply(200, {"path": self.path, "key": self.headers["Authorization"]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "refuse" in body:
+            self._reply(400, {"error": {"message": "no such knob"}})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
+        self.wfile.flush()
+        assert self.server.go_on.wait(SECONDS)
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _reply(self, status: int, body: dict[str, Any]) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    with Watched() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.go_on.set()
+        server.shutdown()
+
+
+def serve(url: str, key: str | None = KEY) -> PageServer:
+    server = PageServer(("127.0.0.1", 0), url, key)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def page(watched: Watched) -> Iterator[PageServer]:
+    server = serve(f"http://127.0.0.1:{watched.server_address[1]}/v1/")  # as clients name it
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(
+    server: PageServer, method: str, path: str, body: bytes | None = None
+) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=SECONDS)
+    connection.request(method, path, body)
+    return connection.getresponse()
+
+
+def test_page_knows_presets_and_no_password(page: PageServer) -> None:
+    answer = ask(page, "GET", "/")
+    html = answer.read().decode()
+    assert answer.status == 200 and all(f'"{name}":' in html for name in PRESETS)
+    assert KEY not in html
+
+
+def test_password_is_sent_on(page: PageServer) -> None:
+    answer = ask(page, "GET", "/v1/models")
+    assert json.loads(answer.read()) == {"path": "/v1/models", "key": f"Bearer {KEY}"}
+
+
+def test_no_password_is_none(watched: Watched) -> None:
+    server = serve(f"http://127.0.0.1:{watched.server_address[1]}", None)
+    assert json.loads(ask(server, "GET", "/v1/models").read())["key"] is None
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_event_is_there_before_the_next(page: PageServer, watched: Watched) -> None:
+    """A stream that is handed on when it has ended would show nothing appear."""
+    answer = ask(page, "POST", "/v1/chat/completions", b'{"x": 1}')
+    assert answer.getheader("Content-Type", "").startswith("text/event-stream")
+    assert answer.readline() == b'data: {"x": 1}\n'
+    watched.go_on.set()
+    assert answer.read() == b"\ndata: [DONE]\n\n"
+
+
+def test_a_refusal_is_handed_on(page: PageServer) -> None:
+    answer = ask(page, "POST", "/v1/chat/completions", b'{"refuse": 1}')
+    assert answer.status == 400 and b"no such knob" in answer.read()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/metrics"), ("POST", "/v1/models"), ("GET", "/v1/chat/completions"), ("GET", "/x")],
+)
+def test_nothing_else_is_handed_on(method: str, path: str, page: PageServer) -> None:
+    """Who reaches the page would reach all of the server, with its password."""
+    assert ask(page, method, path, b"{}" if method == "POST" else None).status == 404
+
+
+def test_a_question_has_a_limit(page: PageServer) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", page.server_address[1], timeout=SECONDS)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Length", str(MOST_BYTES + 1))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+def test_says_that_no_server_is_there() -> None:
+    server = serve(f"http://127.0.0.1:{free_port()}")
+    answer = ask(server, "GET", "/v1/models")
+    assert answer.status == 502
+    assert server.watched in json.loads(answer.read())["error"]["message"]
+    server.shutdown()
+    server.server_close()
+
+
+COMMANDS = documented("python -m vllm_elastic.watch")
+
+
+def test_command_is_documented() -> None:
+    assert COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_command_is_understood(command: str) -> None:
+    assert make_parser().parse_args(arguments(command)).server.startswith("http")

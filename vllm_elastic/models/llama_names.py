@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families with Llama's tensor names and keys: each adds its configuration and choice of MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_elastic.models.layers import AttentionProjection, GatedMLP, KernelRMSNorm, PreNormBlock
+from vllm_elastic.models.llama_config import LlamaKeysConfig
+from vllm_elastic.models.transformer import DiffusionTransformer
+
+STACKED: dict[str, tuple[str, str | int]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+IN_BLOCKS = {
+    "self_attn": "attention",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+
+
+class LlamaNamed(DiffusionTransformer):
+    """Weight names are those of a Llama checkpoint (``model.layers.0.self_attn.q_proj``).
+
+    Attributes:
+        per_head_norm: queries and keys are normed, head by head, before they are rotated.
+        qkv_bias: queries, keys and values have a bias.
+    """
+
+    per_head_norm = False
+    qkv_bias = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config: LlamaKeysConfig = vllm_config.model_config.hf_config
+        width = config.hidden_size
+
+        def norm() -> KernelRMSNorm:
+            return KernelRMSNorm(width, eps=config.rms_norm_eps)
+
+        def make_block(name: str) -> PreNormBlock:
+            attention = AttentionProjection(
+                vllm_config,
+                f"{name}.attention",
+                width=width,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=width // config.num_attention_heads,
+                max_position=config.max_position_embeddings,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                qkv_bias=self.qkv_bias,
+                head_norm_eps=config.rms_norm_eps if self.per_head_norm else None,
+            )
+            mlp = self.make_mlp(vllm_config, f"{name}.mlp", config)
+            return PreNormBlock(norm(), attention, norm(), mlp)
+
+        super().__init__(
+            vllm_config,
+            prefix,
+            width=width,
+            num_layers=config.num_hidden_layers,
+            vocab_size=config.vocab_size,
+            rows_of_embedding=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            norm=norm(),
+            make_block=make_block,
+        )
+
+    @staticmethod
+    def make_mlp(vllm_config: VllmConfig, prefix: str, config: LlamaKeysConfig) -> nn.Module:
+        """A block's MLP: rows [R, d] to what they gain."""
+        return GatedMLP(
+            vllm_config, prefix, width=config.hidden_size, inner=config.intermediate_size
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's own tensor names; returns the parameters that were filled.
+
+        Raises:
+            ValueError: a tensor that the model does not have.
+        """
+        return self.load_named(weights, self._name_of, STACKED)
+
+    def _name_of(self, name: str) -> str | None:
+        if name == "lm_head.weight" and self.tied:
+            return None
+        name = name.removeprefix("model.")
+        if not name.startswith("layers."):
+            return name
+        _, index, module, suffix = name.split(".", 3)
+        return f"blocks.{index}.{IN_BLOCKS.get(module, module)}.{suffix}"
