@@ -133,7 +133,9 @@ class Oracle:
         self.model = LLaDA.from_pretrained(args.model)
         self._tokenizer = engine.llm.get_tokenizer()
         config = asdict(engine.scheduler.elastic_config) | args.knobs.get("elastic", {})
-        self._shared = {f.name: config[f.name] for f in fields(DecodingOptions) if f.name in config}
+        # What is null in the engine is the oracle's default, too.
+        names = [f.name for f in fields(DecodingOptions) if config.get(f.name) is not None]
+        self._shared = {name: config[name] for name in names}
         self._elastic = {name: config[name] for name in ("gamma", "statistic", "track_num")}
         self._elastic["reach"] = config["reach"] or 0
 
