@@ -213,6 +213,22 @@ def test_ends_with_the_answer(page: Any) -> None:
         assert marked == {p for p in joined if p >= record["prompt_tokens"]}
 
 
+def test_an_answer_that_grows(page: Any) -> None:
+    """What is not there yet is no mask, and is not taken for the end of the answer."""
+    record = RECORDS["grows"][0]
+    lengths = [step["canvas"]["length"] for step in record["steps"]]
+    assert len(set(lengths)) > 1
+    for passes, step in enumerate(record["steps"], start=1):
+        length, end = (step["canvas"][name] for name in ("length", "end"))
+        page.execute_script("replay.go(arguments[0])", passes)
+        dropped = page.execute_script(
+            "return replay.panels.find(p => p.run.setting === 'grows').answer.spans"
+            ".map(s => s.className.includes('dropped'))"
+        )
+        assert all(dropped[length - record["prompt_tokens"] :])
+        assert not any(dropped[: end - record["prompt_tokens"]])
+
+
 def test_plays_and_pauses(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -246,6 +262,10 @@ def test_together_by_row_layers(page: Any) -> None:
                 "return replay.panels.find(p => p.run.setting === arguments[0]).run.work", name
             )
             assert work[-1] == record["row_layers"]
+            none = page.execute_script(
+                "return replay.panels.find(p => p.run.setting === arguments[0]).run.none", name
+            )
+            assert none[-1] == record["full_row_layers"]
             allowed = most * position / 300 + 0.5
             assert work[passes] <= allowed
             assert passes == record["passes"] or work[passes + 1] > allowed

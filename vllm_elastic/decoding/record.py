@@ -112,8 +112,7 @@ def canvas_of_pass(
 
     Returns:
         predicted: [position, token id, probability] of each window position, the last as
-        ``PassResult.probabilities`` has it. What is committed gets the token of its last
-        prediction.
+        ``PassResult.probabilities`` has it. What is committed gets its last prediction's token.
         length: positions there were in the pass; an answer that grows has more in a later one.
         end: exclusive bound of those of them that are still decoded.
         spans: [first position, position behind the last, join layer] of the rows computed.
