@@ -32,9 +32,13 @@ def names(*allowed: str) -> tuple[list[Any], list[Any]]:
 KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "preset": (DEFAULT_PRESET, [(name, name) for name in PRESETS], ["", "Block", None, 1]),
     "policy": ("elastic-block", *names(*policies.POLICIES)),
-    "window": (32, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
+    "window": (16, [(1, 1), (16.0, 16), (1024, 1024)], [0, -1, 1.5, MILLION + 1]),
     "threshold": (0.9, [(0, 0.0), (1, 1.0), (0.5, 0.5)], [-0.01, 1.01, 2]),
-    "commit": ("threshold", *names("threshold", "factor", "frechet", "local", "entropy")),
+    "commit": (
+        "frontier",
+        *names("threshold", "frontier", "factor", "frechet", "local", "entropy"),
+    ),
+    "frontier_threshold": (0.5, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "factor": (0.75, [(0, 0.0), (10, 10.0), (1.5, 1.5)], [-0.01, 10.01]),
     "frechet_margin": (0.25, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "relaxed_threshold": (0.75, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
@@ -45,7 +49,6 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "statistic": ("released", *names("released", "paper")),
     "refresh": (None, [(None, None), *names("next", "replay")[0]], names("next")[1]),
     "interval": (8, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
-    "lazy_window": (False, *FLAG),
     "probes": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5, MILLION + 1]),
     "block_drift": (0.02, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
@@ -237,6 +240,7 @@ RELEASED = ElasticConfig(
     preset="published",
     policy="elastic",
     window=16,
+    commit="threshold",
     threshold=0.9,
     gamma=0.9,
     track_num=1,
@@ -303,11 +307,11 @@ def test_what_a_step_may_predict_is_bounded() -> None:
 
 def test_the_bound_holds_for_presets_and_defaults_too() -> None:
     """An engine of narrow windows would be widened by naming a preset, or by saying nothing."""
-    with pytest.raises(ConfigError, match=r"^'window' is 32, .*'max_window' 20"):
-        ElasticConfig.from_dict({"max_window": 20})
-    served = ElasticConfig.from_dict({"max_window": 20, "window": 20})
-    assert served.for_request({"elastic_preset": "published"}).window == 16
-    with pytest.raises(ConfigError, match=r"^'elastic_window' is 32"):
+    with pytest.raises(ConfigError, match=r"^'window' is 16, .*'max_window' 12"):
+        ElasticConfig.from_dict({"max_window": 12})
+    served = ElasticConfig.from_dict({"max_window": 12, "window": 12})
+    assert served.for_request({"elastic_gamma": 0.5}).window == 12
+    with pytest.raises(ConfigError, match=r"^'elastic_window' is 16"):
         served.for_request({"elastic_preset": "exact"})
 
 

@@ -21,7 +21,7 @@ REQUEST_PREFIX = "elastic_"
 POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 """Names of the policies in ``decoding.policies``, which reads this module."""
 
-COMMIT_RULES = ("threshold", "factor", "frechet", "local", "entropy")
+COMMIT_RULES = ("threshold", "frontier", "factor", "frechet", "local", "entropy")
 """Names of the rules in ``decoding.commits``, likewise."""
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -130,7 +130,7 @@ class ElasticConfig:
         "elastic-block", _choice(*POLICIES), "what is recomputed when ([policies](policies.md))"
     )
     window: int = _knob(
-        32,
+        16,
         _integer(1, _MOST),
         "masked positions predicted at a step (the paper's beta): the leftmost ones. Not used "
         "where text blocks are predicted (`dual-cache`, `steps`)",
@@ -138,14 +138,20 @@ class ElasticConfig:
     threshold: float = _knob(
         0.9,
         _number(0.0, 1.0),
-        "of the commit rules `threshold` and `local`: a prediction at least this probable is "
-        "committed (epsilon)",
+        "of the commit rules `threshold`, `frontier` and `local`: a prediction at least this "
+        "probable is committed (epsilon)",
     )
     commit: str = _knob(
-        "threshold",
+        "frontier",
         _choice(*COMMIT_RULES),
         "which predictions of a step are committed together ([commit rules](commit-rules.md)); "
         "the best one in any case. Not used with `tokens_per_step` or `steps`",
+    )
+    frontier_threshold: float = _knob(
+        0.5,
+        _number(0.0, 1.0),
+        "of the commit rule `frontier`: the threshold at the first masked position, behind which "
+        "all is decided; from `threshold` on it changes nothing",
     )
     factor: float = _knob(
         0.75,
@@ -200,14 +206,6 @@ class ElasticConfig:
     )
     interval: int = _knob(
         8, _integer(1, _MOST), "of `interval`: denoising steps from one refresh to the next"
-    )
-    lazy_window: bool = _knob(
-        False,
-        _FLAG,
-        "of `elastic-block`: a step first predicts those positions of the window that are new in "
-        "it, within `reach` of the last commits, or reached `threshold` before; where the commit "
-        "rule accepts too few of these, another pass predicts the rest "
-        "([policies](policies.md#the-lazy-window)). Ignored with `steps`",
     )
     probes: int = _knob(
         4, _integer(1, 1 << 10), "of `elastic-block`: blocks probed at a step, one position each"

@@ -28,6 +28,7 @@ class Preset:
 _RELEASED = {
     "policy": "elastic",
     "window": 16,
+    "commit": "threshold",
     "threshold": 0.9,
     "gamma": 0.9,
     "track_num": 1,
@@ -54,7 +55,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             {**_RELEASED, "statistic": "paper"},
         ),
         "exact": Preset(
-            "no cache: everything is recomputed at every step, with the window and the threshold "
+            "no cache: everything is recomputed at every step, with the window and the commit rule "
             "of `block`",
             {"policy": "none"},
         ),

@@ -70,7 +70,8 @@ def test_read_problems_wants_answers(tmp_path: Path) -> None:
 
 
 class FakeEngine:
-    """Answers "1 2" and "3"; with Elastic-Cache below gamma 0.8 cheaply and the second wrongly."""
+    """Answers "1 2" and "3"; with Elastic-Cache below gamma 0.8 cheaply and the second wrongly, and
+    the same at a frontier below 0.5. A window of 32 is the cheapest."""
 
     scheduler = SimpleNamespace(max_num_active_reqs=1)
 
@@ -86,6 +87,10 @@ class FakeEngine:
             return result(right, 100)
         if request.get("elastic_gamma", 0.9) < 0.8:
             return result("1 2", 20)
+        if request.get("elastic_commit") == "frontier":
+            cost = 40 if request["elastic_window"] == 32 else 45
+            loose = request["elastic_frontier_threshold"] < 0.5
+            return result("1 2" if loose else right, cost - 5 * loose)
         return result(right, 50)
 
 
@@ -105,15 +110,42 @@ def test_tune(
     args = make_parser().parse_args([*words, "--out", str(out)])
     args.function(args)
     found = {"policy": "elastic", "statistic": "paper", "track_num": 4, "reach": 4, "gamma": 0.8}
-    assert json.loads(out.read_text()) == found
+    commits = {"window": 32, "commit": "frontier", "frontier_threshold": 0.5}
+    assert json.loads(out.read_text()) == {**found, **commits}
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     setting = "elastic, statistic paper, track_num 4, reach 4, gamma"
     none, wrong = ("100.0%", "50.0%") if has_answers else ("", "")
-    assert shown[2] == f"| none | {none} | 100.0% | 1.000 | yes |"
-    assert shown[3] == f"| {setting} 0.0 | {wrong} | 50.0% | 0.150 | no |"
+    assert shown[2] == f"| none | {none} | 100.0% | 3.0 | 1.000 | yes |"
+    assert shown[3] == f"| {setting} 0.0 | {wrong} | 50.0% | 3.0 | 0.150 | no |"
     good = [line for line in shown if line.endswith("| 0.500 | yes |")]
-    assert good[0] == f"| {setting} 0.8 | {none} | 100.0% | 0.500 | yes |"
-    assert len(good) == 4, "each ladder is climbed to its first good rung, and no further"
+    assert good[0] == f"| {setting} 0.8 | {none} | 100.0% | 3.0 | 0.500 | yes |"
+    assert len(good) == 5, "each ladder is climbed to its first good rung, and no further"
+    setting += " 0.8, window {}, commit frontier, frontier_threshold"
+    assert [line.split(" | ")[0] for line in shown if "frontier" in line] == [
+        f"| {setting.format(window)} {threshold}"
+        for window in (64, 32, 16)
+        for threshold in (0.3, 0.5)
+    ]
+
+
+def test_tune_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting would win by its row-layers that takes longer here."""
+
+    class Slow(FakeEngine):
+        def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            clock.append(clock[-1] + (6.0 if "elastic_window" in requests[0] else 5.0))
+            return super().run(requests)
+
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: clock[-1])
+    baseline = [result("1 2", 100), result("3", 100)]
+    bar = tune.Bar(score(PROBLEMS, baseline, baseline), accuracy_loss=0.0, agreement=1.0)
+    found = {}
+    for cost in tune.COSTS:
+        trial = tune.Trial(PROBLEMS, baseline, bar, cost, seconds=10.0)
+        found[cost] = tune.find(Slow(), trial, ["elastic"])  # type: ignore[arg-type]
+    assert found["seconds"][0] == pytest.approx(0.5) and "window" not in found["seconds"][1]
+    assert found["row-layers"][0] == pytest.approx(0.4) and found["row-layers"][1]["window"] == 32
 
 
 @pytest.mark.parametrize("baseline", [True, False])

@@ -24,7 +24,7 @@ from vllm_elastic.page import FOLDER
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "block": {"policy": "elastic-block", "granularity": 4, "block_drift": 0.1, "window": 6},
-    "lazy": {"policy": "elastic-block", "lazy_window": True, "window": 6, "granularity": 4},
+    "replays": {"policy": "elastic-block", "refresh": "replay", "window": 6, "granularity": 4},
     "published": {"policy": "elastic", "window": 6},
     "grows": {"policy": "elastic-block", "window": 6, "grow_by": 8, "granularity": 4},
     "none": {"policy": "none", "window": 6},

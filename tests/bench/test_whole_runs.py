@@ -114,21 +114,22 @@ def test_tune_finds_the_cheapest_that_agrees(
     prompts.write_text("\n".join(json.dumps(line) for line in kept))
     out = tmp_path / "found.json"
     words = ["--policies", "elastic-block", "interval", "--agreement", agreement]
-    words += ["--elastic-config", '{"window": 12}', "--out", str(out)]
+    words += ["--elastic-config", '{"reach": 3}', "--out", str(out)]
     run("tune", "--model", MODEL, "--prompts", str(prompts), *words)
     found = json.loads(out.read_text())
-    assert ElasticConfig.from_dict(found).window == 12, "the user's own knobs are kept"
+    assert ElasticConfig.from_dict(found).reach == 3, "the user's own knobs are kept"
     printed = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if " | " in line]
-    tried = {row[0]: (float(row[3]), row[4]) for row in rows[1:]}
+    tried = {row[0]: (float(row[4]), row[5]) for row in rows[1:]}
     good = {name: work for name, (work, verdict) in tried.items() if verdict == "yes"}
-    knob = {"elastic-block": "block_drift", "interval": "interval"}.get(found["policy"])
-    name = found["policy"] if knob is None else f"{found['policy']}, {knob} {found[knob]}"
-    assert good[name] == min(good.values())
-    if agreement == "0.0":  # the first rung is good enough, and the cheapest
+    name = tune._name({key: value for key, value in found.items() if key != "reach"})
+    assert good["none" if name == tune._name(tune.BASELINE) else name] == min(good.values())
+    if agreement == "0.0":  # the first rungs are good enough, and the cheapest
         assert found["policy"] in ("elastic-block", "interval")
+        knob = {"elastic-block": "block_drift", "interval": "interval"}[found["policy"]]
         firsts = [ladder.values[0] for ladders in tune.LADDERS.values() for ladder in ladders]
-        assert knob is not None and found[knob] in firsts
+        assert found[knob] in firsts
+        assert found.get("frontier_threshold", 0.3) == 0.3
 
 
 def test_tune_checks_on_prompts_kept_aside(
@@ -145,8 +146,9 @@ def test_tune_checks_on_prompts_kept_aside(
         [line for line in part.splitlines() if line.startswith("| ")] for part in (chosen, checked)
     ]
     assert len(tables[1]) == 3, "heads, none, what was found"
-    name = f"interval, interval {json.loads(out.read_text())['interval']}"
-    assert tables[0][-1].startswith(f"| {name} |") and tables[1][-1].startswith(f"| {name} |")
+    name = tune._name(json.loads(out.read_text()))
+    assert any(line.startswith(f"| {name} |") for line in tables[0])
+    assert tables[1][-1].startswith(f"| {name} |")
 
 
 def test_tune_says_when_the_check_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +163,8 @@ def test_tune_says_when_the_check_fails(capsys: pytest.CaptureFixture[str]) -> N
         prompts = [{"prompt": "", "max_tokens": 1} for _ in answers]
         none = [{"token_ids": [a], "denoising_steps": 1, "passes": 1, "row_layers": 9}
                 for a in answers]  # fmt: skip
-        return tune.Trial(prompts, none, tune.Bar(tune.score(prompts, none, none), 1.0, 0.9))
+        bar = tune.Bar(tune.score(prompts, none, none), 1.0, 0.9)
+        return tune.Trial(prompts, none, bar, cost="row-layers", seconds=1.0)
 
     engine: Any = Engine()
     work, best = tune.find(engine, trial([1, 1]), ["interval"])
@@ -170,7 +173,7 @@ def test_tune_says_when_the_check_fails(capsys: pytest.CaptureFixture[str]) -> N
     assert "Not good enough" not in capsys.readouterr().out
     tune.check(engine, trial([1, 2]), best)
     assert "Not good enough there (one prompt is 50.0 points)" in capsys.readouterr().out
-    assert tune.find(engine, trial([2, 2]), ["interval"])[1] == {"policy": "none"}
+    assert tune.find(engine, trial([2, 2]), ["interval"])[1] == tune.BASELINE
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,7 @@ def test_tune_tries_the_elastic_that_suits_the_tiny_model() -> None:
         for setting in ladder
     ]
     assert recommended in tried
+    tried += [setting for policy in POLICIES for rule in tune.decoding(policy) for setting in rule]
     assert all(ElasticConfig.from_dict(setting) for setting in tried)
 
 

@@ -27,7 +27,8 @@ def commit(
     """Indices that a step commits."""
     window = np.array(positions, dtype=np.int32)
     canvas = Canvas([1], positions[-1], 99)
-    schedule = make_schedule(replace(ElasticConfig(), **knobs), positions[-1])
+    config = replace(ElasticConfig(), **{"commit": "threshold", **knobs})
+    schedule = make_schedule(config, positions[-1])
     of_each = None if entropies is None else np.array(entropies)
     return schedule.choose(canvas, window, np.array(confidences), 0, of_each).tolist()
 
@@ -74,6 +75,21 @@ def test_frechet_commits_at_least_what_factor_does(confidences: list[float], mar
     by_factor = commit(positions, confidences, commit="factor", factor=1 - margin - 1e-9)
     by_frechet = commit(positions, confidences, commit="frechet", frechet_margin=margin)
     assert set(by_factor) <= set(by_frechet)
+
+
+@given(CONFIDENCES, st.floats(0.0, 1.0))
+def test_frontier_adds_the_first_position_only(confidences: list[float], lower: float) -> None:
+    """A rule that is looser elsewhere would commit guesses that wait for what stands before."""
+    positions = list(range(1, len(confidences) + 1))
+    by_threshold = commit(positions, confidences)
+    by_frontier = commit(positions, confidences, commit="frontier", frontier_threshold=lower)
+    if max(confidences) >= 0.9:
+        assert set(by_frontier) - set(by_threshold) <= {0}
+        assert set(by_threshold) <= set(by_frontier)
+    elif 0 < confidences[0] >= lower:
+        assert by_frontier == [0]
+    else:
+        assert by_frontier == by_threshold
 
 
 @given(CONFIDENCES, st.floats(0.0, 1.0), st.integers(0, 12))

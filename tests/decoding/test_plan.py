@@ -7,13 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_elastic.decoding.plan import (
-    Logprobs,
-    PassPlan,
-    PassResult,
-    join_candidates,
-    segments_by_join_layer,
-)
+from vllm_elastic.decoding.plan import PassPlan, segments_by_join_layer
 
 JOIN_LAYERS = st.integers(1, 5).flatmap(
     lambda layers: st.tuples(
@@ -57,25 +51,3 @@ def test_row_layers_add_up(case: tuple[int, list[int]]) -> None:
     assert plan.num_rows == computed[-1]
     if plan.segments:
         assert plan.start_layer == min(join_layers)
-
-
-def test_candidates_of_two_passes_are_joined_in_order() -> None:
-    """A position would be committed with another one's token, entropy or log probabilities."""
-
-    def found(positions: list[int]) -> PassResult:
-        ids = np.array(positions, dtype=np.int32)
-        logprobs = Logprobs(ids[:, None], ids[:, None].astype(np.float32), ids)
-        return PassResult(ids, ids / 1.0, entropies=ids / 2.0, logprobs=logprobs)
-
-    first, rest = [3, 7, 8], [2, 5, 9]
-    window, joined = join_candidates(
-        np.array(first, dtype=np.int32), found(first), np.array(rest, dtype=np.int32), found(rest)
-    )
-    assert window.tolist() == [2, 3, 5, 7, 8, 9]
-    assert joined.token_ids.tolist() == joined.probabilities.tolist() == window.tolist()
-    assert joined.entropies is not None
-    assert (2 * joined.entropies).tolist() == window.tolist()
-    assert joined.logprobs is not None
-    assert joined.logprobs.token_ids[:, 0].tolist() == joined.logprobs.ranks.tolist()
-    assert joined.logprobs.ranks.tolist() == joined.logprobs.logprobs[:, 0].tolist()
-    assert joined.logprobs.ranks.tolist() == window.tolist()

@@ -129,7 +129,7 @@ def test_interval_refreshes_on_schedule() -> None:
 def test_elastic_block_refreshes_what_costs_most() -> None:
     """A block that nobody attends to, or that stands still, would be recomputed."""
     config = {"policy": "elastic-block", "probes": 2, "block_drift": 0.1, "slack": 0.1, "window": 2}
-    config |= {"reach": 0, "granularity": None, "lazy_window": False}
+    config |= {"reach": 0, "granularity": None}
     request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
     assert request.plan().kind == "first"
     request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
@@ -172,7 +172,7 @@ def test_elastic_block_extrapolates_between_probes() -> None:
 )
 def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: list[int]) -> None:
     """The hidden states that drift most would stay as they were before the commit."""
-    config = {"policy": "elastic-block", "window": 2, "reach": reach, "lazy_window": False}
+    config = {"policy": "elastic-block", "window": 2, "reach": reach}
     config["granularity"] = 4
     request = quiet(config, prompt_length=7, max_tokens=5, num_layers=2).make_request()
     result = blocks_of(request, [0.5, 0.5, 0.0], [-1, -1, -1])
@@ -180,79 +180,6 @@ def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: 
     request.finish_pass(result)
     assert request.just_committed.tolist() == [7]
     assert np.concatenate([s.positions for s in request.plan().segments]).tolist() == expected
-
-
-def lazily(config: dict[str, Any] | None = None) -> DenoisingRequest:
-    """Positions 4 to 11 are masked, the window has six of them, nothing drifts."""
-    knobs = {"policy": "elastic-block", "lazy_window": True, "window": 6, "reach": 1}
-    knobs |= config or {}
-    return quiet(knobs, prompt_length=4, max_tokens=8).make_request()
-
-
-def predict(request: DenoisingRequest, probabilities: list[float]) -> None:
-    """Digest a pass of these probabilities that finds no block attended to."""
-    count = len(request.plan().window)
-    result = PassResult(np.zeros(count, dtype=np.int32), np.array(probabilities))
-    if request.plan().measure is not None:
-        blocks = len(request.validity.stale_from)
-        result.measured = MeasuredBlocks(
-            np.zeros(blocks, dtype=np.float32), np.full(blocks, -1, dtype=np.int32)
-        )
-    request.finish_pass(result)
-
-
-def rows_and_window(request: DenoisingRequest) -> tuple[str, list[int], list[int]]:
-    plan = request.plan()
-    rows = np.concatenate([segment.positions for segment in plan.segments])
-    return plan.kind, rows.tolist(), plan.window.tolist()
-
-
-def test_a_lazy_window_is_what_a_commit_may_have_changed() -> None:
-    """The rest of the window would be computed at every step, or a new position never."""
-    request = lazily()
-    assert request.plan().window.tolist() == [4, 5, 6, 7, 8, 9], "all are new"
-    predict(request, [0.1, 0.2, 0.95, 0.3, 0.4, 0.5])
-    # 6 was committed, 5 and 7 are its neighbours, 10 is new.
-    assert rows_and_window(request) == ("window", [5, 6, 7, 10], [5, 7, 10])
-    predict(request, [0.2, 0.9, 0.3])
-    # 6 is a neighbour that is committed already; 11 is new.
-    assert rows_and_window(request) == ("window", [6, 7, 8, 11], [8, 11])
-
-
-@pytest.mark.parametrize(("second", "best"), [(0.895, 9), (0.88, 7)])
-def test_a_lazy_window_is_widened_where_nothing_is_sure(second: float, best: int) -> None:
-    """The best of a few would be committed though the best of the window was not asked."""
-    request = lazily()
-    predict(request, [0.1, 0.2, 0.95, 0.3, 0.4, 0.5])
-    predict(request, [0.2, 0.89, 0.3])
-    assert request.just_committed.tolist() == [6] and request.record.denoising_steps == 1
-    assert rows_and_window(request) == ("widened", [4, 8, 9], [4, 8, 9])
-    predict(request, [0.1, 0.4, second])
-    assert request.just_committed.tolist() == [best], "the best of all"
-    assert request.record.denoising_steps == 2 and request.record.passes == 3
-    around = [q for q in (best - 1, best + 1) if q not in (6,)]
-    assert rows_and_window(request)[2] == sorted({*around, 11})
-
-
-def test_a_lazy_window_by_rank_takes_the_surest_left_behind() -> None:
-    """Positions that were sure and did not rank would wait for a neighbour's commit."""
-    request = lazily({"tokens_per_step": 1})
-    predict(request, [0.92, 0.2, 0.99, 0.95, 0.97, 0.93])
-    # 8 is the surest of those left; 4 and 9 have to wait.
-    assert rows_and_window(request)[2] == [5, 7, 8, 10]
-    predict(request, [0.2, 0.3, 0.91, 0.3])
-    assert request.just_committed.tolist() == [8]
-    assert rows_and_window(request)[2] == [7, 9, 11]
-
-
-@pytest.mark.parametrize("knobs", [{"lazy_window": False}, {"steps": 8, "block_length": 8}])
-def test_a_window_that_is_not_lazy(knobs: dict[str, Any]) -> None:
-    """LLaDA's own schedule would lose predictions that it ranks."""
-    request = lazily(knobs)
-    predict(request, [0.1, 0.95] + [0.3] * (len(request.plan().window) - 2))
-    masked = np.flatnonzero(request.canvas.masked).tolist()
-    count = 7 if "steps" in knobs else 6
-    assert request.plan().window.tolist() == masked[:count]
 
 
 def test_dual_cache_text_blocks() -> None:

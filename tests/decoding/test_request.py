@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 
 from tests.decoding.fake_model import (
     END_TOKENS,
@@ -30,7 +30,7 @@ from vllm_elastic.decoding.plan import PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
 drives = settings(max_examples=200, deadline=None)
-KINDS = {"first", "window", "widened", "replay", "full", "refresh"}
+KINDS = {"first", "window", "replay", "full", "refresh"}
 
 
 @drives
@@ -41,14 +41,13 @@ def test_it_ends_within_max_tokens_steps(scenario: Scenario) -> None:
     steps = [p for p in trace.passes if not p.replayed]
     assert trace.request.canvas.done
     assert len(steps) <= scenario.max_tokens
-    # What is not a step is a pass that was replayed or widened, or lost to a restart.
-    lazy = scenario.config.policy == "elastic-block" and scenario.config.lazy_window
+    # What is not a step is a pass that was replayed, or lost to a restart.
     replays = trace.request.refresh == "replay" and scenario.config.policy in (
         "elastic",
         "elastic-block",
     )
-    assert len(trace.passes) <= (1 + lazy + replays) * len(steps) + 2 * trace.num_restarts
-    if not lazy and not replays:
+    assert len(trace.passes) <= (1 + replays) * len(steps) + 2 * trace.num_restarts
+    if not replays:
         assert len(trace.passes) == len(steps)
 
 
@@ -91,13 +90,11 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
     """Replayed passes would commit, or a step would commit the wrong positions."""
     config = scenario.config
     trace = drive(scenario)
-    for index, p in enumerate(trace.passes):
+    for p in trace.passes:
         if p.replayed:
             assert p.emitted == []
             continue
         known = predictions_of(p)
-        if p.plan.kind == "widened":
-            known |= predictions_of(trace.passes[index - 1])
         window, probabilities = sorted(known), [known[w][0] for w in sorted(known)]
         if config.tokens_per_step is not None:
             assert len(p.committed) == min(config.tokens_per_step, len(window))
@@ -123,10 +120,14 @@ def predictions_of(p: Pass) -> dict[int, tuple[float, float]]:
 def sure_of(config: ElasticConfig, known: dict[int, tuple[float, float]]) -> list[int]:
     """Positions that the commit rule is sure of together, ascending."""
     probability = {w: known[w][0] for w in sorted(known)}
-    if config.commit in ("threshold", "local"):
+    if config.commit in ("threshold", "frontier", "local"):
         anchors = [w for w, q in probability.items() if q >= config.threshold]
         if config.commit == "threshold":
             return anchors
+        if config.commit == "frontier":
+            first = min(probability)
+            open_ = probability[first] >= config.frontier_threshold
+            return sorted({*anchors, *([first] if open_ else [])})
         relaxed = [w for w, q in probability.items() if q >= config.relaxed_threshold]
         near = [w for w in relaxed if any(abs(w - a) <= config.anchor_radius for a in anchors)]
         return sorted({*anchors, *near})
@@ -161,11 +162,7 @@ def whole_window(scenario: Scenario, p: Pass) -> list[int]:
 def test_the_window_is_the_first_masked_positions(scenario: Scenario) -> None:
     """Committed, dropped or far-off positions would be predicted."""
     for p in drive(scenario).passes:
-        if scenario.config.policy == "elastic-block" and scenario.config.lazy_window:
-            assert p.plan.window.size > 0
-            assert set(p.plan.window.tolist()) <= set(whole_window(scenario, p))
-        else:
-            assert p.plan.window.tolist() == whole_window(scenario, p)
+        assert p.plan.window.tolist() == whole_window(scenario, p)
 
 
 @drives
@@ -178,43 +175,6 @@ def test_no_pass_keeps_more_rows_than_its_policy_says(scenario: Scenario) -> Non
     assert max(p.plan.num_saved_rows for p in trace.passes) <= min(most, 4 * scenario.length)
 
 
-@given(scenarios(policies=("elastic-block",), restart_rates=(0.0,)))
-def test_a_lazy_window_leaves_out_what_is_not_sure(scenario: Scenario) -> None:
-    """A step would commit a guess unseen by the rest, or leave a sure prediction behind."""
-    config = scenario.config
-    assume(config.lazy_window)
-    trace = drive(scenario)
-    last: dict[int, float] = {}
-    just_committed: list[int] = []
-    for index, p in enumerate(trace.passes):
-        plan, whole = p.plan, whole_window(scenario, p)
-        before = trace.follows(index)
-        if plan.kind == "widened":
-            assert before is not None and before.replayed
-            assert sorted([*plan.window, *before.plan.window]) == whole
-            assert plan.measure is None
-        else:
-            reach = near(trace, p, just_committed)
-            sure = sorted(q for q in whole if last.get(q, -1.0) >= config.threshold)
-            sure.sort(key=lambda q: -last[q])
-            known = [q for q in whole if q in last and q not in reach]
-            left_out = set(known) - set(sure[: config.tokens_per_step or 1])
-            part = [q for q in whole if q not in left_out]
-            assert plan.window.tolist() == (part or whole)
-        known_now = predictions_of(p)
-        if plan.kind == "widened":
-            assert before is not None
-            known_now |= predictions_of(before)
-        if p.replayed:
-            continue
-        needed = min(config.tokens_per_step or 1, len(whole))
-        looked_at = sorted(known_now)
-        enough = sure_of(config, known_now)
-        assert len(enough) >= needed or looked_at == whole
-        last |= {position: q for position, (q, _) in known_now.items()}
-        just_committed = p.committed
-
-
 @drives
 @given(scenarios())
 def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
@@ -223,8 +183,7 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
     for index, p in enumerate(trace.passes):
         before = trace.follows(index)
         assert p.plan.kind in KINDS
-        again = p.plan.kind in ("replay", "widened")
-        assert again == (before is not None and before.replayed)
+        assert (p.plan.kind == "replay") == (before is not None and before.replayed)
         if index == 0:
             assert p.plan.kind == "first"
         if p.restarted and index > 0:
@@ -233,7 +192,7 @@ def test_a_replay_repeats_one_drifted_window_pass(scenario: Scenario) -> None:
             assert before is not None
             assert before.plan.kind == "window" or scenario.config.policy == "elastic-block"
             if p.replayed:
-                assert trace.passes[index + 1].plan.kind in ("widened", "full")
+                assert trace.passes[index + 1].plan.kind == "full"
             assert p.plan.tested.size == 0
             assert p.plan.denoising_step == before.plan.denoising_step
             assert p.plan.window.tolist() == before.plan.window.tolist()
@@ -361,12 +320,8 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
             assert plan.probes.size <= scenario.config.probes
-        if plan.kind == "widened":
-            assert plan.measure is None
-            assert set(plan.window_rows.tolist()) <= set(plan.segments[0].positions.tolist())
-        else:
-            assert isinstance(plan.measure, BlockProbe)
-            assert not plan.measure.watched[plan.window_rows].any()
+        assert isinstance(plan.measure, BlockProbe)
+        assert not plan.measure.watched[plan.window_rows].any()
         if not p.replayed:
             just_committed = p.committed
 
@@ -400,9 +355,7 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
         twin = copy.deepcopy(request)
         twin.restart()
         again = twin.plan()
-        # Nothing that was predicted before holds: a lazy window is whole again.
-        assert again.window.tolist() == request.schedule.window(request.canvas).tolist()
-        assert set(plan.window.tolist()) <= set(again.window.tolist())
+        assert again.window.tolist() == plan.window.tolist()
         assert again.tokens.tolist() == plan.tokens.tolist()
         assert again.denoising_step == plan.denoising_step
         assert again.row_layers(scenario.num_layers) == len(plan.tokens) * scenario.num_layers

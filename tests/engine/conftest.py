@@ -18,7 +18,7 @@ from vllm_elastic.reference.llada import HEAD
 
 EOS, MASK = 290, 291
 
-ORACLES_DEFAULTS = {"policy": "elastic", "window": 16}
+ORACLES_DEFAULTS = {"policy": "elastic", "window": 16, "commit": "threshold"}
 """What the oracle does where a test names neither."""
 
 RANDOM_MODELS = {

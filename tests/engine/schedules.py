@@ -108,7 +108,6 @@ def asks(draw: st.DrawFn) -> Ask:
         knobs["granularity"] = draw(st.sampled_from([3, 8, 32]))
         knobs["probes"] = draw(st.sampled_from([1, 4]))
         knobs["attention_stride"] = draw(st.sampled_from([1, 4]))
-        knobs["lazy_window"] = draw(st.booleans())
     commits = draw(st.sampled_from(["threshold", "rank", "steps", "alg"]))
     if commits == "steps" and max_tokens % BLOCK_LENGTH == 0:
         knobs["steps"] = max_tokens // BLOCK_LENGTH * draw(st.sampled_from([2, 3]))

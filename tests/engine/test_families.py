@@ -20,7 +20,7 @@ from .transformers_oracle import FAMILIES, TransformersOracle, save_family
 
 pytestmark = pytest.mark.engine
 
-NAMES = ["none", "interval", "dual-cache", "released-high", "block-fine", "block-lazy-topk"]
+NAMES = ["none", "interval", "dual-cache", "released-high", "block-fine", "block-topk"]
 
 
 @pytest.fixture(scope="module")

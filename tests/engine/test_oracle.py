@@ -30,7 +30,7 @@ from .conftest import EOS, MASK, RANDOM_MODELS, SHIFTED, Served
 
 pytestmark = pytest.mark.engine
 
-LAZY = {"policy": "elastic-block", "granularity": 8, "lazy_window": True, "probes": 1}
+BLOCK = {"policy": "elastic-block", "granularity": 8, "probes": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "none-topk": {"policy": "none", "tokens_per_step": 3},
@@ -49,7 +49,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "block": {
         "policy": "elastic-block",
         "granularity": 8,
-        "lazy_window": False,
         "probes": 4,
         "block_drift": 0.1,
         "reach": 0,
@@ -60,7 +59,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "granularity": 3,
         "block_drift": 0.023,
         "reach": 4,
-        "lazy_window": False,
         "probes": 2,
         "attention_stride": 3,
     },
@@ -71,21 +69,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "slack": 0.5,
         "probes": 1,
         "reach": 3,
-        "lazy_window": True,
     },
     "block-replay": {
         "policy": "elastic-block",
         "refresh": "replay",
         "granularity": 8,
-        "lazy_window": True,
         "probes": 4,
         "reach": 2,
         "block_drift": 0.03,
         "threshold": 0.1,
     },
-    "block-lazy": {**LAZY, "block_drift": 0.02, "threshold": 0.2, "reach": 2},
-    "block-lazy-topk": {
-        **LAZY,
+    "block-sure": {**BLOCK, "block_drift": 0.02, "threshold": 0.2, "reach": 2},
+    "block-topk": {
+        **BLOCK,
         "block_drift": 0.05,
         "threshold": 0.08,
         "tokens_per_step": 2,
@@ -104,20 +100,24 @@ ENDS: dict[str, dict[str, Any]] = {
 # Each at the settings its paper has, and over every policy.
 RULES: dict[str, dict[str, Any]] = {
     "threshold": {"policy": "none"},
+    "frontier": {"policy": "none", "commit": "frontier"},
     "factor": {"policy": "none", "commit": "factor"},
     "frechet": {"policy": "none", "commit": "frechet"},
     "local": {"policy": "none", "commit": "local"},
     "entropy": {"policy": "none", "commit": "entropy"},
     "factor-elastic": {"policy": "elastic", "commit": "factor", "factor": 1.0, "gamma": 0.8},
-    "factor-lazy": {**LAZY, "commit": "factor", "factor": 0.5, "reach": 2},
+    "factor-block": {**BLOCK, "commit": "factor", "factor": 0.5, "reach": 2},
     "frechet-interval": {"policy": "interval", "commit": "frechet", "frechet_margin": 0.5},
-    "frechet-lazy": {**LAZY, "commit": "frechet", "frechet_margin": 0.1, "reach": 1},
-    "frechet-lazy-topk": {**LAZY, "commit": "frechet", "reach": 1, "tokens_per_step": 3},
-    "entropy-lazy": {**LAZY, "commit": "entropy", "entropy_bound": 0.5, "reach": 2},
+    "frechet-block": {**BLOCK, "commit": "frechet", "frechet_margin": 0.1, "reach": 1},
+    "frechet-block-topk": {**BLOCK, "commit": "frechet", "reach": 1, "tokens_per_step": 3},
+    "entropy-block": {**BLOCK, "commit": "entropy", "entropy_bound": 0.5, "reach": 2},
     "entropy-ends": {"policy": "elastic", "commit": "entropy", "confidence_eos_eot_inf": True},
+    "frontier-block": {**BLOCK, "commit": "frontier", "frontier_threshold": 0.3, "reach": 2},
+    "frontier-dual-cache": {"policy": "dual-cache", "commit": "frontier", "block_length": 8},
+    "frontier-ends": {"policy": "elastic", "commit": "frontier", "confidence_eos_eot_inf": True},
     "local-dual-cache": {"policy": "dual-cache", "commit": "local", "block_length": 8},
-    "local-lazy": {
-        **LAZY,
+    "local-block": {
+        **BLOCK,
         "commit": "local",
         "threshold": 0.8,
         "relaxed_threshold": 0.6,
@@ -203,7 +203,7 @@ def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -
     results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
     compare(served, cases, results)
     kinds = {p["kind"] for result in results for p in result["steps"]}
-    assert kinds == {"first", "window", "widened", "replay", "full", "refresh"}
+    assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
 @pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
@@ -262,11 +262,11 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
         equal.append(agrees(result, expected, (index, name)))
         commits[name] += [entry["committed"] for entry in result["steps"]]
     assert equal.count(False) <= len(cases) / 100
-    assert {p["kind"] for r in results for p in r["steps"]} >= {"widened", "replay", "refresh"}
+    assert {p["kind"] for r in results for p in r["steps"]} >= {"replay", "refresh"}
     for name in RULES:
         assert sum(len(committed) > 1 for committed in commits[name]) > len(prompts), name
     assert commits["threshold"] not in [
-        commits[name] for name in ("factor", "frechet", "local", "entropy")
+        commits[name] for name in ("frontier", "factor", "frechet", "local", "entropy")
     ]
 
 

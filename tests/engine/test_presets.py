@@ -17,14 +17,20 @@ from .test_oracle import ask_oracle, problems
 pytestmark = pytest.mark.engine
 
 ORACLES: dict[str, dict[str, Any]] = {
-    "block": {"policy": "elastic-block", "window": 32},
+    "block": {"policy": "elastic-block", "window": 16, "commit": "frontier"},
     "published": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "released"},
     "paper": {"policy": "elastic", "window": 16, "gamma": 0.9, "statistic": "paper"},
-    "exact": {"policy": "none", "window": 32},
+    "exact": {"policy": "none", "window": 16, "commit": "frontier"},
 }
 SPOILT = {
     **{"policy": "interval", "window": 3, "threshold": 0.2, "track_num": 3, "reach": 5},
-    **{"refresh": "next", "tokens_per_step": 2, "block_drift": 1.0, "gamma": 0.0},
+    **{
+        "refresh": "next",
+        "commit": "factor",
+        "tokens_per_step": 2,
+        "block_drift": 1.0,
+        "gamma": 0.0,
+    },
 }
 
 

@@ -88,7 +88,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),
-        ({"max_window": 20}, "'window' is 32, .*'max_window' 20"),
+        ({"max_window": 12}, "'window' is 16, .*'max_window' 12"),
         ([], "elastic config must be a JSON object"),
     ],
 )

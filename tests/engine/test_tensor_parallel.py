@@ -135,7 +135,7 @@ def assert_equals_oracle(
     assert equal.count(False) <= 1, "near ties are rare"
     if len(configs) == len(CONFIGS):
         kinds = {p["kind"] for result in results for p in result["steps"]}
-        assert kinds == {"first", "window", "replay", "full", "refresh", "widened"}
+        assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
 def test_equals_oracle(served: Served) -> None:
@@ -158,7 +158,7 @@ def test_shared_experts_equal_oracle(tmp_path: Path) -> None:
         served = start(oracle, tmp_path, "llada-moe", "mp")
     try:
         workers(served, poison_worker)
-        names = ["none", "released-high", "block-lazy-topk"]
+        names = ["none", "released-high", "block-topk"]
         assert_equals_oracle(served, {name: CONFIGS[name] | {"grow_by": 8} for name in names})
     finally:
         stop(served)

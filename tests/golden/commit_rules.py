@@ -3,6 +3,7 @@
 
 With c_1 >= c_2 >= ... the confidences in falling order:
 
+* frontier: a confidence reaches the threshold, or, of the leftmost position, the lower one.
 * factor (Fast-dLLM): the first n, for the largest n with (n + 1)(1 - c_n) < factor.
 * frechet (Fast-dLLM++): the first n, for the largest n with
   max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > margin.
@@ -24,6 +25,16 @@ CONFIDENCES = [0.80, 0.95, 0.70, 0.76, 0.80, 0.60]
 
 # (settings, positions of the window, confidences, indices committed)
 COMMITS: list[tuple[dict[str, Any], list[int], list[float], list[int]]] = [
+    # The first reaches the lower threshold only, the third and the last neither of their own.
+    ({"commit": "frontier"}, [3, 4, 5, 6, 7], PROFILE, [0, 1, 3]),
+    ({"commit": "frontier", "frontier_threshold": 0.83}, [3, 4, 5, 6, 7], PROFILE, [1, 3]),
+    ({"commit": "frontier", "threshold": 0.7}, [3, 4, 5, 6, 7], PROFILE, [0, 1, 2, 3, 4]),
+    # The first position of a window with holes; a higher frontier takes nothing away.
+    ({"commit": "frontier"}, [3, 9, 10], [0.5, 0.8, 0.7], [0]),
+    ({"commit": "frontier", "frontier_threshold": 1.0}, [3, 9, 10], [0.95, 0.8, 0.7], [0]),
+    # Nothing qualifies: the best, wherever it is.
+    ({"commit": "frontier"}, [3, 4, 5], [0.4, 0.7, 0.8], [2]),
+    ({"commit": "frontier", "frontier_threshold": 0.0}, [3, 4], [0.0, 0.5], [1]),
     # 2 * 0.01 = 0.02, 3 * 0.05 = 0.15, 4 * 0.18 = 0.72, 5 * 0.22 = 1.10, 6 * 0.26 = 1.56.
     ({"commit": "factor", "factor": 0.01}, [3, 4, 5, 6, 7], PROFILE, [1]),
     ({"commit": "factor", "factor": 0.1}, [3, 4, 5, 6, 7], PROFILE, [1]),

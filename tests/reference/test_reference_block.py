@@ -35,49 +35,33 @@ def test_replaying_everything_is_no_cache(endless, shape, shift):
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("lazy", [False, True])
-def test_rows_of_a_step(endless, monkeypatch, lazy, shift):
-    """The window's rows, what was committed with its neighbours, and the probes; then the rest."""
+def test_rows_of_a_step(endless, monkeypatch, shift):
+    """The window's rows, what was committed with its neighbours, and the probes."""
     model = endless("gqa", vocab=40, shift=shift)
     options = ElasticBlockOptions(
-        window=6, threshold=0.5, granularity=4, probes=2, reach=1, block_drift=9.0, lazy_window=lazy
+        window=6, threshold=0.5, granularity=4, probes=2, reach=1, block_drift=9.0
     )
     canvas = Canvas(model, [3, 1, 4], 20)
     decoder = ElasticBlock(model, canvas, options)
     decoder.step()
-    widened = smaller = 0
     computed, run = [], decoder.run
     monkeypatch.setattr(
         decoder,
         "run",
-        lambda join, wanted: computed.append((set(join), wanted)) or run(join, wanted),
+        lambda join, wanted: computed.append((set(join), wanted.tolist())) or run(join, wanted),
     )
-    while len(whole := canvas.window(6)):
+    while len(window := canvas.window(6)):
         near = {p + by for p in decoder.committed for by in (-1, 0, 1)} & set(range(23))
-        probes, seen = set(decoder.probes), dict(decoder.confidence)
-        window = whole.tolist()
-        if lazy:
-            sure = sorted((p for p in window if seen.get(p, 0) >= 0.5), key=lambda p: -seen[p])
-            window = [p for p in window if p not in seen or p in near or p in sure[:1]] or window
+        predicting = [p - shift for p in window.tolist()]
+        rows = {*predicting, *near, *decoder.probes}
         passes = len(decoder.result.steps)
-        computed.clear()
         decoder.step()
-        made = decoder.result.steps[passes:]
-        predicting = [p - shift for p in window]
-        rows = {*predicting, *near, *probes}
-        assert (made[0]["kind"], made[0]["rows"]) == ("window", len(rows))
-        assert (computed[0][0], computed[0][1].tolist()) == (rows, predicting)
-        if len(made) > 1:
-            rest = [p - shift for p in whole.tolist() if p not in window]
-            assert (made[1]["kind"], made[1]["rows"]) == ("widened", len(rest))
-            assert (computed[1][0], computed[1][1].tolist()) == (set(rest), rest)
-        predicted = whole.tolist() if len(made) > 1 else window
-        assert all(decoder.confidence[p] != seen.get(p) for p in predicted)
-        assert set(made[-1]["committed"]) <= set(predicted)
+        (made,) = decoder.result.steps[passes:]
+        assert (made["kind"], made["rows"]) == ("window", len(rows))
+        assert computed.pop() == (rows, predicting)
+        assert set(made["committed"]) <= set(window.tolist())
         # Nobody watches what was computed for its own sake.
         assert not set(decoder.probes) & rows
-        widened, smaller = widened + len(made) - 1, smaller + (len(window) < len(whole))
-    assert bool(widened and smaller) == lazy
 
 
 @pytest.mark.parametrize("shift", [0, 1])

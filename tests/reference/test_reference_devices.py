@@ -22,7 +22,7 @@ from vllm_elastic.reference import (
     low_confidence,
 )
 
-BLOCK = dict(granularity=4, block_drift=0.05, threshold=0.5, lazy_window=True, reach=1)
+BLOCK = dict(granularity=4, block_drift=0.05, threshold=0.5, reach=1)
 DECODERS = {
     "none": (decode, DecodingOptions(window=5)),
     "interval": (interval, IntervalOptions(window=5, interval=3)),

@@ -15,7 +15,7 @@ from vllm_elastic.reference import ElasticOptions, LLaDA, elastic_cache
 from .conftest import KV_CACHE_BYTES, MODEL, MODEL_LENGTH, Client, questions, user
 
 CANVAS = 24
-OPTIONS = {"gamma": 0.8, "window": 12}
+OPTIONS = {"gamma": 0.8, "window": 12, "commit": "threshold"}
 
 
 @pytest.mark.timeout(900)  # a server with two ranks takes minutes to start on a busy machine

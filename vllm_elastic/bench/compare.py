@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
         "compare",
         help="policies x canvas lengths x prompt lengths x batch sizes, with the oracle's speed",
         description="Runs held-out problems of the tiny LLaDA (or of a model with a heldout.py "
-        "beside it) under every policy with the same window and threshold. Repeats are "
+        "beside it) under every policy with the same window and commit rule. Repeats are "
         "interleaved; tokens per second are medians, counted up to the first end token. Run it "
         "on a machine that does nothing else.",
     )
@@ -128,14 +128,15 @@ class Oracle:
     """The plain PyTorch oracle in this process, with the engine's knobs."""
 
     def __init__(self, engine: BenchEngine, args: argparse.Namespace) -> None:
-        from vllm_elastic.reference import LLaDA
+        from vllm_elastic.reference import DecodingOptions, LLaDA
 
         self.model = LLaDA.from_pretrained(args.model)
         self._tokenizer = engine.llm.get_tokenizer()
         config = asdict(engine.scheduler.elastic_config) | args.knobs.get("elastic", {})
-        shared, own = ("window", "threshold"), ("gamma", "statistic", "track_num")
-        self._shared = {name: config[name] for name in shared}
-        self._elastic = {name: config[name] for name in own}
+        # What is null in the engine is the oracle's default, too.
+        names = [f.name for f in fields(DecodingOptions) if config.get(f.name) is not None]
+        self._shared = {name: config[name] for name in names}
+        self._elastic = {name: config[name] for name in ("gamma", "statistic", "track_num")}
         self._elastic["reach"] = config["reach"] or 0
 
     def settings(self, count: int) -> dict[str, Runner]:

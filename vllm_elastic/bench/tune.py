@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from vllm_elastic.bench.run import read_jsonl
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 DRIFTS = (1.0, 0.3, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005)
+BASELINE = {"policy": "none", "commit": "threshold"}
+"""What answers are held against: nothing cached, and the commit rule that everybody has."""
+COSTS = ("row-layers", "seconds")
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """A policy's settings from the cheapest to the dearest: one knob's values beside fixed ones."""
+    """Settings from the cheapest to the dearest: one knob's values beside fixed ones."""
 
     fixed: dict[str, Any]
     knob: str
@@ -42,7 +46,16 @@ LADDERS: dict[str, tuple[Ladder, ...]] = {
         Ladder({"statistic": "released", "track_num": 1, "reach": 0}, "gamma", GAMMAS),
     ),
     "interval": (Ladder({}, "interval", (64, 32, 16, 8, 6, 4, 3, 2)),),
+    "dual-cache": (Ladder({}, "block_length", (64, 32, 16, 8)),),
 }
+
+
+def decoding(policy: str) -> Iterator[Ladder]:
+    """How many positions a step predicts, and how sure a prediction has to be to be committed."""
+    sizes = [{}] if policy == "dual-cache" else [{"window": size} for size in (64, 32, 16)]
+    for size in sizes:
+        yield Ladder({**size, "commit": "frontier"}, "frontier_threshold", (0.3, 0.5, 0.7, 0.9))
+    yield Ladder({"commit": "local"}, "relaxed_threshold", (0.7, 0.8, 0.85))
 
 
 def add_parser(commands: Any) -> None:
@@ -52,8 +65,9 @@ def add_parser(commands: Any) -> None:
         help="find the cheapest knobs whose answers agree with those without a cache",
         description="Runs the prompts without a cache and then with every policy asked for, from "
         "its cheapest setting to its dearest, until the answers are as good as they have to be "
-        "or a cheaper setting is known whose answers are; "
-        "writes the setting with the fewest row-layers as an --elastic-config. With an 'answer' "
+        "or a cheaper setting is known whose answers are; then, with the policy found, other "
+        "windows and commit rules in the same way. Writes the cheapest setting as an "
+        "--elastic-config. With an 'answer' "
         "in every line of the file, good means accurate; else it means the same tokens. Part of "
         "the prompts is kept aside, and tells at the end how the setting does on prompts that "
         "it was not chosen by.",
@@ -62,6 +76,14 @@ def add_parser(commands: Any) -> None:
     add_prompts(parser)
     parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
     parser.add_argument("--policies", nargs="+", default=list(LADDERS), choices=list(LADDERS))
+    parser.add_argument(
+        "--cost",
+        default=COSTS[0],
+        choices=COSTS,
+        help="what is to be cheap: row-layers, the same on every machine, or the seconds that "
+        "the prompts take at this batch size on this one, which should do nothing else (default: "
+        "%(default)s)",
+    )
     parser.add_argument(
         "--accuracy-loss",
         type=float,
@@ -127,15 +149,29 @@ class Bar:
 
 @dataclass(frozen=True)
 class Trial:
-    """Prompts, and their results without a cache, to hold settings against."""
+    """Prompts, and their results without a cache, to hold settings against.
+
+    Attributes:
+        cost: one of ``COSTS``.
+        seconds: that the baseline took.
+    """
 
     prompts: list[dict[str, Any]]
     none: list[dict[str, Any]]
     bar: Bar
+    cost: str
+    seconds: float
 
-    def score(self, engine: BenchEngine, knobs: dict[str, Any]) -> Score:
-        """Run the prompts with these knobs."""
-        return score(self.prompts, run(engine, self.prompts, knobs), self.none)
+    def score(self, engine: BenchEngine, knobs: dict[str, Any]) -> tuple[Score, float]:
+        """Run the prompts with these knobs; the score, and the cost relative to the baseline's."""
+        results, seconds = run(engine, self.prompts, knobs)
+        scored = score(self.prompts, results, self.none)
+        assert scored.work is not None, "scored with a baseline"
+        costs = {
+            "row-layers": scored.work,
+            "seconds": seconds / self.seconds,
+        }
+        return scored, costs[self.cost]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -148,21 +184,21 @@ def main(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         elastic_config=args.elastic_config,
     )
-    none = run(engine, prompts, {"policy": "none"})
 
     def trial(chosen: list[int]) -> Trial:
         own = [prompts[i] for i in chosen]
-        theirs = [none[i] for i in chosen]
-        bar = Bar(score(own, theirs, theirs), args.accuracy_loss, args.agreement)
-        return Trial(own, theirs, bar)
+        none, seconds = run(engine, own, BASELINE)
+        bar = Bar(score(own, none, none), args.accuracy_loss, args.agreement)
+        return Trial(own, none, bar, args.cost, seconds)
 
     tuning = trial([i for i in range(len(prompts)) if i not in aside])
     print(f"{len(tuning.prompts)} prompts to choose by; good enough: {tuning.bar}\n")
-    print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
-    print(_line("none", tuning.bar.baseline, True), flush=True)
-    work, best = find(engine, tuning, args.policies)
+    _print_head(tuning)
+    cost, best = find(engine, tuning, args.policies)
     config = {**args.elastic_config, **best}
-    print(f"\n{work:.3f} of the work without a cache: --elastic-config '{json.dumps(config)}'")
+    print(
+        f"\n{cost:.3f} of the {args.cost} without a cache: --elastic-config '{json.dumps(config)}'"
+    )
     if args.out is not None:
         args.out.write_text(json.dumps(config) + "\n")
     if aside:
@@ -178,34 +214,48 @@ def kept_aside(count: int, share: float) -> set[int]:
 
 
 def find(engine: BenchEngine, tuning: Trial, policies: list[str]) -> tuple[float, dict[str, Any]]:
-    """The good enough setting with the least work, relative to no cache; ``none`` if there is none.
+    """The good enough setting of the least cost, relative to the baseline; that, if there is none.
 
+    What a refresh policy saves and what a step commits hardly depend on each other, so the policy
+    is found first, with the engine's own window and commit rule, and these are found with it.
     Prints every setting tried.
     """
-    work, best = 1.0, {"policy": "none"}
-    for policy in policies:
-        for ladder in LADDERS[policy]:
-            for knobs in ({"policy": policy, **setting} for setting in ladder):
-                scored = tuning.score(engine, knobs)
-                assert scored.work is not None, "scored with a baseline"
-                passed = tuning.bar.passed(scored)
-                print(_line(_name(knobs), scored, passed), flush=True)
-                if passed and scored.work < work:
-                    work, best = scored.work, knobs
-                if passed or scored.work >= work:  # the rungs above are dearer still
-                    break
-    return work, best
+    found = 1.0, BASELINE
+    ladders = [(policy, ladder) for policy in policies for ladder in LADDERS[policy]]
+    for policy, ladder in ladders:
+        found = climb(engine, tuning, ({"policy": policy, **knobs} for knobs in ladder), found)
+    refreshed = found[1]
+    for ladder in decoding(refreshed["policy"]):
+        found = climb(engine, tuning, ({**refreshed, **knobs} for knobs in ladder), found)
+    return found
+
+
+def climb(
+    engine: BenchEngine,
+    tuning: Trial,
+    settings: Iterable[dict[str, Any]],
+    found: tuple[float, dict[str, Any]],
+) -> tuple[float, dict[str, Any]]:
+    """The first good enough of settings that get dearer, if it is cheaper than what was found."""
+    for knobs in settings:
+        scored, cost = tuning.score(engine, knobs)
+        passed = tuning.bar.passed(scored)
+        print(_line(_name(knobs), scored, cost, passed), flush=True)
+        if passed and cost < found[0]:
+            found = cost, knobs
+        if passed or cost >= found[0]:  # the rungs above are dearer still
+            break
+    return found
 
 
 def check(engine: BenchEngine, held_out: Trial, best: dict[str, Any]) -> None:
     """Print how the setting found does on the prompts kept aside."""
-    scored = held_out.score(engine, best)
+    scored, cost = held_out.score(engine, best)
     passed = held_out.bar.passed(scored)
     count = len(held_out.prompts)
     print(f"\nOn the {count} prompts it was not chosen by; good enough: {held_out.bar}\n")
-    print("| setting | accuracy | as none | work | good enough |\n|---|---|---|---|---|")
-    print(_line("none", held_out.bar.baseline, True))
-    print(_line(_name(best), scored, passed), flush=True)
+    _print_head(held_out)
+    print(_line(_name(best), scored, cost, passed), flush=True)
     if not passed:
         print(
             f"\nNot good enough there (one prompt is {100 / count:.1f} points). It may fit the "
@@ -216,10 +266,12 @@ def check(engine: BenchEngine, held_out: Trial, best: dict[str, Any]) -> None:
 
 def run(
     engine: BenchEngine, prompts: list[dict[str, Any]], knobs: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """All prompts with the same knobs."""
+) -> tuple[list[dict[str, Any]], float]:
+    """All prompts with the same knobs; their results, and the seconds that they took together."""
     own = {f"elastic_{name}": value for name, value in knobs.items()}
-    return engine.run([{**prompt, **own} for prompt in prompts])
+    started = time.perf_counter()
+    results = engine.run([{**prompt, **own} for prompt in prompts])
+    return results, time.perf_counter() - started
 
 
 def _name(knobs: dict[str, Any]) -> str:
@@ -227,8 +279,14 @@ def _name(knobs: dict[str, Any]) -> str:
     return ", ".join([policy[1], *(f"{name} {value}" for name, value in others)])
 
 
-def _line(name: str, scored: Score, passed: bool) -> str:
+def _print_head(trial: Trial) -> None:
+    print(f"| setting | accuracy | as none | passes | {trial.cost} | good enough |")
+    print("|---|---|---|---|---|---|")
+    print(_line("none", trial.bar.baseline, 1.0, True), flush=True)
+
+
+def _line(name: str, scored: Score, cost: float, passed: bool) -> str:
     return (
         f"| {name} | {percent(scored.accuracy)} | {percent(scored.agreement)} | "
-        f"{scored.work:.3f} | {'yes' if passed else 'no'} |"
+        f"{scored.passes:.1f} | {cost:.3f} | {'yes' if passed else 'no'} |"
     )

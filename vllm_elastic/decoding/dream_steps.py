@@ -76,15 +76,5 @@ class DreamSteps:
             priorities = probabilities / self._alg_temp - np.log(-np.log(numbers))
         return by_rank(priorities, int(len(window) * share))
 
-    def may_choose(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        whole: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> bool:
-        """A step predicts the whole window at once."""
-        return True
-
     def _time(self, step: int) -> float:
         return 1 - (1 - LAST_TIME) * step / self._steps

@@ -19,7 +19,6 @@ class StepState(Enum):
 
     FIRST_PASS = auto()  # predict, and measure how stale the cache is
     REPLAY = auto()  # the same once more, with what was found stale recomputed
-    WIDENED = auto()  # predict the rest of the window
 
 
 @dataclass(slots=True)
@@ -65,8 +64,8 @@ class PassPlan:
     """One request's part in a forward pass.
 
     Attributes:
-        kind: ``first``, ``full``, ``window``, ``refresh``, ``replay`` or ``widened``: what the
-            record calls this pass.
+        kind: ``first``, ``full``, ``window``, ``refresh`` or ``replay``: what the record calls
+            this pass.
         segments: ascending join layer; layer l works on the segments with join_layer <= l.
         tokens: int32 [T], the canvas.
         window: positions whose candidates are wanted.
@@ -164,22 +163,6 @@ class PassResult:
     entropies: npt.NDArray[np.float64] | None = None
     logprobs: Logprobs | None = None
     measured: Measured | None = None
-
-
-def join_candidates(
-    window: Positions, result: PassResult, other_window: Positions, other: PassResult
-) -> tuple[Positions, PassResult]:
-    """The windows of two passes and their candidates as one, ascending; no statistics."""
-    order = np.argsort(both := np.concatenate([window, other_window]))
-    joined = PassResult(
-        np.concatenate([result.token_ids, other.token_ids])[order],
-        np.concatenate([result.probabilities, other.probabilities])[order],
-    )
-    if result.entropies is not None and other.entropies is not None:
-        joined.entropies = np.concatenate([result.entropies, other.entropies])[order]
-    if result.logprobs is not None and other.logprobs is not None:
-        joined.logprobs = result.logprobs.followed_by(other.logprobs).take(order)
-    return both[order], joined
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

@@ -15,7 +15,6 @@ from vllm_elastic.decoding.plan import (
     PassPlan,
     PassResult,
     StepState,
-    join_candidates,
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
@@ -36,10 +35,8 @@ class DenoisingRequest:
     ``plan`` names the next pass; ``finish_pass`` takes its result and commits tokens. Where the
     policy finds the cache stale, ``refresh`` decides: ``replay`` discards the candidates, so that
     the next plan is the replay of the same step; ``next`` keeps them, and the stale rows take part
-    in the next pass. Where the policy predicts a part of the window first and the commit rule
-    accepts too few of these predictions, a *widened* pass predicts the rest, and the step chooses
-    from all. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan that
-    did not fit a batch is simply asked for again.
+    in the next pass. Calling ``plan`` again before ``finish_pass`` returns the same plan, so a plan
+    that did not fit a batch is simply asked for again.
 
     Args:
         stored_inputs: positions of the prompt whose input of layer 0 is no token's embedding.
@@ -49,8 +46,6 @@ class DenoisingRequest:
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         just_committed: positions committed in the previous step, ascending.
         appended: positions that the canvas has grown by since; no pass has computed them.
-        last_probability: float64 [T], of each position's last prediction that a step chose from;
-            NaN: none yet.
     """
 
     def __init__(
@@ -95,12 +90,10 @@ class DenoisingRequest:
         )
         self.just_committed: Positions = NO_POSITIONS
         self.appended: Positions = NO_POSITIONS
-        self.last_probability = np.full(self.canvas.length, np.nan)
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
         self._state = StepState.FIRST_PASS
-        self._predicted: tuple[Positions, PassResult] | None = None  # a part of the window
         self._stored_inputs = stored_inputs
         self._num_written = 0  # positions whose KV blocks a pass has written
 
@@ -112,10 +105,8 @@ class DenoisingRequest:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
         self.validity.invalidate(0)
         self.just_committed = self.appended = NO_POSITIONS
-        self.last_probability[:] = np.nan
         self._plan = None
         self._state = StepState.FIRST_PASS
-        self._predicted = None
         self._num_written = 0
 
     def plan(self) -> PassPlan:
@@ -130,7 +121,7 @@ class DenoisingRequest:
         Raises:
             NotFiniteError: a candidate's probability is NaN.
         """
-        plan, state = self.plan(), self._state
+        plan = self.plan()
         self._plan = None
         self._num_written = len(plan.tokens)
         self.validity.validate()  # the pass recomputed all that was stale
@@ -140,15 +131,11 @@ class DenoisingRequest:
         self.policy.pass_done(self, plan, result.measured)
         if found_stale and self.refresh == "replay":
             self._state = StepState.REPLAY
-        elif state is not StepState.WIDENED and not self._is_sure(plan, result):
-            self._state = StepState.WIDENED
-            self._predicted = plan.window, result
-        else:
-            self._state = StepState.FIRST_PASS  # of the next step
-            self._commit(plan, result)
-            return self.canvas.take_finished()
-        self._add_to_record(plan, result, None)
-        return []
+            self._add_to_record(plan, result, None)
+            return []
+        self._state = StepState.FIRST_PASS  # of the next step
+        self._commit(plan, result)
+        return self.canvas.take_finished()
 
     def near_commits(self) -> Positions:
         """What the step before committed and its neighbours within ``reach``, ascending."""
@@ -176,24 +163,21 @@ class DenoisingRequest:
     def _make_plan(self) -> PassPlan:
         if self._state is StepState.FIRST_PASS:
             self.policy.begin_step(self)
-        window = self._window_of_pass()
         plan = PassPlan(
             request_id=self.request_id,
             kind="",
             denoising_step=self.record.denoising_steps,
             segments=[],
             tokens=self.canvas.tokens.copy(),
-            window=window,
+            window=self.schedule.window(self.canvas),
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
             stored_inputs=self._stored_inputs,
             num_written=self._num_written,
         )
-        rows = plan.window_rows
-        if self._state is not StepState.WIDENED:
-            rows = self.policy.rows(self, rows)
-            if self.appended.size:
-                rows = merged(self.canvas.length, rows, self.appended)
+        rows = self.policy.rows(self, plan.window_rows)
+        if self.appended.size:
+            rows = merged(self.canvas.length, rows, self.appended)
         join = self.validity.join_layers()
         # A replay repeats its step's rows too, but only from where the first block is stale.
         start = int(join.min()) if self._state is StepState.REPLAY else 0
@@ -203,18 +187,9 @@ class DenoisingRequest:
         plan.measure = self.policy.measure(self, plan, self._state, rows)
         return plan
 
-    def _window_of_pass(self) -> Positions:
-        """Positions that the planned pass predicts."""
-        window = self.schedule.window(self.canvas)
-        if self._predicted is not None:
-            return np.setdiff1d(window, self._predicted[0])
-        return self.policy.predicted(self, window)
-
     def _kind_of_pass(self) -> str:
         if self._state is StepState.REPLAY:
             return "replay"
-        if self._state is StepState.WIDENED:
-            return "widened"
         if self.validity.all_stale:
             return "first" if self.record.passes == 0 else "full"
         return "window" if self.validity.all_valid else "refresh"
@@ -228,34 +203,19 @@ class DenoisingRequest:
             self.validity.invalidate(stale)
         return stale is not None
 
-    def _is_sure(self, plan: PassPlan, result: PassResult) -> bool:
-        """Whether the step may choose from these predictions: a whole window's, or enough of
-        them that the commit rule accepts. A best guess is the best of the whole window."""
-        whole = len(self.schedule.window(self.canvas))
-        if len(plan.window) == whole:
-            return True
-        return self.schedule.may_choose(plan.window, result.probabilities, whole, result.entropies)
-
     def _commit(self, plan: PassPlan, result: PassResult) -> None:
-        window, found = plan.window, result
-        if self._predicted is not None:
-            window, found = join_candidates(*self._predicted, window, found)
-            self._predicted = None
-        self.last_probability[window] = found.probabilities
         chosen = self.schedule.choose(
-            self.canvas, window, found.probabilities, plan.denoising_step, found.entropies
+            self.canvas, plan.window, result.probabilities, plan.denoising_step, result.entropies
         )
-        self.just_committed = window[chosen]
-        self.canvas.commit(self.just_committed, found.token_ids[chosen])
-        if found.logprobs is not None:
+        self.just_committed = plan.window[chosen]
+        self.canvas.commit(self.just_committed, result.token_ids[chosen])
+        if result.logprobs is not None:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
-                self._logprobs[position] = found.logprobs.take(np.array([index]))
+                self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
         self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
         if self.appended.size:
             self.validity.extend(self.canvas.length)
-            unknown = np.full(self.appended.size, np.nan)
-            self.last_probability = np.append(self.last_probability, unknown)
 
     def _add_to_record(
         self, plan: PassPlan, result: PassResult, committed: list[int] | None

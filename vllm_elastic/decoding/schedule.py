@@ -34,19 +34,6 @@ class Schedule(Protocol):
         ``DreamSteps``, whose number of steps is fixed as well."""
         ...
 
-    def may_choose(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        whole: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> bool:
-        """Whether a step may choose from these predictions of a part of its window alone.
-
-        ``whole``: positions of the whole window, the most that a step can commit.
-        """
-        ...
-
 
 class SlidingWindow:
     """Elastic-Cache's: the first ``window`` masks; commit by a rule or by rank."""
@@ -69,17 +56,6 @@ class SlidingWindow:
         if self._config.tokens_per_step is not None:
             return by_rank(probabilities, self._config.tokens_per_step)
         return self._rule.choose(window, probabilities, entropies)
-
-    def may_choose(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        whole: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> bool:
-        needed = min(self._config.tokens_per_step or 1, whole)
-        sure = self._rule.sure(window, probabilities, entropies)
-        return int(np.count_nonzero(sure)) >= needed
 
 
 class TextBlocks(SlidingWindow):

@@ -39,7 +39,7 @@ class _Counters(Collector):
         )
         self.passes = Counter(
             "vllm:elastic_passes",
-            "Forward passes of ended requests: first, full, window, refresh, widened, replay.",
+            "Forward passes of ended requests: first, full, window, refresh, replay.",
             (*_LABELS, "kind"),
             registry=None,
         )

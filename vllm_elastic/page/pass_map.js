@@ -181,7 +181,6 @@ function reasonOf(run, index) {
   const others = stale.length > MOST_NAMED ? ` and ${stale.length - MOST_NAMED} more` : "";
   if (pass.kind === "first") words.push("The first pass computes everything.");
   else if (policy === "none") words.push("No cache: every step computes everything.");
-  else if (pass.kind === "widened") words.push("Nothing predicted so far was sure enough: the rest of the window.");
   else if (pass.kind === "replay") words.push(`The step again, from layer ${pass.start_layer} on.`);
   else if (policy === "elastic-block" && stale.length)
     words.push(`Refreshed blocks ${named}${others}.`);

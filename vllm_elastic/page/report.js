@@ -6,7 +6,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const KINDS = {
   first: ["#7a7f88", "computes everything"], full: ["#7a7f88", "computes everything"],
   window: ["#3a8fd0", "reads the rest from the cache"], refresh: ["#e08a1e", "with stale blocks"],
-  widened: ["#9f7fd1", "the rest of the window"], replay: ["#b1457c", "a step again, with stale layers"],
+  replay: ["#b1457c", "a step again, with stale layers"],
 };
 const LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"];
 const WORK_POSITIONS = 300; // of the slider, where the clock counts row-layers

@@ -11,15 +11,15 @@ Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingRe
 
     decode          DecodingOptions(window=16, threshold=0.9, tokens_per_step=None)
     elastic_cache   ElasticOptions(..., gamma=0.9, track_num=1, statistic="released")
-    elastic_block   ElasticBlockOptions(..., granularity=32, lazy_window=False, probes=4, reach=4,
-                    block_drift=0.02, slack=0.1, attention_stride=4)
+    elastic_block   ElasticBlockOptions(..., granularity=32, probes=4, reach=4, block_drift=0.02,
+                    slack=0.1, attention_stride=4)
     interval        IntervalOptions(..., interval=8)
     dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
     low_confidence  LowConfidenceOptions(steps=128, block_length=32)
     diffusion       DiffusionOptions(steps, alg="entropy", alg_temp=0.0, temperature=0.0, ...)
 
-All but the last two take a commit rule: ``commit="threshold"``, "factor", "frechet", "local" or
-"entropy".
+All but the last two take a commit rule: ``commit="threshold"``, "frontier", "factor", "frechet",
+"local" or "entropy".
 
 ``LLaDAConfig(logits_shift=1)`` makes a model whose position m is predicted from row m - 1.
 One request at a time; temperature 0 but for ``diffusion``, which is given its random numbers. An

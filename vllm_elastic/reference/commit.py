@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Rule = Literal["threshold", "factor", "frechet", "local", "entropy"]
+Rule = Literal["threshold", "frontier", "factor", "frechet", "local", "entropy"]
 
 
 def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -58,7 +58,8 @@ class CommitOptions:
         commit: the rule, see ``sure``.
         threshold: epsilon, confidence from which a prediction is sure; above 1: one token a step
             (more only if equally confident).
-        factor, frechet_margin, relaxed_threshold, anchor_radius, entropy_bound: of the other rules.
+        frontier_threshold, factor, frechet_margin, relaxed_threshold, anchor_radius,
+            entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
         drop_after_every_eos, grow_by: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
@@ -66,6 +67,7 @@ class CommitOptions:
 
     commit: Rule = "threshold"
     threshold: float = 0.9
+    frontier_threshold: float = 0.5
     factor: float = 0.75
     frechet_margin: float = 0.25
     relaxed_threshold: float = 0.75
@@ -99,6 +101,8 @@ def sure(
     the entropies in the same order:
 
     * ``threshold`` (Elastic-Cache, step 6): every c of at least ``threshold``.
+    * ``frontier``: every c of at least ``threshold``, and that of the leftmost position if it is
+      at least ``frontier_threshold``.
     * ``factor`` (Fast-dLLM): the first n, n the largest with (n + 1) (1 - c_n) < ``factor``.
     * ``frechet`` (Fast-dLLM++): the first n, n the largest with
       max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > ``frechet_margin``.
@@ -113,6 +117,10 @@ def sure(
     """
     if options.commit == "threshold":
         chosen = confidence >= options.threshold
+    elif options.commit == "frontier":
+        needed = torch.full_like(confidence, options.threshold)
+        needed[positions.argmin()] = min(options.threshold, options.frontier_threshold)
+        chosen = confidence >= needed
     elif options.commit == "local":
         relaxed = confidence >= options.relaxed_threshold
         chosen = confidence >= options.threshold

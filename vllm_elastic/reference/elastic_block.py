@@ -7,12 +7,7 @@ which it is stored, the step in which it was last probed, and its *rate*, one nu
 With shifted logits the window's rows are those that predict it, each the one before its position;
 all else is said of positions.
 
-With ``lazy_window`` a step begins with a part of its window only: the positions that no step has
-chosen from yet, those within ``reach`` of what was just committed, and those whose last prediction
-reached the threshold, the ``tokens_per_step`` (or one) surest of them. If there are none it is
-the whole window.
-
-A step computes, from layer 0 on, the rows of that part, what was just committed with all positions
+A step computes, from layer 0 on, the rows of its window, what was just committed with all positions
 within ``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer.
 Then, in this order:
 
@@ -34,11 +29,6 @@ Then, in this order:
 "next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
-If only a part of the window was predicted, and the commit rule is sure of fewer than
-``tokens_per_step`` (or one) of these predictions, the rest of the window is computed from layer 0
-and predicted in a pass of kind "widened", which measures nothing. The step commits from both
-passes' predictions.
-
 Positions that the canvas has grown by are computed in the step that sees them first. They count as
 computed in it, and blocks that begin with them as refreshed and probed in it, with a rate of 0.
 Where every block is stale from layer 0 on, so are these.
@@ -58,7 +48,6 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import candidates, entropies, sure
 from .decoding import DecodingOptions, commit_predictions
 from .layer_cache import LayerCache
 from .llada import LLaDA
@@ -72,7 +61,6 @@ class ElasticBlockOptions(DecodingOptions):
     """``DecodingOptions`` and the policy's own; see above."""
 
     granularity: int = 32
-    lazy_window: bool = False
     probes: int = 4
     reach: int = 4
     block_drift: float = 0.02
@@ -116,7 +104,6 @@ class ElasticBlock:
         self.computed_at: list[int] = []
         self.committed: list[int] = []
         self.probes: list[int] = []
-        self.confidence: dict[int, float] = {}  # of every position's last prediction in a step
         self.stale: dict[int, int] = {}  # block -> the layer at which it joins
         self.result = DecodingResult()
         self.appended: list[int] = []
@@ -242,46 +229,12 @@ class ElasticBlock:
         near = {p + by for p in self.committed for by in range(-reach, reach + 1)}
         return near & set(range(len(self.canvas)))
 
-    def look_first(self, window: Tensor) -> Tensor:
-        """The part of the (W,) window that a step predicts at first."""
-        if not self.options.lazy_window:
-            return window
-        count, threshold = self.options.tokens_per_step or 1, self.options.threshold
-        known = [p for p in window.tolist() if p in self.confidence]
-        reached = [p for p in known if self.confidence[p] >= threshold]
-        reached.sort(key=lambda p: -self.confidence[p])
-        self.result.close_call(
-            margin.of_threshold([self.confidence[p] for p in known], threshold),
-            margin.of_ranking([self.confidence[p] for p in reached], count),
-        )
-        old = set(known) - self.near_commits() - set(reached[:count])
-        part = [p for p in window.tolist() if p not in old]
-        return self.positions(part) if part else window
-
-    def is_sure(self, hidden: Tensor, window: Tensor, whole: int) -> bool:
-        """Whether a step may choose from (W,) predictions of a part of its ``whole`` window.
-
-        ``hidden``: (W, d) that they are made from.
-        """
-        options, mask = self.options, self.model.config.mask_token_id
-        confidence = self.confidence_of(hidden)
-        entropy = entropies(self.model.head(hidden), mask, options.never)
-        self.result.close_call(margin.of_sure(confidence, window, options, entropy))
-        needed = min(options.tokens_per_step or 1, whole)
-        return bool(sure(confidence, window, options, entropy).sum() >= needed)
-
-    def confidence_of(self, hidden: Tensor) -> Tensor:
-        """(W,) of the predictions from (W, d) output of the last layer."""
-        options, mask = self.options, self.model.config.mask_token_id
-        return candidates(self.model.head(hidden), mask, options.never, options.unconfident)[1]
-
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
         options = self.options
-        whole = self.canvas.window(options.window)
-        if len(whole) == 0:
+        window = self.canvas.window(options.window)
+        if len(window) == 0:
             return False
-        window = self.look_first(whole)
         predicting = self.canvas.rows_predicting(window)
         rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
         join = self.joins(rows, 0)
@@ -301,24 +254,8 @@ class ElasticBlock:
             self.probes, self.stale = probes, {}
             for position in join:
                 self.computed_at[position] = self.result.denoising_steps
-        hidden = measured.hidden
-        confidence = self.confidence_of(hidden)
-        if len(window) < len(whole) and not self.is_sure(hidden, window, len(whole)):
-            looked_at = torch.isin(whole, window)
-            predicting = self.canvas.rows_predicting(whole[~looked_at])
-            join = self.joins(predicting.tolist(), 0)
-            passes.append(("widened", join))
-            probes, self.probes = self.probes, []
-            rest = self.run(join, predicting).hidden
-            self.probes, self.stale = probes, {}
-            self.note_computed(join)
-            window, part, hidden = whole, hidden, hidden.new_empty(len(whole), hidden.shape[1])
-            hidden[looked_at], hidden[~looked_at] = part, rest
-            confidence = self.confidence_of(hidden)
-        self.confidence.update(zip(window.tolist(), confidence.tolist(), strict=True))
-
         committed = commit_predictions(
-            self.model, self.canvas, window, hidden, options, self.result
+            self.model, self.canvas, window, measured.hidden, options, self.result
         )
         self.committed = committed.tolist()
         self.result.record(

@@ -47,6 +47,11 @@ def of_sure(
     """Of ``commit.sure``: n tokens that are judged together share the distance from the bound."""
     if options.commit == "threshold":
         return of_threshold(confidence, options.threshold)
+    if options.commit == "frontier":
+        return min(
+            of_threshold(confidence, options.threshold),
+            of_threshold(confidence[:1], options.frontier_threshold),
+        )
     if options.commit == "local":
         near = near_anchors(confidence, positions, options)
         return min(

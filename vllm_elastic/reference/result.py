@@ -14,9 +14,8 @@ class Pass(TypedDict):
     """One forward pass as the engine counts them.
 
     ``kind``: "first" (a request's first step), "full" (whole canvas again), "window" (some rows,
-    from layer 0), "refresh" (with stale blocks), "replay" (from ``start_layer``) or "widened" (the
-    rest of a window). ``committed`` are canvas positions, ascending; none in a
-    pass that is not its step's last.
+    from layer 0), "refresh" (with stale blocks) or "replay" (from ``start_layer``). ``committed``
+    are canvas positions, ascending; none in a pass that is not its step's last.
     """
 
     denoising_step: int

@@ -10,6 +10,7 @@ from vllm_elastic.decoding.commits.by_rank import by_rank
 from vllm_elastic.decoding.commits.entropy import Entropy
 from vllm_elastic.decoding.commits.factor import Factor
 from vllm_elastic.decoding.commits.frechet import Frechet
+from vllm_elastic.decoding.commits.frontier import Frontier
 from vllm_elastic.decoding.commits.local import Local
 from vllm_elastic.decoding.commits.threshold import Threshold
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
 
 COMMIT_RULES: dict[str, type[CommitRule]] = {
-    rule.name: rule for rule in (Threshold, Factor, Frechet, Local, Entropy)
+    rule.name: rule for rule in (Threshold, Frontier, Factor, Frechet, Local, Entropy)
 }
 
 

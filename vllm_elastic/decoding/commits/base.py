@@ -38,26 +38,14 @@ class CommitRule:
     ) -> npt.NDArray[np.bool_]:
         """bool [W]: what the rule would commit of its own accord, perhaps nothing.
 
-        Asked after every step that commits by rule, and with a ``lazy_window`` also after a pass
-        that predicted a part of the window: if it accepts none of these, the rest is predicted.
+        Asked after every step that commits by rule.
 
         Args:
-            window: the positions predicted, ascending, W >= 1.
+            window: the positions predicted, ascending, W >= 1; the first masked one among them.
             probabilities: float64 [W], of each position's prediction.
             entropies: float64 [W], of its distribution, in nats; None where not needed.
         """
         raise NotImplementedError
-
-    @final
-    def sure(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
-        """bool [W]: those accepted; a probability of 0 (``confidence_eos_eot_inf``: a predicted
-        end) is a guess under any rule."""
-        return self.accepts(window, probabilities, entropies) & (probabilities > 0)
 
     @final
     def choose(
@@ -69,9 +57,11 @@ class CommitRule:
         """Indices into the window that are committed, ascending, at least one.
 
         Where nothing is sure it is the best, with those equal to it; of zeros only the earliest,
-        since all of them would be guesses.
+        since all of them would be guesses: a probability of 0 (``confidence_eos_eot_inf``, a
+        predicted end) is one under any rule.
         """
-        sure = np.flatnonzero(self.sure(window, probabilities, entropies))
+        accepted = self.accepts(window, probabilities, entropies)
+        sure = np.flatnonzero(accepted & (probabilities > 0))
         if len(sure):
             return sure
         best = np.flatnonzero(probabilities == probabilities.max())

@@ -41,19 +41,10 @@ class RefreshPolicy:
         """Before a denoising step's first pass: may invalidate blocks. A step may be planned
         more than once after a restart, never twice without one."""
 
-    def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
-        """Those positions of the window that a step predicts at first, ascending, at least one.
-
-        Where the commit rule accepts too few of them, another pass predicts the rest. Asked
-        again for a replay: depends on nothing that changes within a step.
-        """
-        return window
-
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
         """Positions recomputed from layer 0 whether their block is stale or not, ascending.
 
-        ``window_rows``: the rows that the predictions are read from. Not asked for a widened
-        pass, whose rows are these.
+        ``window_rows``: the rows that the predictions are read from.
         """
         return window_rows
 
@@ -62,7 +53,7 @@ class RefreshPolicy:
     ) -> Measure | None:
         """What the coming pass, planned but for this, is to measure.
 
-        ``rows``: what ``rows`` said, or a widened pass's own.
+        ``rows``: what ``rows`` said.
         """
         return None
 

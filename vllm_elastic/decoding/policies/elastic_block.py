@@ -35,9 +35,6 @@ class ElasticBlock(RefreshPolicy):
 
     Blocks are probed in turn, the more attended ones more often. Between two probes of a block
     its drift is extrapolated from its age.
-
-    With a ``lazy_window`` a step first predicts those positions of the window whose prediction a
-    commit may have changed: hardly any of the others reaches the threshold (docs/policies.md).
     """
 
     name = "elastic-block"
@@ -55,19 +52,6 @@ class ElasticBlock(RefreshPolicy):
 
     def begin_step(self, request: DenoisingRequest) -> None:
         self._probes = self._next_probes
-
-    def predicted(self, request: DenoisingRequest, window: Positions) -> Positions:
-        """New ones, neighbours of the last commits, and what was sure and is still masked."""
-        config = self.config
-        if not config.lazy_window or config.fixed_steps:
-            return window
-        last = request.last_probability[window]
-        chosen = np.isnan(last) | np.isin(window, request.near_commits())
-        # Commits by rank leave sure ones behind: as many are wanted as a step commits.
-        sure = np.flatnonzero(last >= config.threshold)
-        best = sure[np.argsort(-last[sure], kind="stable")][: config.tokens_per_step or 1]
-        chosen[best] = True
-        return window[chosen] if chosen.any() else window
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
         return merged(request.canvas.length, window_rows, request.near_commits(), self._probes)
@@ -112,8 +96,6 @@ class ElasticBlock(RefreshPolicy):
     def pass_done(
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:
-        if plan.kind == "widened" and plan.computes_everything:
-            self._start_over(request, plan.denoising_step)  # all blocks were found stale
         for segment in plan.segments:
             self._written_at[segment.positions] = plan.denoising_step
 
