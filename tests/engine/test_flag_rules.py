@@ -184,7 +184,7 @@ def test_each_refused_flag_is_tried() -> None:
 @pytest.mark.parametrize("flag", SET)
 def test_refused_at_start(flag: str, llada_v: Path) -> None:
     model = llada_v if flag.startswith("--mm-") else MODEL
-    with pytest.raises(ValueError, match=rf"{flag}[,:].* \(LLaDA with vllm_elastic\)"):
+    with pytest.raises(ValueError, match=rf"{flag}[,:].* \(vllm_elastic\)"):
         make_config(model, **SET[flag])
 
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_cannot_place_images(llada_v: Path) -> None:
 
 
 def test_convert_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--runner, --convert: .* \(LLaDA with vllm_elastic\)"):
+    with pytest.raises(ValueError, match=r"--runner, --convert: .* \(vllm_elastic\)"):
         make_config(convert="embed")
 
 
@@ -209,7 +209,7 @@ def test_another_implementation_is_refused() -> None:
     """vLLM itself finds none in the Transformers library, so far."""
     config = make_config()
     config.model_config.model_impl = "transformers"
-    with pytest.raises(ValueError, match=r"--model-impl: .* \(LLaDA with vllm_elastic\)"):
+    with pytest.raises(ValueError, match=r"--model-impl: .* \(vllm_elastic\)"):
         refuse_flags(config)
 
 

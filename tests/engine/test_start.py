@@ -114,13 +114,13 @@ def test_defaults_without_any_option(messages: list[str]) -> None:
     assert "ElasticScheduler" in str(config.scheduler_config.scheduler_cls)
     assert not config.model_config.trust_remote_code
     assert config.scheduler_config.async_scheduling is False
-    (line,) = [m for m in messages if m.startswith("LLaDA is decoded with ")]
+    (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]
     assert "preset block, policy elastic-block; " in line and "\n" not in line
 
 
 def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
     make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
-    (line,) = [m for m in messages if m.startswith("LLaDA is decoded with ")]
+    (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]
     assert line.endswith("preset published, policy elastic; set beside it: gamma=0.8")
 
 

@@ -77,7 +77,7 @@ def test_error_names_what_was_sent(llada: Any, kind: str, body: Any, named: str)
     with pytest.raises(VLLMValidationError) as error:
         admitted(llada, request_of(kind, **body, **_length(kind)))
     message = str(error.value)
-    assert message.startswith(f"{named} is not supported for LLaDA: ")
+    assert message.startswith(f"{named} is not supported by vllm_elastic: ")
     assert error.value.parameter == named.split()[0]
     if "logprobs" in named:
         assert "multiple choice) cannot run" in message

@@ -84,7 +84,7 @@ class LLaDAEngineConfig(VerifyAndUpdateConfig):
             render_images(vllm_config)
         set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_ends(vllm_config)
-        logger.info("LLaDA is decoded with %s", elastic.summary())
+        logger.info("%s is decoded with %s", model.architecture, elastic.summary())
 
 
 def is_served_by_us(vllm_config: VllmConfig) -> bool:
@@ -111,7 +111,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
     if length >= limit and length != ElasticConfig().default_max_tokens:
         raise ValueError(
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
-            f"max_model_len {limit}; lower it, or raise --max-model-len (LLaDA with vllm_elastic)."
+            f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
         )
     try:
         growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
@@ -182,4 +182,4 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     }
     for flag, (present, reason) in problems.items():
         if present:
-            raise ValueError(f"{flag}: {reason} (LLaDA with vllm_elastic).")
+            raise ValueError(f"{flag}: {reason} (vllm_elastic).")

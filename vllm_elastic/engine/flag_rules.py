@@ -46,8 +46,8 @@ class Refusal:
     also: tuple[str, ...] = ()
 
 
-_GENERATE = "a LLaDA generates text, it is no pooling model; leave it out"
-_CONNECTOR = "KV connectors move causal caches, which are not valid for LLaDA; leave it out"
+_GENERATE = "the model generates text, it is no pooling model; leave it out"
+_CONNECTOR = "KV connectors move causal caches, which are not valid here; leave it out"
 _ONE_LOADER = "weights stay where they are loaded; leave it out, or take more ranks"
 _EAGER = "nothing is captured yet; leave it out"
 _OFF = (False, None)
@@ -114,7 +114,7 @@ REFUSED: dict[str, Refusal] = {
         _OFF,
     ),
     "--enable-prompt-embeds": Refusal(
-        "model_config.enable_prompt_embeds", "LLaDA needs token ids; leave it out", _OFF
+        "model_config.enable_prompt_embeds", "a canvas needs token ids; leave it out", _OFF
     ),
     "--enable-return-routed-experts": Refusal(
         "aux_output_config.enable_return_routed_experts",
@@ -207,7 +207,9 @@ REFUSED: dict[str, Refusal] = {
 }
 
 GROUPS: tuple[Group, ...] = (
-    Group("--plugin --elastic-config", "ours", "how a LLaDA is decoded: [knobs](configuration.md)"),
+    Group(
+        "--plugin --elastic-config", "ours", "how a canvas is decoded: [knobs](configuration.md)"
+    ),
     Group(
         "--additional-config",
         "ours",
@@ -452,7 +454,7 @@ def refuse_flags(vllm_config: Any) -> None:
         value = reduce(lambda at, name: getattr(at, name, None), rule.field.split("."), vllm_config)
         if value is not None and value not in rule.fine:
             flags = ", ".join((flag, *rule.also))
-            raise ValueError(f"{flags}: {rule.reason} (LLaDA with vllm_elastic).")
+            raise ValueError(f"{flags}: {rule.reason} (vllm_elastic).")
 
 
 def without_effect() -> dict[str, str]:
@@ -468,8 +470,8 @@ def without_effect() -> dict[str, str]:
 _PAGE = """\
 # Flags
 
-Every flag of `vllm serve` with a LLaDA; keywords of `LLM` are the same with underscores. A test
-holds this page against the installed vLLM; it is written by
+Every flag of `vllm serve` with a masked diffusion model; keywords of `LLM` are the same with
+underscores. A test holds this page against the installed vLLM; it is written by
 `python -m vllm_elastic.engine.flag_rules`. What a request may send:
 [sampling parameters](sampling-parameters.md).
 

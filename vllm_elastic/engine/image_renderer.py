@@ -46,7 +46,7 @@ def render_images(vllm_config: VllmConfig) -> None:
     if model.tokenizer_mode not in ("auto", "hf", MODE):
         raise ValueError(
             f"--tokenizer-mode: {model.tokenizer_mode} cannot place images in a prompt; leave it "
-            "at auto (LLaDA with vllm_elastic)."
+            "at auto (vllm_elastic)."
         )
     model.tokenizer_mode = MODE
     choose_connector()
@@ -94,6 +94,6 @@ def _image_token(config: VllmConfig, tokenizer: Any) -> str:
     if token is None or tokenizer.encode(token, add_special_tokens=False) != [token_id]:
         raise ValueError(
             f"--tokenizer: it has no token of its own for images: id {token_id} is {token!r}. Set "
-            "image_token_id in config.json to a reserved token (LLaDA with vllm_elastic)."
+            "image_token_id in config.json to a reserved token (vllm_elastic)."
         )
     return str(token)

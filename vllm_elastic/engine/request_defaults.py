@@ -75,7 +75,7 @@ def _refuse(values: dict[str, Any], flag: str) -> None:
         if _is_refused(name, value):
             raise ValueError(
                 f"{flag}: {name} {value!r} would make every request fail: {RULES[name].note} "
-                "(LLaDA with vllm_elastic)."
+                "(vllm_elastic)."
             )
 
 

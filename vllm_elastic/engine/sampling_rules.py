@@ -115,8 +115,8 @@ def table() -> str:
     lines = [
         "# Sampling parameters",
         "",
-        "Every field of vLLM's `SamplingParams` with a LLaDA. A test holds this page against the",
-        "installed vLLM; it is written by `python -m vllm_elastic.engine.sampling_rules`.",
+        "Every field of vLLM's `SamplingParams` with a masked diffusion model. A test holds this",
+        "page against the installed vLLM; it is written by `python -m vllm_elastic.engine.sampling_rules`.",
         "",
         "| parameter | | |",
         "|---|---|---|",

@@ -99,7 +99,7 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """
     if request.prompt_token_ids is None:
         raise VLLMValidationError(
-            "prompt_embeds: LLaDA needs token ids; send the prompt as text or token ids.",
+            "prompt_embeds: a canvas needs token ids; send the prompt as text or token ids.",
             parameter="prompt_embeds",
         )
     traits = traits_of(vllm_config.model_config.hf_config)
@@ -128,8 +128,8 @@ def check_prompt(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         )
     if request.resumable:
         raise VLLMValidationError(
-            "streaming input is not supported for LLaDA: a canvas is decoded as a whole; send "
-            "the prompt in one piece."
+            "streaming input is not supported by vllm_elastic: a canvas is decoded as a whole; "
+            "send the prompt in one piece."
         )
 
 
@@ -212,15 +212,15 @@ def check_sampling_params(params: SamplingParams, sent: Mapping[str, str]) -> No
             shown = name not in sent and isinstance(value, str | int | float)
             called = sent.get(name, name)
             raise VLLMValidationError(
-                f"{called} is not supported for LLaDA: {rule.note}",
+                f"{called} is not supported by vllm_elastic: {rule.note}",
                 parameter=called.split()[0],
                 value=value if shown else None,
             )
     for token_ids in params.bad_words_token_ids or ():
         if len(token_ids) > 1:
             raise VLLMValidationError(
-                f"bad_words: a word of {len(token_ids)} tokens is not supported for LLaDA, whose "
-                "tokens are not committed in order; ban words of one token, or use stop.",
+                f"bad_words: a word of {len(token_ids)} tokens is not supported by vllm_elastic, "
+                "whose tokens are not committed in order; ban words of one token, or use stop.",
                 parameter="bad_words",
             )
 

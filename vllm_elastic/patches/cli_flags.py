@@ -49,12 +49,15 @@ def add_elastic_flags() -> None:
     def with_flags(parser: Any) -> Any:
         parser = add_cli_args(parser)
         defaults.update({name: parser.get_default(name) for name in ignored})
-        group = parser.add_argument_group("Elastic", "Decoding of LLaDA by vllm_elastic.")
+        group = parser.add_argument_group(
+            "Elastic", "Decoding of masked diffusion models by vllm_elastic."
+        )
         group.add_argument(
             "--plugin",
             choices=["elastic"],
             default=None,
-            help="Name the plugin that serves LLaDA (it is active without this flag too).",
+            help="Name the plugin that serves LLaDA, Dream and others (it is active without this "
+            "flag too).",
         )
         group.add_argument(
             "--elastic-config",
@@ -73,7 +76,8 @@ def add_elastic_flags() -> None:
         ]
         if given and getattr(args, "plugin", None):
             logger.warning(
-                "no effect with a LLaDA, see docs/flags.md of vllm_elastic: %s", ", ".join(given)
+                "no effect with a masked diffusion model, see docs/flags.md of vllm_elastic: %s",
+                ", ".join(given),
             )
         values = getattr(args, "elastic_config", None)
         if values is not None:

@@ -90,7 +90,8 @@ def _refuse_beam_search(mixin: Any, engine: str) -> None:
     def refused_for_llada(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_served_by_us(getattr(self, engine).vllm_config):
             raise VLLMValidationError(
-                "use_beam_search is not supported for LLaDA: beams grow from left to right, one "
+                "use_beam_search is not supported by vllm_elastic: beams grow from left to right, "
+                "one "
                 "token at a time; leave it out, or use n with a temperature.",
                 parameter="use_beam_search",
             )
