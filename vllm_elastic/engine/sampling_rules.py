@@ -116,7 +116,8 @@ def table() -> str:
         "# Sampling parameters",
         "",
         "Every field of vLLM's `SamplingParams` with a masked diffusion model. A test holds this",
-        "page against the installed vLLM; it is written by `python -m vllm_elastic.engine.sampling_rules`.",
+        "page against the installed vLLM; it is written by "
+        "`python -m vllm_elastic.engine.sampling_rules`.",
         "",
         "| parameter | | |",
         "|---|---|---|",

@@ -91,8 +91,7 @@ def _refuse_beam_search(mixin: Any, engine: str) -> None:
         if is_served_by_us(getattr(self, engine).vllm_config):
             raise VLLMValidationError(
                 "use_beam_search is not supported by vllm_elastic: beams grow from left to right, "
-                "one "
-                "token at a time; leave it out, or use n with a temperature.",
+                "one token at a time; leave it out, or use n with a temperature.",
                 parameter="use_beam_search",
             )
         return beam_search(self, *args, **kwargs)
