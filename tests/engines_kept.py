@@ -8,6 +8,7 @@ and then the next one cannot start.
 from __future__ import annotations
 
 import functools
+import gc
 from typing import Any
 
 _engines: list[Any] = []
@@ -28,3 +29,18 @@ def keep_engines() -> None:
 
     kept._kept = True  # type: ignore[attr-defined]
     LLM.__init__ = kept
+
+
+def let_go(engine: Any) -> None:
+    """Free the weights and the cache of a large one, which stays as an empty shell.
+
+    Args:
+        engine: a ``BenchEngine``; it cannot run any more.
+    """
+    runner = engine.runner
+    for module in runner.model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.new_empty(0)
+        module.__dict__.pop("cpu_linear", None)  # vLLM's packed copy of a weight, on CPUs
+    runner.kv_caches.clear()
+    gc.collect()

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engines_kept import let_go
 from tests.qwen2_oracle import DREAM
 
 pytestmark = pytest.mark.engine
@@ -53,5 +53,4 @@ def test_released_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 0 < len(result["token_ids"]) <= 4
         assert max(result["token_ids"]) < 152064
         assert 151666 not in result["token_ids"], "the mask is no answer"
-    del engine
-    gc.collect()
+    let_go(engine)

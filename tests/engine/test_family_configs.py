@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.engines_kept import let_go
 
 pytestmark = pytest.mark.engine
 
@@ -231,5 +232,4 @@ def test_full_size_config_runs(kind: str, tmp_path: Path) -> None:
         assert 0 < len(result["token_ids"]) <= 9
         assert max(result["token_ids"]) < raw["vocab_size"]
         assert engine.mask_token_id not in result["token_ids"], "the mask is no answer"
-    del engine
-    gc.collect()
+    let_go(engine)
