@@ -145,12 +145,12 @@ class ElasticConfig:
         "frontier",
         _choice(*COMMIT_RULES),
         "which predictions of a step are committed together ([commit rules](commit-rules.md)); "
-        "the best one in any case. Not used with `tokens_per_step` or `steps`",
+        "the best one in any case. Not used with `tokens_per_step`, `steps` or `alg`",
     )
     frontier_threshold: float = _knob(
         0.5,
         _number(0.0, 1.0),
-        "of the commit rule `frontier`: the threshold at the first masked position, behind which "
+        "of the commit rule `frontier`: the threshold at the first masked position, before which "
         "all is decided; from `threshold` on it changes nothing",
     )
     factor: float = _knob(

@@ -299,7 +299,7 @@ GROUPS: tuple[Group, ...] = (
         "--mm-processor-cache-gb --mm-hasher-algorithm --mm-encoder-tp-mode "
         "--interleave-mm-strings --allowed-local-media-path --allowed-media-domains",
         "works",
-        "with a LLaDA-V ([images](images.md)); other LLaDAs take text only",
+        "with a LLaDA-V ([images](images.md)); other models take text only",
     ),
     Group(
         "--mm-encoder-attn-backend --mm-encoder-attn-dtype --mm-encoder-fp8-scale-path "
@@ -312,7 +312,7 @@ GROUPS: tuple[Group, ...] = (
         "--video-pruning-method --mm-processor-device --mm-ipc-gpu-memory-gb "
         "--mm-device-do-normalize --trust-request-mm-kwargs --ec-manager-config",
         "no effect",
-        "they are for other encoders and caches than a LLaDA-V's",
+        "they are for other encoders and caches than LLaDA-V's",
     ),
     Group(
         "--io-processor-plugin --enable-flash-late-interaction", "no effect", "of pooling models"
