@@ -74,7 +74,7 @@ def messages() -> Iterator[list[str]]:
     ],
 )
 def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{flag}.*LLaDA"):
+    with pytest.raises(ValueError, match=f"{flag}.*vllm_elastic"):
         make_config(**options)
 
 
