@@ -243,9 +243,7 @@ def test_rows_in_chunks_and_fewer_stores_equal_oracle(options: dict[str, Any], t
     engine = make_engine(tiny.directory, **options)
     other = Tiny(tiny.model, engine, tiny.directory)
     stride = options.get("elastic_config", {})
-    names = ["none", "released-low", "block", "block-lazy", "interval"]
-    if stride:
-        names.remove("block-lazy")
+    names = ["none", "released-low", "block", "interval"]
     cases = [(problem, name) for problem in problems() for name in names]
     results = engine.run([problem.request(CONFIGS[name]) for problem, name in cases])
     equal = [
