@@ -23,7 +23,7 @@ def test_two_ranks_equal_oracle(tmp_path: Path) -> None:
         served = start(model.oracle, tmp_path, "llada-v", "mp")
     try:
         one, _, two, *_ = problems()
-        cases = [(problem, name) for problem in (one, two) for name in ("none", "block-lazy")]
+        cases = [(problem, name) for problem in (one, two) for name in ("none", "block")]
         cases.append((one, "released-low"))
         requests = [problem.request(CONFIGS[name]) for problem, name in cases]
         results = served.engine.run(requests)  # type: ignore[attr-defined]

@@ -78,12 +78,10 @@ def test_models_file_does_not_make_every_request_fail(tmp_path: Path, messages: 
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_operators_values_are_judged_at_start(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=rf"--override-generation-config: {name} 1\.2 .*vllm_elastic"
-    ):
+    with pytest.raises(ValueError, match=rf"--override-generation-config: {name} 1\.2 .*elastic"):
         processor_of(MODEL, override_generation_config={name: 1.2})
     folder = model_with(tmp_path, **{name: 1.2, "do_sample": True})
-    with pytest.raises(ValueError, match=rf"--generation-config: {name} 1\.2 .*vllm_elastic"):
+    with pytest.raises(ValueError, match=rf"--generation-config: {name} 1\.2 .*elastic"):
         processor_of(MODEL, generation_config=str(folder))
 
 
