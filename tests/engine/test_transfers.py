@@ -67,9 +67,10 @@ def test_one_upload_a_pass(
 BUDGET = {
     "none": {"first": 278, "full": 276},
     "dual-cache": {"first": 278, "window": 276, "full": 276},
-    "elastic-block": {"first": 366, "window": 384, "refresh": 416},
+    "elastic-block": {"first": 370, "window": 394, "refresh": 426},
 }
-"""Operators of a pass of one request in a model of 5 layers, its head and statistics included."""
+"""Operators of a pass of one request in a model of 5 layers, its head and statistics included. Keys
+of blocks that are not neighbours take ten more to read."""
 
 
 @pytest.mark.parametrize("policy", BUDGET)
