@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -177,7 +178,9 @@ def test_demo_serves_a_page_and_ends_with_its_server() -> None:
     """`make demo-ui`: nothing is left behind by Ctrl-C."""
     port = free_port()
     words = [sys.executable, str(ROOT / "examples" / "demo_ui.py"), "--port", str(port)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as demo:
+    # A test run in the background ignores Ctrl-C, and so would what it starts.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=heeds) as demo:
         assert demo.stdout is not None
         started = [demo.stdout.readline() for _ in range(4)]
         assert f"open http://127.0.0.1:{port}" in started[-1], started
