@@ -99,7 +99,7 @@ def undivided_by(config: PretrainedConfig, ranks: int) -> str:
         config: of any family.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    rows = padded_rows(getattr(config, "embedding_size", config.vocab_size))
+    rows = padded_rows(config.embedding_size)
     problems = {
         f"{heads} heads": heads % ranks,
         f"{kv_heads} KV heads": max(kv_heads, ranks) % min(kv_heads, ranks),

@@ -13,38 +13,19 @@ from collections.abc import Iterable
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsMultiModal
-from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_elastic.models.image_encoder import ImageEncoder
 from vllm_elastic.models.image_processor import DummyImages, ImageInfo, ImageProcessor
-from vllm_elastic.models.llada import LLaDAModelLM
 from vllm_elastic.models.llada_v_config import PLACEHOLDER, LLaDAVConfig
+from vllm_elastic.models.llama_names import LlamaNamed
 
 _OF_IMAGES = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
 
-# LLaDA-V renamed LLaDA's tensors to Llama's names when it was trained; this is the way back.
-_LLADAS_NAMES = WeightsMapper(
-    orig_to_new_prefix={
-        "model.embed_tokens.": "wte.",
-        "model.layers.": "blocks.",
-        "model.norm.": "ln_f.",
-        "lm_head.": "ff_out.",
-    },
-    orig_to_new_substr={
-        ".self_attn.o_proj.": ".attn_out.",
-        ".self_attn.": ".",
-        ".mlp.gate_proj.": ".ff_proj.",
-        ".mlp.up_proj.": ".up_proj.",
-        ".mlp.down_proj.": ".ff_out.",
-        ".input_layernorm.": ".attn_norm.",
-        ".post_attention_layernorm.": ".ff_norm.",
-    },
-)
-
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
-class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
+class LlavaLLaDAModelLM(LlamaNamed, SupportsMultiModal):
     """Weight names are those of the released checkpoint (``model.layers.*``)."""
 
     supports_encoder_tp_data = True
@@ -101,7 +82,7 @@ class LlavaLLaDAModelLM(LLaDAModelLM, SupportsMultiModal):
                 else:
                     yield name, weight
 
-        loaded = super().load_weights(_LLADAS_NAMES.apply(of_text()))
+        loaded = super().load_weights(of_text())
         filled = self.images.load_weights(of_images)
         if lacking := first_load and sorted(dict(self.images.named_parameters()).keys() - filled):
             raise ValueError(

@@ -83,6 +83,7 @@ class LlamaKeysConfig(PretrainedConfig):
         super().__init__(
             eos_token_id=self.own_eos_token_id if eos_token_id is None else eos_token_id, **kwargs
         )
+        self.embedding_size = self.vocab_size  # rows of embedding and head, as LLaDA-8B calls them
 
     def _plain_rope_theta(self, keys: dict[str, Any]) -> float:
         """The base of a rotary embedding that nothing scales, taken out of the keys.

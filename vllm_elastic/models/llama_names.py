@@ -68,7 +68,7 @@ class LlamaNamed(DiffusionTransformer):
             width=width,
             num_layers=config.num_hidden_layers,
             vocab_size=config.vocab_size,
-            rows_of_embedding=config.vocab_size,
+            rows_of_embedding=config.embedding_size,
             tied=config.tie_word_embeddings,
             norm=norm(),
             make_block=make_block,
