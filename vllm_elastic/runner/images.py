@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from vllm.v1.core.sched.output import NewRequestData
 
+from vllm_elastic.runner.row_order import slots_of
+
 
 def store_images(
     model: Any, request: NewRequestData, block_size: int, device: torch.device
@@ -30,6 +32,6 @@ def store_images(
         assert feature.data is not None
         start = feature.mm_position.offset
         own = np.arange(start, start + feature.mm_position.length)
-        slots = torch.from_numpy(blocks[own // block_size] * block_size + own % block_size)
+        slots = torch.from_numpy(slots_of(blocks, own, block_size))
         rows = model.embed_multimodal(**feature.data.get_data())
         model.store_inputs(rows, slots.to(device))

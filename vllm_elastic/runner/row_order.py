@@ -16,6 +16,11 @@ IntArray = npt.NDArray[np.int64]
 NO_ROWS: IntArray = np.empty(0, dtype=np.int64)
 
 
+def slots_of(block_ids: IntArray, positions: IntArray, block_size: int) -> IntArray:
+    """int64 [R]: where canvas positions [R] are in the paged cache."""
+    return block_ids[positions // block_size] * block_size + positions % block_size
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Rows [start, stop) of a pass: one segment of a plan."""
@@ -64,7 +69,7 @@ class RowOrder:
             own = plans[index].segments[number].positions.astype(np.int64)
             row_of[index][own] = np.arange(row, row + len(own))
             positions.append(own)
-            slots.append(blocks[index][own // block_size] * block_size + own % block_size)
+            slots.append(slots_of(blocks[index], own, block_size))
             if join_layer == 0:
                 tokens.append(plans[index].tokens[own].astype(np.int64))
                 of_images = plans[index].stored_inputs
