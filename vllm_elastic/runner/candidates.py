@@ -69,11 +69,10 @@ def sampled(
     for rows in _some_at_once(logits, _COPIES_OF_SAMPLED):
         wide = logits[rows].double()
         tempered = _filtered(wide / sampling.temperature, sampling)
-        noise = uniform(sampling.seed, step, positions[rows], logits.shape[-1])
-        chosen = (tempered - torch.log(-torch.log(noise))).argmax(dim=-1)
+        chosen = _drawn(tempered, sampling, step, positions[rows])
         token_ids[rows] = chosen
         confidence[rows] = wide.softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
-        del wide, tempered, noise  # before the next ones are made
+        del wide, tempered  # before the next ones are made
     return token_ids, confidence
 
 
@@ -93,18 +92,23 @@ def as_dream(
     confidence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     for rows in _some_at_once(logits, _COPIES_OF_SAMPLED):
         wide = logits[rows].double()
-        noised = wide
         if sampling.temperature > 0:
             wide = _filtered(wide / sampling.temperature, sampling)
-            noise = uniform(sampling.seed, step, positions[rows], logits.shape[-1])
-            noised = wide - torch.log(-torch.log(noise))
-            del noise
-        chosen = noised.argmax(dim=-1)
-        del noised
+            chosen = _drawn(wide, sampling, step, positions[rows])
+        else:
+            chosen = wide.argmax(dim=-1)
         token_ids[rows] = chosen
         confidence[rows] = _confidence(wide.softmax(dim=-1), chosen, sampling.alg)
         del wide  # before the next ones are made
     return token_ids, confidence
+
+
+def _drawn(
+    tempered: torch.Tensor, sampling: Sampling, step: int, positions: torch.Tensor
+) -> torch.Tensor:
+    """int64 [W], drawn from the softmax of float64 [W, V] by Gumbel-max."""
+    noise = uniform(sampling.seed, step, positions, tempered.shape[-1])
+    return (tempered - torch.log(-torch.log(noise))).argmax(dim=-1)
 
 
 def _confidence(probabilities: torch.Tensor, chosen: torch.Tensor, alg: str) -> torch.Tensor:
