@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import REQUEST_PREFIX, ElasticConfig
 from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
@@ -123,7 +123,7 @@ class BenchEngine:
                 prompts.append({"prompt": request["prompt"]})
             if "multi_modal_data" in request:
                 prompts[-1]["multi_modal_data"] = request["multi_modal_data"]
-            knobs = {k: v for k, v in request.items() if k.startswith("elastic_")}
+            knobs = _knobs(request)
             params.append(
                 SamplingParams(
                     temperature=0.0,
@@ -192,7 +192,13 @@ class BenchEngine:
         return {str(token_id): tokenizer.decode([token_id]) for token_id in sorted(token_ids)}
 
 
+def _knobs(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request says to the plugin, under its full names."""
+    return {name: value for name, value in request.items() if name.startswith(REQUEST_PREFIX)}
+
+
 def _setting(requests: Sequence[Mapping[str, Any]]) -> str:
     """The knobs of the first request, for people: a run's requests have the same ones."""
-    knobs = {k.removeprefix("elastic_"): v for k, v in requests[0].items() if "elastic_" in k}
-    return ", ".join(f"{name} {value}" for name, value in knobs.items()) or "engine's knobs"
+    knobs = _knobs(requests[0]).items()
+    said = ", ".join(f"{name.removeprefix(REQUEST_PREFIX)} {value}" for name, value in knobs)
+    return said or "engine's knobs"
