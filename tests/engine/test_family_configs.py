@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines_kept import let_go
+from .full_width import full_width
 
 pytestmark = pytest.mark.engine
 
@@ -205,31 +205,21 @@ def test_both_spellings_of_plain_rope(tmp_path: Path, rope: dict[str, Any]) -> N
 @pytest.mark.parametrize("kind", ["llada-moe", pytest.param("illada", marks=pytest.mark.long)])
 def test_full_size_config_runs(kind: str, tmp_path: Path) -> None:
     """Two layers with dummy weights in bfloat16: 2.6 and 2.5 GB."""
-    from vllm_elastic.bench.engine import BenchEngine
 
     raw = KINDS[kind] | {"num_hidden_layers": 2}
     if kind == "llada-moe":
         raw["moe_layer_freq"] = [1, 1]
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    engine: Any = BenchEngine(
-        tmp_path,
-        dtype="auto",
-        batch_size=2,
-        load_format="dummy",
-        max_model_len=1024,
-        kv_cache_memory_bytes=64 << 20,
-    )
-    config = engine.llm.llm_engine.vllm_config.model_config
-    assert not config.trust_remote_code and str(config.dtype) == "torch.bfloat16"
-    prompt = list(range(1000, 1020))
-    results = engine.run(
-        [
-            {"prompt_token_ids": prompt, "max_tokens": 9, "elastic_policy": policy}
-            for policy in ("elastic-block", "none")
-        ]
-    )
-    for result in results:
-        assert 0 < len(result["token_ids"]) <= 9
-        assert max(result["token_ids"]) < raw["vocab_size"]
-        assert engine.mask_token_id not in result["token_ids"], "the mask is no answer"
-    let_go(engine)
+    with full_width(
+        tmp_path, raw, batch_size=2, max_model_len=1024, kv_cache_memory_bytes=64 << 20
+    ) as engine:
+        prompt = list(range(1000, 1020))
+        results = engine.run(
+            [
+                {"prompt_token_ids": prompt, "max_tokens": 9, "elastic_policy": policy}
+                for policy in ("elastic-block", "none")
+            ]
+        )
+        for result in results:
+            assert 0 < len(result["token_ids"]) <= 9
+            assert max(result["token_ids"]) < raw["vocab_size"]
+            assert engine.mask_token_id not in result["token_ids"], "the mask is no answer"

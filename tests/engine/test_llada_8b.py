@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines_kept import let_go
+from .full_width import full_width
 
 pytestmark = pytest.mark.engine
 
@@ -74,38 +73,31 @@ HIDDEN_STATES = 4096 * 2 * (LAYERS - 1)
 
 
 def test_released_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_elastic.bench.engine import BenchEngine
     from vllm_elastic.runner import runner
 
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"n_layers": LAYERS}))
     lines: list[str] = []
     # No handler of ours: when vLLM configures its loggers, it takes them off.
     monkeypatch.setattr(runner.logger, "info", lambda line, *args: lines.append(line % args))
-    engine: Any = BenchEngine(
+    with full_width(
         tmp_path,
-        dtype="auto",
+        CONFIG | {"n_layers": LAYERS},
         batch_size=2,
-        load_format="dummy",
         max_model_len=1024,
         kv_cache_memory_bytes=128 << 20,
-    )
-    config = engine.llm.llm_engine.vllm_config.model_config
-    assert not config.trust_remote_code
-    assert str(config.dtype) == "torch.bfloat16"
-    assert (engine.mask_token_id, engine.eos_token_id) == (126336, 126081)
-    (line,) = [line for line in lines if line.startswith("a canvas position costs")]
-    assert f"costs {KEYS_VALUES + HIDDEN_STATES} bytes ({HIDDEN_STATES} of them hidden" in line
-    canvases = (128 << 20) // (KEYS_VALUES + HIDDEN_STATES) // 1024
-    assert f"{canvases} full canvases of 1024 positions fit" in line
-    prompt = list(range(126100, 126120))
-    results = engine.run(
-        [
-            {"prompt_token_ids": prompt, "max_tokens": 9, "elastic_policy": policy}
-            for policy in ("elastic", "none")
-        ]
-    )
-    for result in results:
-        assert 0 < len(result["token_ids"]) <= 9
-        assert max(result["token_ids"]) < 126464
-        assert 126336 not in result["token_ids"], "the mask is no answer"
-    let_go(engine)
+    ) as engine:
+        assert (engine.mask_token_id, engine.eos_token_id) == (126336, 126081)
+        (line,) = [line for line in lines if line.startswith("a canvas position costs")]
+        assert f"costs {KEYS_VALUES + HIDDEN_STATES} bytes ({HIDDEN_STATES} of them hidden" in line
+        canvases = (128 << 20) // (KEYS_VALUES + HIDDEN_STATES) // 1024
+        assert f"{canvases} full canvases of 1024 positions fit" in line
+        prompt = list(range(126100, 126120))
+        results = engine.run(
+            [
+                {"prompt_token_ids": prompt, "max_tokens": 9, "elastic_policy": policy}
+                for policy in ("elastic", "none")
+            ]
+        )
+        for result in results:
+            assert 0 < len(result["token_ids"]) <= 9
+            assert max(result["token_ids"]) < 126464
+            assert 126336 not in result["token_ids"], "the mask is no answer"

@@ -6,13 +6,14 @@ config.json as the authors' training code writes it; the released file was not s
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tiny_llada_v import picture
+
+from .full_width import full_width
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
@@ -64,29 +65,20 @@ CONFIG: dict[str, Any] = {
 
 
 def test_released_sizes_run(tmp_path: Path) -> None:
-    from vllm_elastic.bench.engine import BenchEngine
-
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    engine: Any = BenchEngine(
-        tmp_path,
-        dtype="auto",
-        load_format="dummy",
-        max_model_len=2048,
-        kv_cache_memory_bytes=128 << 20,
-    )
-    model = engine.runner.model
-    config = engine.llm.llm_engine.vllm_config.model_config
-    assert str(config.dtype) == "torch.bfloat16"
-    assert len(model.images.tower.vision_model.encoder.layers) == 26
-    (result,) = engine.run(
-        [
-            {
-                "prompt_token_ids": [126080, 126084, 198],
-                "multi_modal_data": {"image": picture(336, 336)},
-                "max_tokens": 9,
-            }
-        ]
-    )
-    assert result["prompt_tokens"] == 2 + 1485
-    assert 0 < len(result["token_ids"]) <= 9
-    assert not set(result["token_ids"]) & set(engine.runner.traits.never_chosen)
+    with full_width(
+        tmp_path, CONFIG, max_model_len=2048, kv_cache_memory_bytes=128 << 20
+    ) as engine:
+        model = engine.runner.model
+        assert len(model.images.tower.vision_model.encoder.layers) == 26
+        (result,) = engine.run(
+            [
+                {
+                    "prompt_token_ids": [126080, 126084, 198],
+                    "multi_modal_data": {"image": picture(336, 336)},
+                    "max_tokens": 9,
+                }
+            ]
+        )
+        assert result["prompt_tokens"] == 2 + 1485
+        assert 0 < len(result["token_ids"]) <= 9
+        assert not set(result["token_ids"]) & set(engine.runner.traits.never_chosen)
