@@ -7,6 +7,22 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from vllm_elastic.models.config_options import refuse_options
+
+_ONLY = {
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+}
+"""Options that change what is computed, with what every released LLaDA has."""
+
 
 class LLaDAConfig(PretrainedConfig):
     """Keys of LLaDA-8B's config.json, under the names that vLLM asks for as well.
@@ -51,22 +67,7 @@ class LLaDAConfig(PretrainedConfig):
                     f"{', '.join(self.attribute_map.values())}. Other families that say "
                     'model_type "llada" are told by their "architectures".'
                 )
-        for key, wanted in (
-            ("block_type", "llama"),
-            ("activation_type", "silu"),
-            ("layer_norm_type", "rms"),
-            ("rope", True),
-            ("alibi", False),
-            ("include_bias", False),
-            ("include_qkv_bias", False),
-            ("attention_layer_norm", False),
-            ("input_emb_norm", False),
-            ("scale_logits", False),
-        ):
-            if kwargs.get(key, wanted) != wanted:
-                raise ValueError(
-                    f"LLaDA config: {key}={kwargs[key]!r} is not supported, only {wanted!r}."
-                )
+        refuse_options("LLaDA", kwargs, _ONLY)
         self.d_model = d_model
         self.n_heads = n_heads
         self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import SiglipVisionConfig
 
+from vllm_elastic.models.config_options import refuse_options
 from vllm_elastic.models.image_layout import ImageRules
 from vllm_elastic.models.llada_config import LLaDAConfig
 
@@ -39,7 +40,7 @@ _ONLY = {
     "mm_vision_select_feature": ("patch",),
     "mm_use_im_start_end": (False,),
 }
-"""Values that the model computes; a key that is missing means the first one."""
+"""Options that change what is computed, with what is computed here."""
 
 
 class LLaDAVConfig(LLaDAConfig):
@@ -67,11 +68,7 @@ class LLaDAVConfig(LLaDAConfig):
         never_chosen_ids: tuple[int, ...] | list[int] = (126081, 126080, 126346, 126347),
         **kwargs: Any,
     ) -> None:
-        for key, allowed in _ONLY.items():
-            if kwargs.get(key, allowed[0]) not in allowed:
-                raise ValueError(
-                    f"LLaDA-V config: {key}={kwargs[key]!r} is not supported, only {allowed[0]!r}."
-                )
+        refuse_options("LLaDA-V", kwargs, _ONLY)
         if "siglip" not in mm_vision_tower.lower():
             raise ValueError(
                 f"LLaDA-V config: mm_vision_tower={mm_vision_tower!r} is not supported, only a "

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from vllm_elastic.models.config_options import refuse_options
+
 _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
@@ -54,12 +56,7 @@ class LlamaKeysConfig(PretrainedConfig):
         missing = [key for key in (*_SIZES, *self.sizes) if kwargs.get(key) is None]
         if missing:
             raise ValueError(f"{self.family} config: {', '.join(missing)} must be given.")
-        for key, allowed in self.only.items():
-            if key in kwargs and kwargs[key] not in allowed:
-                raise ValueError(
-                    f"{self.family} config: {key}={kwargs[key]!r} is not supported, only "
-                    f"{' or '.join(map(repr, allowed))}."
-                )
+        refuse_options(self.family, kwargs, self.only)
         heads, shared = kwargs["num_attention_heads"], kwargs["num_key_value_heads"]
         if kwargs["hidden_size"] % heads or heads % shared:
             raise ValueError(
