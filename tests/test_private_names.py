@@ -92,7 +92,7 @@ OVERRIDDEN = [
     *(("engine.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
     ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
-    ("engine.engine_config:LLaDAEngineConfig.verify_and_update_config", CONFIG_HOOK),
+    ("engine.engine_config:DiffusionEngineConfig.verify_and_update_config", CONFIG_HOOK),
     ("engine.image_renderer:ImageRenderer.__init__", RENDERER),
     ("engine.image_renderer:ImageRenderer._tokenize_prompt", RENDERER),
     ("engine.image_renderer:ImageRenderer.get_eos_token_id", RENDERER),

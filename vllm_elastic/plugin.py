@@ -48,7 +48,7 @@ def register_family(architecture: str, family: Family) -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_elastic.engine.engine_config import LLaDAEngineConfig
+    from vllm_elastic.engine.engine_config import DiffusionEngineConfig
 
     config = resolve_name(family.config)
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -56,4 +56,4 @@ def register_family(architecture: str, family: Family) -> None:
         AutoTokenizer.register(config, resolve_name(family.tokenizer), exist_ok=True)
     if architecture not in ModelRegistry.models:
         ModelRegistry.register_model(architecture, family.model)
-    MODELS_CONFIG_MAP[architecture] = LLaDAEngineConfig
+    MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig

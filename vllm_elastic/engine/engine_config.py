@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's configuration becomes for a LLaDA: what is switched off, set, or refused."""
+"""What vLLM's configuration becomes for a model of ours: what is switched off, set, or refused."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ END_OF_TURN = "<|eot_id|>"
 """The end-of-turn token where a configuration class has no ``end_of_turn``: LLaDA-8B's 126348."""
 
 
-class LLaDAEngineConfig(VerifyAndUpdateConfig):
-    """vLLM calls this for ``LLaDAModelLM`` before it builds anything."""
+class DiffusionEngineConfig(VerifyAndUpdateConfig):
+    """vLLM calls this for each of the ``FAMILIES`` before it builds anything."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

@@ -458,7 +458,7 @@ def refuse_flags(vllm_config: Any) -> None:
 
 
 def without_effect() -> dict[str, str]:
-    """Flags that have no effect for a LLaDA, by the name each has on a parsed command line."""
+    """Flags that have no effect here, by the name each has on a parsed command line."""
     return {
         flag.removeprefix("--").replace("-", "_"): flag
         for group in GROUPS
