@@ -9,10 +9,10 @@ with a prompt, and position 0 is never predicted.)
 
 from __future__ import annotations
 
-from vllm_elastic.models.llama_names import LlamaNamed
+from vllm_elastic.models.llama_like import LlamaLike
 
 
-class DreamModel(LlamaNamed):
+class DreamModel(LlamaLike):
     """Weight names are those of the released checkpoints, which are Qwen2's, and so Llama's."""
 
     qkv_bias = True

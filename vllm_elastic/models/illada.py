@@ -6,8 +6,8 @@ Llama without a causal mask: grouped KV heads, a tied head, no biases. Its answe
 
 from __future__ import annotations
 
-from vllm_elastic.models.llama_names import LlamaNamed
+from vllm_elastic.models.llama_like import LlamaLike
 
 
-class ILLaDAForCausalLM(LlamaNamed):
+class ILLaDAForCausalLM(LlamaLike):
     """Its weights are those of a Llama; only the configuration is its own."""

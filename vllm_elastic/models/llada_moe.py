@@ -17,13 +17,13 @@ from vllm.forward_context import set_forward_context
 
 from vllm_elastic.models.experts import ExpertsMLP
 from vllm_elastic.models.llama_config import LlamaKeysConfig
-from vllm_elastic.models.llama_names import STACKED, LlamaNamed
+from vllm_elastic.models.llama_like import LlamaLike
 from vllm_elastic.models.rows import PassRows, Recorder
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+\..+)")
 
 
-class LLaDAMoEModelLM(LlamaNamed):
+class LLaDAMoEModelLM(LlamaLike):
     """Weight names are those of the released checkpoints: Llama's, with OLMoE's experts."""
 
     per_head_norm = True
@@ -56,7 +56,7 @@ class LLaDAMoEModelLM(LlamaNamed):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = set()
-        return self.load_named(self._dense(weights, loaded), self._name_of, STACKED) | loaded
+        return self.load_named(self._dense(weights, loaded), self._name_of, self.stacked) | loaded
 
     def _dense(
         self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]

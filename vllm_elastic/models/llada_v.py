@@ -19,13 +19,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm_elastic.models.image_encoder import ImageEncoder
 from vllm_elastic.models.image_processor import DummyImages, ImageInfo, ImageProcessor
 from vllm_elastic.models.llada_v_config import PLACEHOLDER, LLaDAVConfig
-from vllm_elastic.models.llama_names import LlamaNamed
+from vllm_elastic.models.llama_like import LlamaLike
 
 _OF_IMAGES = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
 
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
-class LlavaLLaDAModelLM(LlamaNamed, SupportsMultiModal):
+class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
     """Weight names are those of the released checkpoint (``model.layers.*``)."""
 
     supports_encoder_tp_data = True

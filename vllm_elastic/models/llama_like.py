@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families with Llama's tensor names and keys: each adds its configuration and choice of MLP."""
+"""Llama without a causal mask: pre-RMSNorm, rotate-half RoPE, SwiGLU; what most families are.
+
+A family adds its configuration, and where it differs its MLP, biases and tensor names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_elastic.models.layers import AttentionProjection, GatedMLP, KernelRMSNorm, PreNormBlock
+from vllm_elastic.models.llada_config import LLaDAConfig
 from vllm_elastic.models.llama_config import LlamaKeysConfig
-from vllm_elastic.models.transformer import DiffusionTransformer
-
-STACKED: dict[str, tuple[str, str | int]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
+from vllm_elastic.models.transformer import DiffusionTransformer, Stacked
 
 IN_BLOCKS = {
     "self_attn": "attention",
@@ -28,19 +25,28 @@ IN_BLOCKS = {
 }
 
 
-class LlamaNamed(DiffusionTransformer):
-    """Weight names are those of a Llama checkpoint (``model.layers.0.self_attn.q_proj``).
+class LlamaLike(DiffusionTransformer):
+    """Weight names are those of a Llama checkpoint (``model.layers.0.self_attn.q_proj``), unless a
+    family has its own.
 
     Attributes:
+        stacked: parts of fused weights, by their module's name in the checkpoint.
         per_head_norm: queries and keys are normed, head by head, before they are rotated.
         qkv_bias: queries, keys and values have a bias.
     """
 
+    stacked: ClassVar[Stacked] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
     per_head_norm = False
     qkv_bias = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config: LlamaKeysConfig = vllm_config.model_config.hf_config
+        config: LlamaKeysConfig | LLaDAConfig = vllm_config.model_config.hf_config
         width = config.hidden_size
 
         def norm() -> KernelRMSNorm:
@@ -87,7 +93,7 @@ class LlamaNamed(DiffusionTransformer):
         Raises:
             ValueError: a tensor that the model does not have.
         """
-        return self.load_named(weights, self._name_of, STACKED)
+        return self.load_named(weights, self._name_of, self.stacked)
 
     def _name_of(self, name: str) -> str | None:
         if name == "lm_head.weight" and self.tied:
