@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.transformers_oracle import TransformersOracle
 from vllm_elastic.reference import LowConfidenceOptions, low_confidence
 
 from .agreement import agrees
 from .conftest import MASK, Served, make_engine, poison
+from .random_families import FAMILIES, save_family
 from .test_oracle import CONFIGS, ask_oracle, problems
-from .transformers_oracle import FAMILIES, TransformersOracle, save_family
 
 pytestmark = pytest.mark.engine
 

@@ -19,8 +19,8 @@ from vllm_elastic.reference import LLaDA
 from .agreement import agrees
 from .collectives import count_collectives, expected_traffic, take_collectives
 from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
+from .random_families import save_family
 from .test_oracle import CONFIGS, ask_oracle
-from .transformers_oracle import save_family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

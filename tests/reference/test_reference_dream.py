@@ -16,8 +16,8 @@ def test_parts_make_the_whole_under_a_full_mask(length: int, tied: bool) -> None
     tokens = torch.randint(0, 293, (length,), generator=torch.Generator().manual_seed(length))
     hides_nothing = torch.zeros(1, 1, length, length)
     with torch.inference_mode():
-        whole = oracle.qwen2(tokens[None], attention_mask=hides_nothing).logits[0]
-        causal = oracle.qwen2(tokens[None]).logits[0]
+        whole = oracle.model(tokens[None], attention_mask=hides_nothing).logits[0]
+        causal = oracle.model(tokens[None]).logits[0]
         parts = oracle.head(oracle.forward(tokens))
     torch.testing.assert_close(parts, whole, atol=2e-5, rtol=2e-5)
     if length > 1:

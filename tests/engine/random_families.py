@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of Transformers as oracles: its modules compute, ``vllm_elastic.reference`` decodes.
+"""iLLaDA and LLaDA-MoE of random weights, by Transformers' modules and as checkpoints.
 
 Llama's modules are iLLaDA. OLMoE's, with the norms of queries and keys made head by head, are
-LLaDA-MoE. Attention alone is the reference's: over a canvas nothing is masked.
+LLaDA-MoE.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_elastic.reference import LLaDA, LLaDAConfig
-from vllm_elastic.reference.llada import EMBEDDING
+from tests.transformers_oracle import TransformersOracle
 
 from .conftest import EOS, MASK
 
@@ -47,60 +45,6 @@ class PerHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (-1, len(self.norm.weight)))
         return self.norm(heads).flatten(-2)
-
-
-class TransformersOracle(LLaDA):
-    """One of Transformers' models, cut where the reference's decoders cut LLaDA's forward."""
-
-    def __init__(self, model: Any) -> None:
-        own = model.config
-        self.model = model.eval().requires_grad_(False)
-        self.weights = {EMBEDDING: model.model.embed_tokens.weight}
-        self.config = LLaDAConfig(
-            d_model=own.hidden_size,
-            n_heads=own.num_attention_heads,
-            n_kv_heads=own.num_key_value_heads,
-            n_layers=own.num_hidden_layers,
-            mlp_hidden_size=own.intermediate_size,
-            vocab_size=own.vocab_size,
-            embedding_size=own.vocab_size,
-            max_sequence_length=own.max_position_embeddings,
-            rope_theta=SIZES["rope_theta"],
-            rms_norm_eps=own.rms_norm_eps,
-            weight_tying=own.tie_word_embeddings,
-            mask_token_id=MASK,
-            eos_token_id=EOS,
-        )
-
-    def project(self, layer: int, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.model.model.layers[layer]
-        attention, x = block.self_attn, block.input_layernorm(hidden)
-        q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1) for part in (q, k, v)
-        )
-        cos, sin = self.model.model.rotary_emb(x, rows[None])
-        q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
-        return q[0], k[0], v
-
-    def queries(self, layer: int, hidden: Tensor, rows: Tensor) -> Tensor:
-        return self.project(layer, hidden, rows)[0]
-
-    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        block = self.model.model.layers[layer]
-        hidden = hidden + block.self_attn.o_proj(attended)
-        return hidden + block.mlp(block.post_attention_layernorm(hidden)[None])[0]
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden))
-
-    def whole(self, token_ids: Tensor) -> Tensor:
-        """Transformers' own forward, nothing masked: (T,) token ids -> (T, vocabulary) logits."""
-        length = len(token_ids)
-        nothing = torch.zeros(1, 1, length, length)
-        return self.model(token_ids[None], attention_mask=nothing, use_cache=False).logits[0]
 
 
 def illada() -> tuple[Any, dict[str, Any]]:
@@ -158,7 +102,9 @@ def save_family(name: str, directory: Path, seed: int = 3) -> TransformersOracle
     ids = {"mask_token_id": MASK, "eos_token_id": EOS, "torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(raw | ids))
     save_file(_under_checkpoint_names(model, raw), directory / "model.safetensors")
-    return TransformersOracle(model)
+    return TransformersOracle(
+        model, rope_theta=SIZES["rope_theta"], mask_token_id=MASK, eos_token_id=EOS
+    )
 
 
 def _under_checkpoint_names(model: nn.Module, raw: dict[str, Any]) -> dict[str, Tensor]:
