@@ -2,7 +2,6 @@
 // The replay of recorded runs: one panel a setting, one clock for all of them.
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const KINDS = {
   first: ["#7a7f88", "computes everything"], full: ["#7a7f88", "computes everything"],
   window: ["#3a8fd0", "reads the rest from the cache"], refresh: ["#e08a1e", "with stale blocks"],
@@ -12,17 +11,8 @@ const LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"]
 const WORK_POSITIONS = 300; // of the slider, where the clock counts row-layers
 const BINS = 48; // rows that the map over all passes has at most
 
-const byId = (id) => document.getElementById(id);
 const number = (value) => Math.round(value).toLocaleString("en");
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
-
-function element(parent, name, className = "", text = "") {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.textContent = text;
-  parent.append(made);
-  return made;
-}
 
 /** Adds to a run what follows from its record: cumulated work and tokens, by number of passes. */
 function prepare(run) {

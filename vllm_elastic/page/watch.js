@@ -2,17 +2,7 @@
 // A running server, asked the same under two settings; every pass is shown as it arrives.
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#0072b2", "#e69f00"];
-const byId = (id) => document.getElementById(id);
-
-function element(parent, name, className = "", text = "") {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.textContent = text;
-  parent.append(made);
-  return made;
-}
 
 /** The events of a stream, as they arrive. Throws what a server says that refuses the request. */
 async function* eventsOf(body, signal) {
