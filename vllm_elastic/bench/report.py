@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.decoding.record import BOUNDS
 from vllm_elastic.page import self_contained
 
 NEEDED = (
@@ -22,7 +23,6 @@ COPIED = (
 PASS = (
     "denoising_step", "kind", "start_layer", "rows", "committed", "similarities", "canvas",
 )  # fmt: skip
-SHOWN_KNOBS = ("gamma", "block_drift")
 
 
 def add_parser(commands: Any) -> None:
@@ -112,7 +112,7 @@ def _run(record: dict[str, Any]) -> dict[str, Any]:
         "tokens": len(record["token_ids"]),
         "answer": " ".join(map(str, record["token_ids"])),
         "given": _given(record),
-        "knobs": {name: record["knobs"][name] for name in SHOWN_KNOBS},
+        "knobs": {name: record["knobs"][name] for name in BOUNDS},
         "steps": [
             {name: entry[name] for name in PASS if name in entry} for entry in record["steps"]
         ],

@@ -15,6 +15,9 @@ from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.validity import BlockValidity
 
+BOUNDS = ("gamma", "block_drift")
+"""Knobs that what a policy goes by is held against; a picture draws them."""
+
 
 @dataclass(slots=True)
 class DecodingRecord:

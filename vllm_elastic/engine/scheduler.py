@@ -21,7 +21,7 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
-from vllm_elastic.decoding.record import DecodingRecord
+from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
 from vllm_elastic.engine.report import PASSES, EndedRequest, attach
@@ -302,7 +302,7 @@ def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
             "layers": canvas.num_layers,
             "canvas": canvas.canvas.capacity,
             "prompt_tokens": canvas.canvas.prompt_length,
-            "knobs": {"gamma": canvas.config.gamma, "block_drift": canvas.config.block_drift},
+            "knobs": {name: getattr(canvas.config, name) for name in BOUNDS},
         }
     return passes
 
