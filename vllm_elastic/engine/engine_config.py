@@ -14,10 +14,12 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
+from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.executor import GRAPH_ROWS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,8 +79,15 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
-        if not model.enforce_eager:
-            logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
+        counts = graph_rows(vllm_config)
+        vllm_config.additional_config = vllm_config.additional_config | {GRAPH_ROWS: counts}
+        if counts:
+            logger.info(
+                "CUDA graphs of each layer are captured for %d numbers of rows up to %d; vLLM's "
+                "own graphs and compilation are off",
+                len(counts),
+                counts[-1],
+            )
         model.enforce_eager = True
         if traits_of(model.hf_config).image_token_id is not None:
             render_images(vllm_config)
