@@ -313,6 +313,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     (f"{EXPERTS}:MoERunner.load_weights", ["self", "weights"], []),
     ("vllm.forward_context:set_forward_context", ["attn_metadata", "vllm_config"], []),
     ("vllm.utils.torch_utils:weak_ref_tensors", ["tensors"], []),
+    ("vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class", ["self"], []),
+    ("vllm.v1.attention.backend:AttentionBackend.supports_non_causal", [], []),
     (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         ["head_size"],
@@ -390,7 +392,7 @@ WRAPPED = {
 
 # Attributes that we read or set on objects that vLLM hands us.
 ATTRIBUTES: dict[str, list[str]] = {
-    "vllm.config:AttentionConfig": ["use_non_causal"],
+    "vllm.config:AttentionConfig": ["backend", "use_non_causal"],
     "vllm.config:VllmConfig": [
         "additional_config",
         "attention_config",

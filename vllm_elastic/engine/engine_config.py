@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
@@ -28,6 +29,9 @@ logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
+
+_BOTH_WAYS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION")
+"""Of vLLM's backends for CUDA, those that say so."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -146,6 +150,16 @@ def _splits_tower(vllm_config: VllmConfig) -> bool:
     return bool(uneven)
 
 
+def _attends_one_way(backend: AttentionBackendEnum | None) -> bool:
+    """Of a backend that the operator chose; one that is not installed is left to vLLM."""
+    if backend is None:
+        return False
+    try:
+        return not backend.get_class().supports_non_causal()
+    except ImportError:
+        return False
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
@@ -155,7 +169,13 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     layers = vllm_config.model_config.hf_config.num_hidden_layers
     cache = vllm_config.cache_config
+    backend = vllm_config.attention_config.backend
     problems = {
+        "--attention-backend": (
+            _attends_one_way(backend),
+            f"{backend and backend.name} cannot attend both ways; leave it out, or take "
+            f"{', '.join(_BOTH_WAYS)}",
+        ),
         "--block-size": (
             cache.user_specified_block_size
             and current_platform.is_cpu()

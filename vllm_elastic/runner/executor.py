@@ -63,7 +63,7 @@ class GraphExecutor:
         largest_first = sorted(counts, reverse=True)
         self._static = static = StaticRows(largest_first[0], self._model)
         self._blocks = [GraphedBlock(block, static) for block in self._model.blocks]
-        for count in tqdm(largest_first, desc="Capturing CUDA graphs", unit="number of rows"):
+        for count in tqdm(largest_first, desc="Capturing CUDA graphs"):
             with self._model.pass_context():
                 for block in self._blocks:
                     block.capture(graphs, count)
