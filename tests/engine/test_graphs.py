@@ -189,12 +189,12 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 
 
 BUDGET = {
-    "none": {"first": 0, "full": 0},
-    "dual-cache": {"first": 0, "window": 0, "full": 0},
-    "elastic-block": {"first": 0, "window": 0, "refresh": 0},
+    "none": {"first": 161, "full": 159},
+    "dual-cache": {"first": 161, "window": 159, "full": 159},
+    "elastic-block": {"first": 253, "window": 277, "refresh": 321},
 }
 """As that of ``test_transfers``, with a replay for one operator: what is in a graph costs the host
-nothing."""
+nothing. So 25 operators of each layer are in its two graphs."""
 
 
 @pytest.mark.skipif(not ON_CPU, reason="counts the same on any device")
@@ -228,7 +228,7 @@ def test_operators_between_graphs(
     driver.take_records()
     assert most.keys() == BUDGET[policy].keys()
     for kind, count in most.items():
-        assert count <= BUDGET[policy][kind], f"{kind}: {count}"
+        assert count <= BUDGET[policy][kind], most
 
 
 # The test tested: what a faulty executor would do.
