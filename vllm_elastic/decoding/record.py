@@ -21,7 +21,7 @@ BOUNDS = ("gamma", "block_drift")
 
 @dataclass(slots=True)
 class DecodingRecord:
-    """Counters of one request; one entry a pass where asked for (``keep_steps``).
+    """Counters of one request; one entry a pass where asked for (``keep_steps``, ``hand_on``).
 
     With ``keep_rows`` an entry also has ``segments`` ([join layer, rows] pairs, ascending),
     ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured),
@@ -32,6 +32,8 @@ class DecodingRecord:
     the pass shows.
 
     Attributes:
+        keep_steps: entries stay in ``steps`` to the end.
+        hand_on: entries are for whoever calls ``take_steps`` after each pass.
         denoising_steps: steps finished; a step that is replayed counts once.
         passes: forward passes; a replay is a second one. kinds: how many of each kind.
         row_layers: sum over passes and layers of the rows computed, discarded ones included.
@@ -40,6 +42,7 @@ class DecodingRecord:
     """
 
     keep_steps: bool = False
+    hand_on: bool = False
     keep_rows: bool = False
     keep_canvas: bool = False
     denoising_steps: int = 0
@@ -49,10 +52,15 @@ class DecodingRecord:
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    _handed_on: int = 0
 
     def take_steps(self) -> list[dict[str, Any]]:
-        """The entries since the last call, which are not kept."""
-        taken, self.steps = self.steps, []
+        """The entries since the last call; without ``keep_steps`` no other copy is left."""
+        taken = self.steps[self._handed_on :]
+        if self.keep_steps:
+            self._handed_on = len(self.steps)
+        else:
+            self.steps = []
         return taken
 
     def add_pass(
@@ -75,7 +83,7 @@ class DecodingRecord:
         if committed is not None:
             self.denoising_steps += 1
             self.full_row_layers += len(plan.tokens) * num_layers
-        if self.keep_steps:
+        if self.keep_steps or self.hand_on:
             entry: dict[str, Any] = {
                 "denoising_step": plan.denoising_step,
                 "kind": plan.kind,

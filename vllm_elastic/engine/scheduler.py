@@ -297,13 +297,14 @@ def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
     """Entries of the record since the last call; the first pass says what canvas it is of."""
     passes = canvas.record.take_steps()
     if canvas.record.passes == len(passes):
-        passes[0]["request"] = {
+        request = {
             "policy": canvas.config.policy,
             "layers": canvas.num_layers,
             "canvas": canvas.canvas.capacity,
             "prompt_tokens": canvas.canvas.prompt_length,
             "knobs": {name: getattr(canvas.config, name) for name in BOUNDS},
         }
+        passes[0] = {**passes[0], "request": request}
     return passes
 
 
