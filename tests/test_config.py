@@ -203,7 +203,7 @@ def test_an_operator_may_forbid_watching() -> None:
     """A switch that a client could turn, or that refuses who does not watch, is none."""
     served = ElasticConfig.from_dict({"allow_watch": False})
     for asked in ({"elastic_watch": 1}, {"elastic_watch": True, "elastic_preset": "exact"}):
-        with pytest.raises(ConfigError, match="^'elastic_watch' is switched off .*leave it out"):
+        with pytest.raises(ConfigError, match=r"^'elastic_watch' is switched off .*leave it out"):
             served.for_request(asked)
         assert ElasticConfig().for_request(asked).watch
     assert not served.for_request({"elastic_watch": 0}).watch

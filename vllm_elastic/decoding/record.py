@@ -36,6 +36,7 @@ class DecodingRecord:
         hand_on: entries are for whoever calls ``take_steps`` after each pass.
         denoising_steps: steps finished; a step that is replayed counts once.
         passes: forward passes; a replay is a second one. kinds: how many of each kind.
+        committed: tokens of the answer that were decided, the end token among them.
         row_layers: sum over passes and layers of the rows computed, discarded ones included.
         full_row_layers: T x L x denoising steps, what recomputing everything takes.
         seconds: from admission to the end, filled in by whoever keeps the clock.
@@ -47,6 +48,7 @@ class DecodingRecord:
     keep_canvas: bool = False
     denoising_steps: int = 0
     passes: int = 0
+    committed: int = 0
     row_layers: int = 0
     full_row_layers: int = 0
     seconds: float = 0.0
@@ -82,6 +84,7 @@ class DecodingRecord:
         self.row_layers += plan.row_layers(num_layers)
         if committed is not None:
             self.denoising_steps += 1
+            self.committed += len(committed)
             self.full_row_layers += len(plan.tokens) * num_layers
         if self.keep_steps or self.hand_on:
             entry: dict[str, Any] = {
