@@ -173,12 +173,11 @@ def test_experts_cost_what_rows_take_of_them() -> None:
     assert sparse.product_operations(0, 5) - dense.product_operations(0, 5) == 2 * 5 * (
         expert + choosing
     )
-    assert dense.parameters_read(1) == dense.parameters_read(100) == 4 * 64 * 64 + expert
-    assert sparse.parameters_read(1) == pytest.approx(4 * 64 * 64 + choosing + 2 * expert)
-    assert sparse.parameters_read(1000) == pytest.approx(4 * 64 * 64 + choosing + 8 * expert)
-    assert sparse.parameters_read(2) == pytest.approx(  # 2 + 2 * 6 / 8 experts
-        4 * 64 * 64 + choosing + 3.5 * expert
-    )
+    rows, attention = np.array([1.0, 2.0, 1000.0]), 4 * 64 * 64
+    assert (dense.parameters_read(rows) == attention + expert).all()
+    taken = np.array([2, 3.5, 8])  # of two rows the second takes 2 * 6 / 8 that are new
+    expected = attention + choosing + taken * expert
+    assert sparse.parameters_read(rows) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

@@ -99,9 +99,9 @@ class ModelShape:
         own = self.width * made + made * self.qkv_bias
         return own + self.shared_rest_parameters // ranks + self.whole_parameters
 
-    def parameters_read(self, rows: Numbers) -> Numbers | float:
+    def parameters_read(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Of one layer's products for so many rows, at least one; experts are taken evenly."""
-        taken: Numbers | float = 1
+        taken = np.ones_like(rows)
         if self.experts:
             taken = self.experts * (1 - (1 - self.experts_per_row / self.experts) ** rows)
         fixed = self.projection_parameters + self.width * (self.width + self.experts)
