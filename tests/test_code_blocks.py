@@ -249,17 +249,23 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def runnable(block: Block) -> bool:
-    """All its commands are Python of this repository's."""
-    return block.language == "bash" and all(
-        begins(words, "python -m vllm_elastic.bench") or script_of(words) or words[0] in LOOP
-        for words in commands(block.text)
-        if not begins(words, "vllm serve")
+def lines_to_run(block: Block) -> list[str]:
+    """Of a block whose commands are Python of this repository's, but for servers; else none."""
+    asked = [words for words in commands(block.text) if not begins(words, "vllm serve")]
+    ours = all(
+        begins(words, "python -m vllm_elastic.bench")
+        or (words[0] == "python" and script_of(words))
+        or words[0] in LOOP
+        for words in asked
     )
+    if not ours or block.language != "bash":
+        return []
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if "vllm serve " not in line]
 
 
 LOOP = ("for", "done")
-RUN_PAGES = [page for page in PAGES if any(b.page == page and runnable(b) for b in BLOCKS)]
+RUN_PAGES = [page for page in PAGES if any(b.page == page and lines_to_run(b) for b in BLOCKS)]
 
 
 @pytest.mark.long
@@ -268,8 +274,9 @@ RUN_PAGES = [page for page in PAGES if any(b.page == page and runnable(b) for b 
 def test_a_page_runs(page: Path, clone: Path) -> None:
     """From its first block to its last, as a reader would, in a clone of this repository."""
     lines = ["set -eo pipefail", "python examples/tiny_llada/heldout.py out"]
-    for block in (block for block in BLOCKS if block.page == page and runnable(block)):
-        lines += [line for line in block.text.splitlines() if not line.startswith("vllm serve")]
+    for block in BLOCKS:
+        if block.page == page:
+            lines += lines_to_run(block)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
