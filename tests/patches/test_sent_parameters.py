@@ -102,6 +102,15 @@ def test_a_knob_beside_vllm_xargs_is_refused(llada: Any, kind: str) -> None:
     assert admitted(llada, request_of(kind, session="mine", **_length(kind)))
 
 
+def test_the_refusal_of_a_knob_can_be_sent() -> None:
+    """Any text is a name in JSON; a server that cannot encode its own answer says 500."""
+    from vllm_elastic.patches.admission import check_place_of_knobs
+
+    with pytest.raises(Exception, match=r"elastic_.ud800 stands beside") as error:
+        check_place_of_knobs(["elastic_\ud800"])
+    assert str(error.value).encode()
+
+
 def test_several_answers_without_a_temperature(llada: Any) -> None:
     """vLLM's message speaks of greedy sampling, which the client never asked for."""
     with pytest.raises(Exception, match=r"^n=2: .*send a temperature"):

@@ -76,10 +76,11 @@ def check_place_of_knobs(misplaced: Sequence[str]) -> None:
         VLLMValidationError: names the first and where it belongs.
     """
     if misplaced:
+        name = misplaced[0].encode(errors="backslashreplace").decode()  # half a surrogate pair
         raise VLLMValidationError(
-            f"{misplaced[0]} stands beside vllm_xargs and would be passed over; send it within: "
-            f'"vllm_xargs": {{"{misplaced[0]}": ...}}.',
-            parameter=misplaced[0],
+            f"{name} stands beside vllm_xargs and would be passed over; send it within: "
+            f'"vllm_xargs": {{"{name}": ...}}.',
+            parameter=name,
         )
 
 
