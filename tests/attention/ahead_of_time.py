@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what a pass would launch, for GPUs that need not be there; prints a line a kernel.
+"""Compiles what ``warm_up`` and two passes would launch, for a GPU that need not be there.
 
-Run in a process of its own, since Triton reads once whether it interprets.
+Prints a line of JSON for each compilation. In a process of its own: Triton decides when it is
+imported whether it interprets.
+
+Arguments: compute capability; sizes of ``paged_pass.Shape`` as JSON.
 """
 
 from __future__ import annotations
@@ -17,74 +20,64 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-CAPABILITY = int(sys.argv[1])
+from tests.attention.paged_pass import PagedPass, Plan, Shape
+from vllm_elastic.attention.paged_kernels import PAPER, RELEASED, warm_up
 
 
 class NoDevice:
     """What Triton asks of a driver when it compiles and does not launch."""
 
-    class utils:
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": 101376, "multiprocessor_count": 1, "warpSize": 32}
-
-    class launcher_cls:
-        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device=0: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
 
 
-driver.set_active(NoDevice())
-run = JITFunction.run
+def compile_only(phase: list[str]) -> None:
+    """Kernels are compiled when they are called, and nothing is launched."""
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compilations = self.device_caches[0][0]
+        before = len(compilations)
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if len(compilations) > before:
+            fields = {"phase": phase[0], "kernel": self.fn.__name__}
+            fields |= {"shared": kernel.metadata.shared, "assembly": kernel.asm["ptx"]}
+            print(json.dumps(fields))
+        return kernel
+
+    JITFunction.run = compiled
 
 
-def compiled_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-    before = len(self.device_caches[0][0]) if self.device_caches else 0
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    if len(self.device_caches[0][0]) > before:
-        print(
-            json.dumps(
-                {
-                    "kernel": self.fn.__name__,
-                    "shared": kernel.metadata.shared,
-                    "assembly": kernel.asm["ptx"],
-                }
-            )
-        )
-    return kernel
+def passes(shape: Shape) -> None:
+    """One of odd sizes, one whose sizes are multiples of 16, which Triton would set apart."""
+    for length, tested in ((33, [0]), (160, list(range(16)))):
+        for statistics in ((0,), (RELEASED, PAPER)):
+            plans = [
+                Plan(length, 31, 0, 1, statistic, tested if statistic else [], written=[2])
+                for statistic in statistics
+            ]
+            made = PagedPass(shape, plans)
+            kernels, part = made.statistics(), made.part(0, shape.layers)
+            attention = kernels.read(part)
+            for statistic, count in part.num_sums.items():
+                if count:
+                    sums = kernels.drift_sums(attention, statistic)
+                    out = torch.zeros(len(plans), shape.layers)
+                    kernels.similarities(part, statistic, sums, shape.heads, out)
+            kernels.add_mass(attention, torch.zeros(shape.layers, len(plans), length))
+            kernels.add_mass(attention, torch.zeros(len(plans), length))
 
-
-JITFunction.run = compiled_only
 
 if __name__ == "__main__":
-    from tests.attention.paged_pass import PagedPass, Plan, Shape
-    from vllm_elastic.attention.paged_kernels import PAPER, RELEASED
-
+    driver.set_active(NoDevice(int(sys.argv[1])))
     sizes = json.loads(sys.argv[2])
     shape = Shape(**sizes | {"dtype": getattr(torch, sizes["dtype"])})
-    for length in (33, 160):  # the second one's sizes are multiples of 16
-        plans = [
-            Plan(length, length // 16, 0, 1, statistic, tested=[0, 1][: length // 33], written=[2])
-            for statistic in (RELEASED, PAPER)
-        ]
-        made = PagedPass(shape, plans)
-        statistics, part = made.statistics(), made.part(0, shape.layers)
-        attention = statistics.read(part)
-        for statistic in (RELEASED, PAPER):
-            sums = statistics.drift_sums(attention, statistic)
-            statistics.similarities(part, statistic, sums, 4, torch.zeros(2, shape.layers))
-        statistics.add_mass(attention, torch.zeros(shape.layers, 2, length))
-        statistics.add_mass(attention, torch.zeros(2, length))
-        PagedPass(shape, [Plan(length, 3)]).statistics().read(
-            PagedPass(shape, [Plan(length, 3)]).part(0, 1)
-        )
+    phase = ["warm-up"]
+    compile_only(phase)
+    keys = PagedPass(shape, [Plan(1, 1)]).keys
+    warm_up(keys, shape.heads, shape.heads, shape.hidden_stride)
+    phase[0] = "pass"
+    passes(shape)

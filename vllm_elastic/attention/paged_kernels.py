@@ -104,7 +104,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Part:
-    """Some plans, and some of the layers that they look at: the ``first``-th of each plan's to its ``stop``-th.
+    """Some plans, and of the layers that each looks at the ``first``-th to the ``stop``-th.
 
     Attributes:
         plans: int32 [plans, fields], a ``PlanEntry`` each.
@@ -286,6 +286,38 @@ class Attention:
     part: Part
     lse: torch.Tensor
     mass: torch.Tensor
+
+
+def warm_up(
+    keys: PagedKeys, num_heads: int, num_heads_of_all_ranks: int, hidden_stride: int
+) -> None:
+    """Compile all that a pass may launch, so that no request waits for it: seconds, once.
+
+    By a pass of one row of one position, of vLLM's null block.
+    """
+    cache, dim = keys.cache, keys.layout.head_dim
+    num_layers, kv_heads = len(cache), cache.shape[2]
+
+    def zeros(*shape: int, dtype: torch.dtype = cache.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=cache.device)
+
+    queries = zeros(num_layers, 1, num_heads, dim)
+    first_block, first_row = zeros(1, dtype=torch.int32), zeros(1, dtype=torch.int64)
+    before = Before(queries, zeros(num_layers, 1, kv_heads, dim), first_block)
+    shared = zeros(1, dtype=torch.float32), first_block, first_row
+    for statistic in (0, RELEASED, PAPER):
+        rows = Rows(queries, *shared, before if statistic else None, hidden_stride)
+        kernels = PagedStatistics(keys, rows, 1.0)
+        plan = PlanEntry(0, 0, 1, 1, 0, 0, 1, 0, statistic, num_tested=1, stop_stored=1)
+        plans = torch.tensor([plan], dtype=torch.int32, device=cache.device)
+        part = Part(plans, 0, 1, 1, 1, 1, {RELEASED: 1, PAPER: kv_heads})
+        attention = kernels.read(part)
+        for sizes in ((num_layers, 1, 1), (1, 1)):
+            kernels.add_mass(attention, zeros(*sizes, dtype=torch.float32))
+        if statistic:
+            sums = kernels.drift_sums(attention, statistic)
+            out = zeros(1, num_layers, dtype=torch.float32)
+            kernels.similarities(part, statistic, sums, num_heads_of_all_ranks, out)
 
 
 _POSITIONS_OF_FOLD = 64

@@ -36,6 +36,7 @@ from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.statistics.attention_sums import warm_up
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
@@ -91,7 +92,7 @@ class ElasticRunner:
         trial_run(self.model, self.traits, limits, seats, canvas, self._upload)
 
     def warming_up_model(self) -> None:
-        """Nothing is compiled."""
+        warm_up(self.cache)
 
     def initialize_kv_cache(
         self,

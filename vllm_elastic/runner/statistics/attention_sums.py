@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
@@ -33,8 +34,18 @@ def attention_sums(
 ) -> AttentionSums:
     """Both give the same numbers, but for rounding."""
     if cache.keys.is_cuda:
-        # Triton is there on CUDA alone.
+        # Triton need not be there elsewhere.
         from vllm_elastic.runner.statistics.kernel_sums import KernelSums
 
         return KernelSums(saved, cache, drift, blocks, upload)
     return TorchSums(saved, cache, drift, blocks, upload)
+
+
+def warm_up(cache: CacheView) -> None:
+    """Compile what passes will launch."""
+    if cache.keys.is_cuda:
+        from vllm_elastic.attention import paged_kernels
+
+        keys = paged_kernels.PagedKeys(cache.keys, cache.key_layout)
+        of_all_ranks = cache.num_heads * ranks.count()
+        paged_kernels.warm_up(keys, cache.num_heads, of_all_ranks, cache.hidden_stride)
