@@ -21,7 +21,7 @@ REQUEST_PREFIX = "elastic_"
 POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 """Names of the policies in ``decoding.policies``, which reads this module."""
 
-COMMIT_RULES = ("threshold", "frontier", "factor", "frechet", "local", "entropy")
+COMMIT_RULES = ("threshold", "frontier", "steady", "factor", "frechet", "local", "entropy")
 """Names of the rules in ``decoding.commits``, likewise."""
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -138,8 +138,8 @@ class ElasticConfig:
     threshold: float = _knob(
         0.9,
         _number(0.0, 1.0),
-        "of the commit rules `threshold`, `frontier` and `local`: a prediction at least this "
-        "probable is committed (epsilon)",
+        "of the commit rules `threshold`, `frontier`, `steady` and `local`: a prediction at least "
+        "this probable is committed (epsilon)",
     )
     commit: str = _knob(
         "frontier",
@@ -150,8 +150,14 @@ class ElasticConfig:
     frontier_threshold: float = _knob(
         0.5,
         _number(0.0, 1.0),
-        "of the commit rule `frontier`: the threshold at the first masked position, before which "
-        "all is decided; from `threshold` on it changes nothing",
+        "of the commit rules `frontier` and `steady`: the threshold at the first masked position, "
+        "before which all is decided; from `threshold` on it changes nothing",
+    )
+    steady_threshold: float = _knob(
+        0.8,
+        _number(0.0, 1.0),
+        "of the commit rule `steady`: the threshold for a prediction that the step before made "
+        "too, no less sure; from `threshold` on it changes nothing",
     )
     factor: float = _knob(
         0.75,

@@ -15,6 +15,7 @@ from tests.golden import commit_rule, commit_rules
 from vllm_elastic.config import COMMIT_RULES, ElasticConfig
 from vllm_elastic.decoding import commits
 from vllm_elastic.decoding.canvas import Canvas
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.schedule import make_schedule
 
 
@@ -30,7 +31,9 @@ def commit(
     config = replace(ElasticConfig(), **{"commit": "threshold", **knobs})
     schedule = make_schedule(config, positions[-1])
     of_each = None if entropies is None else np.array(entropies)
-    return schedule.choose(canvas, window, np.array(confidences), 0, of_each).tolist()
+    tokens = np.arange(len(window), dtype=np.int32)
+    predictions = Predictions(window, tokens, np.array(confidences), of_each)
+    return schedule.choose(canvas, predictions, 0).tolist()
 
 
 def test_rules_are_the_registered_ones() -> None:
@@ -63,6 +66,21 @@ def test_entropy_by_hand(
     positions = list(range(1, len(confidences) + 1))
     chosen = commit(positions, confidences, entropies, commit="entropy", entropy_bound=bound)
     assert chosen == committed
+
+
+@pytest.mark.parametrize(("knobs", "steps"), commit_rules.STEADY)
+def test_steady_by_hand(
+    knobs: dict[str, Any], steps: list[tuple[list[int], list[int], list[float], list[int]]]
+) -> None:
+    canvas = Canvas([1], 20, 99)
+    schedule = make_schedule(replace(ElasticConfig(), commit="steady", **knobs), 20)
+    for number, (positions, tokens, confidences, committed) in enumerate(steps):
+        predictions = Predictions(
+            np.array(positions, dtype=np.int32),
+            np.array(tokens, dtype=np.int32),
+            np.array(confidences),
+        )
+        assert schedule.choose(canvas, predictions, number).tolist() == committed
 
 
 CONFIDENCES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12)

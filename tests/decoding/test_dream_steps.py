@@ -16,6 +16,7 @@ from tests.golden import dream_steps
 from vllm_elastic.config import ALGORITHMS, ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas
 from vllm_elastic.decoding.dream_steps import DreamSteps
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
 
 PROMPT = 3
@@ -34,7 +35,8 @@ def decode(
         window = schedule.window(canvas)
         assert window.tolist() == np.flatnonzero(canvas.masked).tolist()
         at = np.array(confidences)[(window - PROMPT) % len(confidences)]
-        chosen = window[schedule.choose(canvas, window, at, len(committed))]
+        predictions = Predictions(window, np.full(len(window), 5, dtype=np.int32), at)
+        chosen = window[schedule.choose(canvas, predictions, len(committed))]
         canvas.commit(chosen, np.full(len(chosen), 5, dtype=np.int32))
         committed.append((chosen - PROMPT).tolist())
     return committed, canvas
@@ -79,7 +81,9 @@ def one_step(step: int, confidences: list[float], count: int, **knobs: Any) -> l
     canvas = Canvas([1] * PROMPT, masks, 99)
     window = canvas.first_masked(masks)
     schedules = [DreamSteps(config, 4, seed) for seed in range(count)]
-    return [s.choose(canvas, window, np.array(confidences), step).tolist() for s in schedules]
+    tokens = np.full(len(window), 5, dtype=np.int32)
+    predictions = Predictions(window, tokens, np.array(confidences))
+    return [s.choose(canvas, predictions, step).tolist() for s in schedules]
 
 
 def test_origin_commits_by_chance() -> None:

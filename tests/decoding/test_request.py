@@ -90,6 +90,7 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
     """Replayed passes would commit, or a step would commit the wrong positions."""
     config = scenario.config
     trace = drive(scenario)
+    before: dict[int, tuple[int, float]] = {}
     for p in trace.passes:
         if p.replayed:
             assert p.emitted == []
@@ -105,7 +106,16 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
             best = [
                 w for w, q in zip(window, probabilities, strict=True) if q >= max(probabilities)
             ]
-            assert p.committed == (sure_of(config, known) or best)
+            tokens = dict(zip(p.plan.window.tolist(), p.result.token_ids.tolist(), strict=True))
+            now = {w: (tokens[w], known[w][0]) for w in known}
+            steady = {
+                w
+                for w, (token, q) in now.items()
+                if config.commit == "steady" and w in before and before[w][0] == token
+                if min(q, before[w][1]) >= config.steady_threshold
+            }
+            before = now
+            assert p.committed == (sorted({*sure_of(config, known), *steady}) or best)
         assert p.committed
 
 
@@ -118,13 +128,13 @@ def predictions_of(p: Pass) -> dict[int, tuple[float, float]]:
 
 
 def sure_of(config: ElasticConfig, known: dict[int, tuple[float, float]]) -> list[int]:
-    """Positions that the commit rule is sure of together, ascending."""
+    """Positions that the commit rule is sure of together, by this step alone, ascending."""
     probability = {w: known[w][0] for w in sorted(known)}
-    if config.commit in ("threshold", "frontier", "local"):
+    if config.commit in ("threshold", "frontier", "steady", "local"):
         anchors = [w for w, q in probability.items() if q >= config.threshold]
         if config.commit == "threshold":
             return anchors
-        if config.commit == "frontier":
+        if config.commit in ("frontier", "steady"):
             first = min(probability)
             open_ = probability[first] >= config.frontier_threshold
             return sorted({*anchors, *([first] if open_ else [])})

@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.golden import fixed_steps
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.canvas import Canvas
+from vllm_elastic.decoding.canvas import Canvas, Positions
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.schedule import FixedSteps, make_schedule
+
+
+def predicted(window: Positions, confidence: npt.NDArray[np.float64]) -> Predictions:
+    return Predictions(window, np.full(len(window), 5, dtype=np.int32), confidence)
 
 
 def decode(config: ElasticConfig, tokens: int, seed: int = 0) -> list[list[int]]:
@@ -22,7 +28,7 @@ def decode(config: ElasticConfig, tokens: int, seed: int = 0) -> list[list[int]]
     while not canvas.done:
         window = schedule.window(canvas)
         confidence = np.random.default_rng(len(steps)).random(canvas.length)[window]
-        chosen = schedule.choose(canvas, window, confidence, len(steps))
+        chosen = schedule.choose(canvas, predicted(window, confidence), len(steps))
         canvas.commit(window[chosen], np.full(len(chosen), 5, dtype=np.int32))
         steps.append(window[chosen].tolist())
     return steps
@@ -56,7 +62,8 @@ def golden_decode(steps: int, block_length: int, remasking: str) -> list[list[in
     committed = []
     while not canvas.done:
         window = schedule.window(canvas)
-        chosen = schedule.choose(canvas, window, confidence[window - prompt], len(committed))
+        known = predicted(window, confidence[window - prompt])
+        chosen = schedule.choose(canvas, known, len(committed))
         canvas.commit(window[chosen], np.full(len(chosen), 5, dtype=np.int32))
         committed.append((window[chosen] - prompt).tolist())
     return committed

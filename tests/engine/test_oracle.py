@@ -101,6 +101,7 @@ ENDS: dict[str, dict[str, Any]] = {
 RULES: dict[str, dict[str, Any]] = {
     "threshold": {"policy": "none"},
     "frontier": {"policy": "none", "commit": "frontier"},
+    "steady": {"policy": "none", "commit": "steady", "steady_threshold": 0.1},
     "factor": {"policy": "none", "commit": "factor"},
     "frechet": {"policy": "none", "commit": "frechet"},
     "local": {"policy": "none", "commit": "local"},
@@ -115,6 +116,14 @@ RULES: dict[str, dict[str, Any]] = {
     "frontier-block": {**BLOCK, "commit": "frontier", "frontier_threshold": 0.3, "reach": 2},
     "frontier-dual-cache": {"policy": "dual-cache", "commit": "frontier", "block_length": 8},
     "frontier-ends": {"policy": "elastic", "commit": "frontier", "confidence_eos_eot_inf": True},
+    "steady-block": {**BLOCK, "commit": "steady", "steady_threshold": 0.05, "reach": 2},
+    "steady-elastic": {"policy": "elastic", "commit": "steady", "steady_threshold": 0.2},
+    "steady-dual-cache": {
+        "policy": "dual-cache",
+        "commit": "steady",
+        "steady_threshold": 0.1,
+        "block_length": 8,
+    },
     "local-dual-cache": {"policy": "dual-cache", "commit": "local", "block_length": 8},
     "local-block": {
         **BLOCK,
@@ -266,7 +275,7 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     for name in RULES:
         assert sum(len(committed) > 1 for committed in commits[name]) > len(prompts), name
     assert commits["threshold"] not in [
-        commits[name] for name in ("frontier", "factor", "frechet", "local", "entropy")
+        commits[name] for name in ("frontier", "steady", "factor", "frechet", "local", "entropy")
     ]
 
 

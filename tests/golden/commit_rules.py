@@ -4,6 +4,8 @@
 With c_1 >= c_2 >= ... the confidences in falling order:
 
 * frontier: a confidence reaches the threshold, or, of the leftmost position, the lower one.
+* steady: as frontier, or the step before predicted the same token there, and both confidences reach
+  the threshold for that.
 * factor (Fast-dLLM): the first n, for the largest n with (n + 1)(1 - c_n) < factor.
 * frechet (Fast-dLLM++): the first n, for the largest n with
   max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > margin.
@@ -112,4 +114,41 @@ ENTROPY: list[tuple[float, list[float], list[float], list[int]]] = [
     (0.1, [0.6, 0.2, 0.6], [0.5, 0.75, 0.5], [0, 2]),
     (9.0, [0.0, 0.4, 0.0], [0.5, 0.5, 0.5], [1]),
     (9.0, [0.0, 0.0], [0.5, 0.5], [0]),
+]
+
+# Of `steady`: (settings, steps: positions predicted, tokens, confidences, indices committed)
+STEADY: list[tuple[dict[str, Any], list[tuple[list[int], list[int], list[float], list[int]]]]] = [
+    (
+        {},
+        [
+            # The first position reaches the frontier's threshold, 6 its own; nothing was before.
+            ([3, 4, 5, 6, 7], [1, 2, 3, 4, 5], [0.5, 0.85, 0.8, 0.95, 0.79], [0, 3]),
+            # 4 says the same again, 5 another token, 7 was not sure enough, 8 is new; 4 is the
+            # frontier as well.
+            ([4, 5, 7, 8], [2, 9, 5, 6], [0.8, 0.85, 0.85, 0.85], [0]),
+            # 5 and 7 last from the step before; 8 has sunk.
+            ([5, 7, 8, 9], [9, 5, 6, 7], [0.4, 0.89, 0.7, 0.85], [1]),
+            # 8 was unsure a step ago, however sure it was two ago; 9 lasts.
+            ([5, 8, 9], [9, 6, 7], [0.3, 0.85, 0.81], [2]),
+            # Nothing: the best.
+            ([5, 8], [9, 5], [0.3, 0.85], [1]),
+        ],
+    ),
+    (
+        {"steady_threshold": 0.3, "frontier_threshold": 0.6},
+        [
+            ([3, 4, 5], [1, 2, 3], [0.4, 0.3, 0.2], [0]),  # the best
+            ([4, 5, 6], [2, 3, 8], [0.3, 0.9, 0.8], [0, 1]),
+        ],
+    ),
+    # As sure as `threshold` in any case: a higher one takes nothing away.
+    (
+        {"steady_threshold": 1.0},
+        [([3, 4], [1, 2], [0.4, 0.85], [1]), ([3, 5], [1, 2], [0.49, 0.9], [1])],
+    ),
+    # A confidence of 0 is a guess, however often it is made.
+    (
+        {"steady_threshold": 0.0, "frontier_threshold": 0.0},
+        [([3, 4], [1, 2], [0.0, 0.0], [0]), ([4, 5], [2, 2], [0.0, 0.0], [0])],
+    ),
 ]

@@ -11,7 +11,8 @@ import torch
 from tests.golden import commit_rule, commit_rules, end_options
 from vllm_elastic.reference import margin
 from vllm_elastic.reference.canvas import Canvas
-from vllm_elastic.reference.commit import CommitOptions, candidates, choose, entropies
+from vllm_elastic.reference.commit import CommitOptions, Evidence, candidates, choose, entropies
+from vllm_elastic.reference.result import DecodingResult
 
 
 def tensor(*values: int) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_what_is_committed_with_lladas_end_options(never, unconfident, threshold
 
 def committed(confidence, options, positions=None, entropy=None):
     positions = torch.arange(len(confidence)) if positions is None else torch.tensor(positions)
-    return choose(confidence, positions, options, entropy).nonzero().flatten().tolist()
+    return choose(confidence, positions, options, Evidence(entropy)).nonzero().flatten().tolist()
 
 
 def end_candidates(logits_eos_inf: bool, confidence_eos_eot_inf: bool):
@@ -160,6 +161,16 @@ def test_entropy_by_hand(bound, values, entropy, rows):
     options = CommitOptions(commit="entropy", entropy_bound=bound)
     confidence = torch.tensor(values, dtype=torch.float64)
     assert committed(confidence, options, entropy=torch.tensor(entropy).double()) == rows
+
+
+@pytest.mark.parametrize(("settings", "steps"), commit_rules.STEADY)
+def test_steady_by_hand(settings, steps):
+    options, result = CommitOptions(commit="steady", **settings), DecodingResult()
+    for positions, tokens, values, rows in steps:
+        at, confidence = torch.tensor(positions), torch.tensor(values, dtype=torch.float64)
+        lasting = result.lasting(at, torch.tensor(tokens), confidence)
+        chosen = choose(confidence, at, options, Evidence(lasting=lasting))
+        assert chosen.nonzero().flatten().tolist() == rows
 
 
 def test_entropies():

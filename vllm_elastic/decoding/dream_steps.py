@@ -9,6 +9,7 @@ import numpy.typing as npt
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.commits import by_rank
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.random_numbers import uniform
 
 LAST_TIME = 1e-3
@@ -51,19 +52,13 @@ class DreamSteps:
         """All masks."""
         return canvas.first_masked(canvas.length)
 
-    def choose(
-        self,
-        canvas: Canvas,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        step: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> npt.NDArray[np.intp]:
-        """Indices into the window that are committed, ascending; perhaps none.
+    def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:
+        """Indices of the predictions that are committed, ascending; perhaps none.
 
         Args:
-            probabilities: float64 [W], the confidences that ``alg`` names.
+            predictions: of all masks, with the confidences that ``alg`` names.
         """
+        window, probabilities = predictions.positions, predictions.probabilities
         if step >= self._steps - 1:
             return np.arange(len(window))
         share = 1 - self._time(step + 1) / self._time(step)

@@ -18,6 +18,7 @@ from vllm_elastic.decoding.plan import (
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.record import DecodingRecord, canvas_of_pass
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
@@ -204,9 +205,10 @@ class DenoisingRequest:
         return stale is not None
 
     def _commit(self, plan: PassPlan, result: PassResult) -> None:
-        chosen = self.schedule.choose(
-            self.canvas, plan.window, result.probabilities, plan.denoising_step, result.entropies
+        predictions = Predictions(
+            plan.window, result.token_ids, result.probabilities, result.entropies
         )
+        chosen = self.schedule.choose(self.canvas, predictions, plan.denoising_step)
         self.just_committed = plan.window[chosen]
         self.canvas.commit(self.just_committed, result.token_ids[chosen])
         if result.logprobs is not None:

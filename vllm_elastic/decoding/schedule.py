@@ -12,25 +12,19 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.commits import by_rank, make_commit_rule
 from vllm_elastic.decoding.dream_steps import DreamSteps
+from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.random_numbers import uniform
 
 
 class Schedule(Protocol):
-    """Asked once before a denoising step and once after it; keeps no state of its own."""
+    """One request's: asked once before each denoising step and once after it."""
 
     def window(self, canvas: Canvas) -> Positions:
         """The masked positions that the next step predicts, at least one."""
         ...
 
-    def choose(
-        self,
-        canvas: Canvas,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        step: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> npt.NDArray[np.intp]:
-        """Indices into the window that are committed, ascending; at least one, but for
+    def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:
+        """Indices of the predictions that are committed, ascending; at least one, but for
         ``DreamSteps``, whose number of steps is fixed as well."""
         ...
 
@@ -45,17 +39,10 @@ class SlidingWindow:
     def window(self, canvas: Canvas) -> Positions:
         return canvas.first_masked(self._config.window)
 
-    def choose(
-        self,
-        canvas: Canvas,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        step: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> npt.NDArray[np.intp]:
+    def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:
         if self._config.tokens_per_step is not None:
-            return by_rank(probabilities, self._config.tokens_per_step)
-        return self._rule.choose(window, probabilities, entropies)
+            return by_rank(predictions.probabilities, self._config.tokens_per_step)
+        return self._rule.choose(predictions)
 
 
 class TextBlocks(SlidingWindow):
@@ -106,19 +93,12 @@ class FixedSteps(TextBlocks):
         self._random = config.remasking == "random"
         self._seed = seed
 
-    def choose(
-        self,
-        canvas: Canvas,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        step: int,
-        entropies: npt.NDArray[np.float64] | None = None,
-    ) -> npt.NDArray[np.intp]:
+    def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:
         share, rest = divmod(self._config.block_length, self._steps_per_block)
         count = share + (step % self._steps_per_block < rest)
-        priorities = probabilities
+        priorities = predictions.probabilities
         if self._random:
-            priorities = uniform(self._seed, step, canvas.length)[window]
+            priorities = uniform(self._seed, step, canvas.length)[predictions.positions]
         return by_rank(priorities, count)
 
 

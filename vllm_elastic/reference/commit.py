@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Rule = Literal["threshold", "frontier", "factor", "frechet", "local", "entropy"]
+Rule = Literal["threshold", "frontier", "steady", "factor", "frechet", "local", "entropy"]
 
 
 def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -58,8 +58,8 @@ class CommitOptions:
         commit: the rule, see ``sure``.
         threshold: epsilon, confidence from which a prediction is sure; above 1: one token a step
             (more only if equally confident).
-        frontier_threshold, factor, frechet_margin, relaxed_threshold, anchor_radius,
-            entropy_bound: of the other rules.
+        frontier_threshold, steady_threshold, factor, frechet_margin, relaxed_threshold,
+            anchor_radius, entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
         drop_after_every_eos, grow_by: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
@@ -68,6 +68,7 @@ class CommitOptions:
     commit: Rule = "threshold"
     threshold: float = 0.9
     frontier_threshold: float = 0.5
+    steady_threshold: float = 0.8
     factor: float = 0.75
     frechet_margin: float = 0.25
     relaxed_threshold: float = 0.75
@@ -92,8 +93,28 @@ def entropies(logits: Tensor, mask_token_id: int, never: Sequence[int] = ()) -> 
     return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule may want besides the confidence of n predictions, (n,) each.
+
+    Attributes:
+        entropy: of the predictions' distributions; ``entropy`` alone needs it.
+        lasting: the lower of the confidences at this and the step before, if that predicted the
+            same token there; 0 if not. ``steady`` alone needs it.
+    """
+
+    entropy: Tensor | None = None
+    lasting: Tensor | None = None
+
+
+NO_EVIDENCE = Evidence()
+
+
 def sure(
-    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+    confidence: Tensor,
+    positions: Tensor,
+    options: CommitOptions,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> Tensor:
     """(n,) bool: what may be committed together; perhaps nothing. A confidence of 0 never is.
 
@@ -103,6 +124,8 @@ def sure(
     * ``threshold`` (Elastic-Cache, step 6): every c of at least ``threshold``.
     * ``frontier``: every c of at least ``threshold``, and that of the leftmost position if it is
       at least ``frontier_threshold``.
+    * ``steady``: what ``frontier`` commits, and every prediction that lasts (see ``Evidence``)
+      with at least ``steady_threshold``.
     * ``factor`` (Fast-dLLM): the first n, n the largest with (n + 1) (1 - c_n) < ``factor``.
     * ``frechet`` (Fast-dLLM++): the first n, n the largest with
       max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > ``frechet_margin``.
@@ -113,21 +136,23 @@ def sure(
 
     Args:
         confidence: (n,) of the predictions for ``positions`` (n,), ascending.
-        entropy: (n,) of their distributions; ``entropy`` alone needs it.
     """
     if options.commit == "threshold":
         chosen = confidence >= options.threshold
-    elif options.commit == "frontier":
+    elif options.commit in ("frontier", "steady"):
         needed = torch.full_like(confidence, options.threshold)
         needed[positions.argmin()] = min(options.threshold, options.frontier_threshold)
         chosen = confidence >= needed
+        if options.commit == "steady":
+            assert evidence.lasting is not None
+            chosen = chosen | (evidence.lasting >= options.steady_threshold)
     elif options.commit == "local":
         relaxed = confidence >= options.relaxed_threshold
         chosen = confidence >= options.threshold
         chosen = chosen | relaxed & near_anchors(confidence, positions, options)
     else:
         count = 0
-        for n, room in enumerate(rooms(confidence, options, entropy), start=1):
+        for n, room in enumerate(rooms(confidence, options, evidence.entropy), start=1):
             if room > 0 or (room == 0 and options.commit == "entropy"):
                 count = n
         chosen = most_confident(confidence, count)
@@ -169,7 +194,10 @@ def most_confident(confidence: Tensor, count: int) -> Tensor:
 
 
 def choose(
-    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+    confidence: Tensor,
+    positions: Tensor,
+    options: CommitOptions,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> Tensor:
     """(n,) bool, which of the window to commit: a fixed number a step, or what is ``sure``.
 
@@ -178,7 +206,7 @@ def choose(
     """
     if options.tokens_per_step is not None:
         return most_confident(confidence, options.tokens_per_step)
-    chosen = sure(confidence, positions, options, entropy)
+    chosen = sure(confidence, positions, options, evidence)
     if chosen.any():
         return chosen
     if confidence.max() > 0:

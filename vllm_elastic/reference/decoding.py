@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import margin
 from .canvas import Canvas
-from .commit import CommitOptions, candidates, choose, entropies, without
+from .commit import CommitOptions, Evidence, candidates, choose, entropies, without
 from .llada import LLaDA
 from .result import DecodingResult
 
@@ -42,13 +42,17 @@ def commit_predictions(
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
     token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
-    entropy = entropies(logits, mask, options.never) if options.commit == "entropy" else None
-    chosen = choose(confidence, window, options, entropy)
+    evidence = Evidence(
+        entropies(logits, mask, options.never) if options.commit == "entropy" else None,
+        result.lasting(window, token_ids, confidence),
+    )
+    chosen = choose(confidence, window, options, evidence)
     canvas.commit(window[chosen], token_ids[chosen])
-    # Where a prediction alone can make a row unconfident, those that are not committed decide, too.
-    deciding = logits if options.unconfident else logits[chosen]
+    # Where which token it is decides about a row, those that are not committed decide, too.
+    by_token = options.unconfident or options.commit == "steady"
+    deciding = logits if by_token else logits[chosen]
     result.close_call(
-        margin.of_commit(confidence, window, options, entropy),
+        margin.of_commit(confidence, window, options, evidence),
         margin.of_candidates(without(deciding, (mask, *options.never))),
     )
     return window[chosen]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .commit import CommitOptions, near_anchors, rooms, sure
+from .commit import NO_EVIDENCE, CommitOptions, Evidence, near_anchors, rooms, sure
 
 
 def on_cpu(values: Tensor | Sequence[float]) -> Tensor:
@@ -42,15 +42,20 @@ def of_threshold(values: Tensor | Sequence[float], threshold: float) -> float:
 
 
 def of_sure(
-    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+    confidence: Tensor,
+    positions: Tensor,
+    options: CommitOptions,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> float:
     """Of ``commit.sure``: n tokens that are judged together share the distance from the bound."""
     if options.commit == "threshold":
         return of_threshold(confidence, options.threshold)
-    if options.commit == "frontier":
+    if options.commit in ("frontier", "steady"):
+        lasting = confidence[:0] if evidence.lasting is None else evidence.lasting
         return min(
             of_threshold(confidence, options.threshold),
             of_threshold(confidence[:1], options.frontier_threshold),
+            of_threshold(lasting[lasting > 0], options.steady_threshold),
         )
     if options.commit == "local":
         near = near_anchors(confidence, positions, options)
@@ -58,8 +63,8 @@ def of_sure(
             of_threshold(confidence, options.threshold),
             of_threshold(confidence[near], options.relaxed_threshold),
         )
-    distances = rooms(confidence, options, entropy)
-    count = int(sure(confidence, positions, options, entropy).sum())
+    distances = rooms(confidence, options, evidence.entropy)
+    count = int(sure(confidence, positions, options, evidence).sum())
     return min(
         of_ranking(confidence, count),
         *(abs(room) / (n + 1) for n, room in enumerate(distances, start=1)),
@@ -67,13 +72,16 @@ def of_sure(
 
 
 def of_commit(
-    confidence: Tensor, positions: Tensor, options: CommitOptions, entropy: Tensor | None = None
+    confidence: Tensor,
+    positions: Tensor,
+    options: CommitOptions,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> float:
     """Of ``commit.choose``."""
     if options.tokens_per_step is not None:
         return of_ranking(confidence, options.tokens_per_step)
-    of_rule = of_sure(confidence, positions, options, entropy)
-    if sure(confidence, positions, options, entropy).any():
+    of_rule = of_sure(confidence, positions, options, evidence)
+    if sure(confidence, positions, options, evidence).any():
         return of_rule
     if options.commit == "threshold":  # the best is committed on either side of the threshold
         return of_ranking(confidence, 1)

@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+import torch
+from torch import Tensor
+
 from .canvas import Canvas
 
 
@@ -53,6 +56,24 @@ class DecodingResult:
     margins: list[float] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     _closest: float = math.inf
+    _predicted: dict[int, tuple[int, float]] = field(default_factory=dict)
+
+    def lasting(self, positions: Tensor, token_ids: Tensor, confidence: Tensor) -> Tensor:
+        """(n,): the lower of the confidences now and when this was last asked, 0 for a token that
+        was not predicted there then. Remembers these predictions, (n,) each, for the next time."""
+        now = {
+            position: (token, sureness)
+            for position, token, sureness in zip(
+                positions.tolist(), token_ids.tolist(), confidence.tolist(), strict=True
+            )
+        }
+        found = torch.zeros_like(confidence)
+        for index, (position, (token, sureness)) in enumerate(now.items()):
+            token_then, sureness_then = self._predicted.get(position, (None, 0.0))
+            if token == token_then:
+                found[index] = min(sureness, sureness_then)
+        self._predicted = now
+        return found
 
     def close_call(self, *margins: float) -> None:
         """Margins of decisions of the step that ``record`` will add."""

@@ -12,18 +12,19 @@ from vllm_elastic.decoding.commits.factor import Factor
 from vllm_elastic.decoding.commits.frechet import Frechet
 from vllm_elastic.decoding.commits.frontier import Frontier
 from vllm_elastic.decoding.commits.local import Local
+from vllm_elastic.decoding.commits.steady import Steady
 from vllm_elastic.decoding.commits.threshold import Threshold
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
 
 COMMIT_RULES: dict[str, type[CommitRule]] = {
-    rule.name: rule for rule in (Threshold, Frontier, Factor, Frechet, Local, Entropy)
+    rule.name: rule for rule in (Threshold, Frontier, Steady, Factor, Frechet, Local, Entropy)
 }
 
 
 def make_commit_rule(config: ElasticConfig) -> CommitRule:
-    """The rule that ``config.commit`` names (checked when the config was made)."""
+    """One request's rule, as ``config.commit`` names it (checked when the config was made)."""
     return COMMIT_RULES[config.commit](config)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
+from vllm_elastic.decoding.predictions import Predictions
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class CommitRule:
     """Says which predictions of a step are sure enough to be committed together.
 
-    A rule sees one step's predictions and keeps nothing from one step to the next.
+    Made for one request, and asked after each of its steps.
 
     Attributes:
         name: what ``commit`` in the config calls it.
@@ -30,37 +30,24 @@ class CommitRule:
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
         """bool [W]: what the rule would commit of its own accord, perhaps nothing.
 
-        Asked after every step that commits by rule.
-
         Args:
-            window: the positions predicted, ascending, W >= 1; the first masked one among them.
-            probabilities: float64 [W], of each position's prediction.
-            entropies: float64 [W], of its distribution, in nats; None where not needed.
+            predictions: the step's; the first masked position is among them, and so is everything
+                that the step before predicted and did not commit.
         """
         raise NotImplementedError
 
     @final
-    def choose(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.intp]:
-        """Indices into the window that are committed, ascending, at least one.
+    def choose(self, predictions: Predictions) -> npt.NDArray[np.intp]:
+        """Indices of the predictions that are committed, ascending, at least one.
 
         Where nothing is sure it is the best, with those equal to it; of zeros only the earliest,
         since all of them would be guesses: a probability of 0 (``confidence_eos_eot_inf``, a
         predicted end) is one under any rule.
         """
-        accepted = self.accepts(window, probabilities, entropies)
+        probabilities, accepted = predictions.probabilities, self.accepts(predictions)
         sure = np.flatnonzero(accepted & (probabilities > 0))
         if len(sure):
             return sure

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule, largest_prefix
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Entropy(CommitRule):
@@ -22,12 +22,8 @@ class Entropy(CommitRule):
     name = "entropy"
     needs_entropies = True
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        probabilities, entropies = predictions.probabilities, predictions.entropies
         assert entropies is not None
         ranked = entropies[np.argsort(-probabilities, kind="stable")]
         shared = np.cumsum(ranked) - np.maximum.accumulate(ranked)

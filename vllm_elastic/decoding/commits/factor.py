@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule, largest_prefix
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Factor(CommitRule):
@@ -21,12 +21,8 @@ class Factor(CommitRule):
 
     name = "factor"
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        probabilities = predictions.probabilities
         falling = -np.sort(-probabilities)
         counts = np.arange(1, len(falling) + 1)
         return largest_prefix(probabilities, (counts + 1) * (1 - falling) < self.config.factor)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule, largest_prefix
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Frechet(CommitRule):
@@ -23,12 +23,8 @@ class Frechet(CommitRule):
 
     name = "frechet"
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        probabilities = predictions.probabilities
         falling = -np.sort(-probabilities)
         # c_1 + ... + c_n - (n - 1), written so that probabilities near 1 do not lose their digits.
         together = 1 - np.cumsum(1 - falling)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Frontier(CommitRule):
@@ -19,12 +19,8 @@ class Frontier(CommitRule):
 
     name = "frontier"
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        probabilities = predictions.probabilities
         accepted = probabilities >= self.config.threshold
         accepted[0] |= probabilities[0] >= self.config.frontier_threshold
         return accepted

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Local(CommitRule):
@@ -20,13 +20,9 @@ class Local(CommitRule):
 
     name = "local"
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        positions, probabilities = predictions.positions, predictions.probabilities
         anchors = probabilities >= self.config.threshold
-        distances = np.abs(window[:, None] - window[anchors])
+        distances = np.abs(positions[:, None] - positions[anchors])
         near = (distances <= self.config.anchor_radius).any(axis=1)
         return anchors | (near & (probabilities >= self.config.relaxed_threshold))

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.commits.base import CommitRule
+from vllm_elastic.decoding.predictions import Predictions
 
 
 class Threshold(CommitRule):
@@ -16,10 +16,5 @@ class Threshold(CommitRule):
 
     name = "threshold"
 
-    def accepts(
-        self,
-        window: Positions,
-        probabilities: npt.NDArray[np.float64],
-        entropies: npt.NDArray[np.float64] | None,
-    ) -> npt.NDArray[np.bool_]:
-        return probabilities >= self.config.threshold
+    def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
+        return predictions.probabilities >= self.config.threshold
