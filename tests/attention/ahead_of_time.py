@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from tests.attention.paged_pass import PagedPass, Plan, Shape
-from vllm_elastic.attention.paged_kernels import PAPER, RELEASED, warm_up
+from vllm_elastic.attention.paged_statistics import PAPER, RELEASED, warm_up
 
 
 class NoDevice:

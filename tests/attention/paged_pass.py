@@ -13,7 +13,7 @@ import torch
 from tests.triton_interpreter import DEVICE
 from vllm_elastic.attention import naive
 from vllm_elastic.attention.key_layout import KeyLayout
-from vllm_elastic.attention.paged_kernels import (
+from vllm_elastic.attention.paged_statistics import (
     PAPER,
     RELEASED,
     Before,
@@ -35,7 +35,7 @@ STATISTICS = {RELEASED: "released", PAPER: "paper"}
 class Shape:
     """Of a model and its cache."""
 
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     dim: int = 16
@@ -179,7 +179,8 @@ class PagedPass:
         other.plans, other.tables = self.plans[own], self.tables[own]
         other.num_own, other.first_query = self.num_own[own], self.first_query[own]
         other._own_keys, other.old_keys = self._own_keys[own], self.old_keys[own]
-        other.old_queries = self.old_queries[:, first : first + len(self.plans[index].tested)]
+        tested = slice(first, first + len(self.plans[index].tested))
+        other.old_queries = self.old_queries[:, tested].contiguous()
         return other
 
     # What is right.

@@ -44,18 +44,18 @@ def test_kernels_compile(gpu: str) -> None:
     later = [each["kernel"] for each in compiled if each["phase"] == "pass"]
     assert not later, "a request would wait for a compilation"
     assert Counter(each["kernel"] for each in compiled) == {
-        "_mass_kernel": 2,  # with tests and without
-        "_released_kernel": 1,
-        "_paper_kernel": 1,
-        "_similarity_kernel": 2,  # one for each statistic
-        "_fold_kernel": 2,  # by layer, and over layers
+        "mass_kernel": 2,  # with tests and without
+        "released_kernel": 1,
+        "paper_kernel": 1,
+        "similarity_kernel": 2,  # one for each statistic
+        "fold_kernel": 2,  # by layer, and over layers
     }
     for each in compiled:
         name, assembly = each["kernel"], each["assembly"]
         assert each["shared"] <= shared_memory, f"{name} would not fit on a multiprocessor"
         assert "tf32" not in assembly, f"{name} rounds float32"
         assert ".local" not in assembly, f"{name} spills registers"
-        if name in ("_mass_kernel", "_released_kernel", "_paper_kernel"):
+        if name in ("mass_kernel", "released_kernel", "paper_kernel"):
             # 16 bytes a thread: a key would else be loaded number by number.
             assert "cp.async.cg.shared.global" in assembly, name
             assert ("mma" in assembly) == (sizes["dtype"] != "float32"), name

@@ -92,7 +92,7 @@ class ElasticRunner:
         trial_run(self.model, self.traits, limits, seats, canvas, self._upload)
 
     def warming_up_model(self) -> None:
-        warm_up(self.cache)
+        """Nothing is compiled."""
 
     def initialize_kv_cache(
         self,
@@ -122,6 +122,7 @@ class ElasticRunner:
         names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
         self.cache = CacheView.of(self.model, kv_cache_config)
+        warm_up(self.cache)
         self._log_capacity(kv_cache_config)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:

@@ -44,8 +44,8 @@ def attention_sums(
 def warm_up(cache: CacheView) -> None:
     """Compile what passes will launch."""
     if cache.keys.is_cuda:
-        from vllm_elastic.attention import paged_kernels
+        from vllm_elastic.attention import paged_statistics
 
-        keys = paged_kernels.PagedKeys(cache.keys, cache.key_layout)
+        keys = paged_statistics.PagedKeys(cache.keys, cache.key_layout)
         of_all_ranks = cache.num_heads * ranks.count()
-        paged_kernels.warm_up(keys, cache.num_heads, of_all_ranks, cache.hidden_stride)
+        paged_statistics.warm_up(keys, cache.num_heads, of_all_ranks, cache.hidden_stride)

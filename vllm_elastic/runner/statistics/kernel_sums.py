@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_elastic.attention.paged_kernels import (
+from vllm_elastic.attention.paged_statistics import (
     PAPER,
     RELEASED,
     Before,
