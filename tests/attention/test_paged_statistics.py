@@ -56,18 +56,20 @@ def comparing(statistic: int) -> list[Plan]:
     ]
 
 
-def mass_of(made: PagedPass, parts: list[tuple[int, int]], by_layer: bool = True) -> torch.Tensor:
+def masses_of(made: PagedPass, parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[L, plans, longest T] by layer, and [plans, longest T] summed over layers."""
     statistics, longest = made.statistics(), max(plan.length for plan in made.plans)
-    sizes = (made.shape.layers, len(made.plans), longest)
-    out = torch.zeros(sizes if by_layer else sizes[1:], device=DEVICE)
+    by_layer = torch.zeros(made.shape.layers, len(made.plans), longest, device=DEVICE)
+    summed = torch.zeros_like(by_layer[0])
     for first, stop in parts:
-        statistics.add_mass(statistics.read(made.part(first, stop)), out)
-    return out.cpu()
+        attention = statistics.read(made.part(first, stop))
+        statistics.add_mass(attention, by_layer)
+        statistics.add_mass(attention, summed)
+    return by_layer.cpu(), summed.cpu()
 
 
 def check_mass(made: PagedPass, parts: list[tuple[int, int]]) -> None:
-    mass = mass_of(made, parts)
-    summed = mass_of(made, parts, by_layer=False)
+    mass, summed = masses_of(made, parts)
     for index, plan in enumerate(made.plans):
         layers, expected = list(made.layers_of(plan)), made.mass(index)
         assert_close(f"plan {index}", mass[layers, index, : plan.length], expected, 1e-5)
@@ -165,16 +167,17 @@ def test_a_plan_s_numbers_do_not_depend_on_its_neighbours() -> None:
     shape, everything = Shape(layers=2, heads=4, kv_heads=2), [(0, 2)]
     plans = [*comparing(RELEASED)[:2], *comparing(PAPER)[2:], LONG]
     together = PagedPass(shape, plans)
-    mass, summed = mass_of(together, everything), mass_of(together, everything, by_layer=False)
+    mass, summed = masses_of(together, everything)
     drift = similarities_of(together, everything)
     in_parts = [(0, 1), (1, 2)]
-    assert torch.equal(mass_of(together, in_parts), mass)
-    assert torch.equal(mass_of(together, in_parts, by_layer=False), summed)
+    for found, expected in zip(masses_of(together, in_parts), (mass, summed), strict=True):
+        assert torch.equal(found, expected)
     for index, plan in enumerate(plans):
         alone = together.alone(index)
         own = slice(plan.length)
-        assert torch.equal(mass_of(alone, everything)[:, 0, own], mass[:, index, own])
-        assert torch.equal(mass_of(alone, everything, False)[0, own], summed[index, own])
+        own_mass, own_summed = masses_of(alone, everything)
+        assert torch.equal(own_mass[:, 0, own], mass[:, index, own])
+        assert torch.equal(own_summed[0, own], summed[index, own])
         same = similarities_of(alone, everything)[0]
         assert torch.equal(same.nan_to_num(-1), drift[index].nan_to_num(-1))
 
@@ -184,7 +187,7 @@ def test_a_plan_that_is_not_a_number_stays_alone() -> None:
     clean, spoilt = PagedPass(Shape(), plans), PagedPass(Shape(), plans)
     first = spoilt.first_query[1]
     spoilt.queries[:, first : first + spoilt.num_own[1]] = torch.nan
-    mass, expected = mass_of(spoilt, [(0, 2)]), mass_of(clean, [(0, 2)])
+    mass, expected = masses_of(spoilt, [(0, 2)])[0], masses_of(clean, [(0, 2)])[0]
     assert mass[:, 1, : plans[1].length].isnan().all()
     others = [0, 2, 3, 4]
     assert torch.equal(mass[:, others], expected[:, others])
@@ -196,7 +199,7 @@ def test_a_plan_that_is_not_a_number_stays_alone() -> None:
 
 def test_a_plan_without_rows_pays_nothing() -> None:
     made = PagedPass(Shape(), [ONE_ROW, dataclasses.replace(LONG, window=0), WHOLE_BLOCKS])
-    assert not mass_of(made, [(0, 2)])[:, 1].any()
+    assert not masses_of(made, [(0, 2)])[0][:, 1].any()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by Triton's interpreter")
