@@ -52,7 +52,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "interval": (8, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "probes": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5, MILLION + 1]),
-    "block_drift": (0.02, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
+    "block_drift": (0.05, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "attention_stride": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "granularity": (32, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),

@@ -224,7 +224,7 @@ class ElasticConfig:
         "`elastic-block`",
     )
     block_drift: float = _knob(
-        0.02,
+        0.05,
         _number(0.0, 10.0),
         "of `elastic-block`: expected error of the window's attention beyond which blocks are "
         "refreshed: attention paid to stale blocks times their relative drift",

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         type=json.loads,
         default=[],
         metavar="JSON",
-        help='further settings: \'{"policy": "elastic-block", "block_drift": 0.02}\'',
+        help='further settings: \'{"policy": "elastic-block", "block_drift": 0.05}\'',
     )
     add_engine(parser, batch_size=16)
     add_json(parser)

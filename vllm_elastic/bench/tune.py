@@ -18,7 +18,7 @@ from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
-DRIFTS = (1.0, 0.3, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005)
+DRIFTS = (1.0, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005)
 BASELINE = {"policy": "none", "commit": "threshold"}
 """What answers are held against: nothing cached, and the commit rule that everybody has."""
 COSTS = ("row-layers", "seconds")
@@ -55,6 +55,7 @@ def decoding(policy: str) -> Iterator[Ladder]:
     sizes = [{}] if policy == "dual-cache" else [{"window": size} for size in (64, 32, 16)]
     for size in sizes:
         yield Ladder({**size, "commit": "frontier"}, "frontier_threshold", (0.3, 0.5, 0.7, 0.9))
+        yield Ladder({**size, "commit": "steady"}, "steady_threshold", (0.75, 0.8, 0.85))
     yield Ladder({"commit": "local"}, "relaxed_threshold", (0.7, 0.8, 0.85))
 
 

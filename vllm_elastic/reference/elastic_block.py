@@ -63,7 +63,7 @@ class ElasticBlockOptions(DecodingOptions):
     granularity: int = 32
     probes: int = 4
     reach: int = 4
-    block_drift: float = 0.02
+    block_drift: float = 0.05
     slack: float = 0.1
     attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
