@@ -82,8 +82,7 @@ class DriftTotals:
         self._trackable = upload.put(filled_up([m.trackable for m in measures], longest, np.bool_))
         self._track_num = max((measure.track_num for measure in measures), default=0)
         self._pending: list[PendingSums] = []
-        num_stored = -(-cache.num_layers // cache.hidden_stride)
-        self._similarities = torch.zeros(len(owners), num_stored, device=upload.device)
+        self._similarities: torch.Tensor | None = None  # [plans, stored layers]
 
     def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position.
@@ -128,7 +127,11 @@ class DriftTotals:
 
     def take_similarities(self) -> None:
         """Turn the sums, added up over ranks, into similarities; they may be overwritten."""
+        if self._pending and self._similarities is None:
+            num_stored = -(-self._cache.num_layers // self._cache.hidden_stride)
+            self._similarities = self.mass.new_zeros(len(self.owners), num_stored)
         for each in self._pending:
+            assert self._similarities is not None
             each.add_to(self._similarities)
         self._pending = []
 
@@ -157,15 +160,15 @@ class DriftTotals:
 
     def similarities(self) -> dict[int, torch.Tensor]:
         """float32 [tested layers] of each plan that tests."""
-        testing = {index: own for index, own in self.owners.items() if own.tested.size}
-        if not testing:
+        if self._similarities is None:
             return {}
         stride, num_layers = self._cache.hidden_stride, self._cache.num_layers
         found = self._similarities.new_full((len(self.owners), num_layers), torch.nan)
         found[:, ::stride] = self._similarities
         return {
             index: found[self._nth[index], : self._measure(index).tested_layers]
-            for index in testing
+            for index, own in self.owners.items()
+            if own.tested.size
         }
 
     def _measure(self, index: int) -> DriftTest:
