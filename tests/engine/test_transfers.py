@@ -41,7 +41,15 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITING = set("_local_scalar_dense nonzero masked_select _unique2 equal is_nonzero".split())
+WAITING = {
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 """By a mask these look for its places first: how many there are is the result's shape."""
 
