@@ -82,7 +82,11 @@ class DriftTotals:
         self._trackable = upload.put(filled_up([m.trackable for m in measures], longest, np.bool_))
         self._track_num = max((measure.track_num for measure in measures), default=0)
         self._pending: list[PendingSums] = []
-        self._similarities: torch.Tensor | None = None  # [plans, stored layers]
+        # [plans, stored layers]; most requests test nothing, and most passes.
+        self._similarities: torch.Tensor | None = None
+        if any(own.tested.size for own in owners.values()):
+            num_stored = -(-cache.num_layers // cache.hidden_stride)
+            self._similarities = self.mass.new_zeros(len(owners), num_stored)
 
     def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position.
@@ -127,9 +131,6 @@ class DriftTotals:
 
     def take_similarities(self) -> None:
         """Turn the sums, added up over ranks, into similarities; they may be overwritten."""
-        if self._pending and self._similarities is None:
-            num_stored = -(-self._cache.num_layers // self._cache.hidden_stride)
-            self._similarities = self.mass.new_zeros(len(self.owners), num_stored)
         for each in self._pending:
             assert self._similarities is not None
             each.add_to(self._similarities)

@@ -63,6 +63,7 @@ class KernelSums:
         self._num_rows = len(saved.query_rows) + len(saved.tested_positions)
         self._in_window = np.zeros(len(saved.query_rows), dtype=np.float32)
         self._tested, self._blocks, self._written_at = [NO_ROWS], [NO_ROWS], [NO_ROWS]
+        self._num_blocks = self._num_written = 0
         self.read_layers: set[int] = set()
         entries_of = {
             totals: [self._entry(place, own) for place, own in enumerate(totals.owners.values())]
@@ -108,12 +109,13 @@ class KernelSums:
             first_layer=layers.start,
             layer_stride=layers.step,
             length=len(own.plan.tokens),
-            first_block=sum(map(len, self._blocks)),
+            first_block=self._num_blocks,
             first_query=own.queries.start,
             num_queries=len(own.in_window),
         )
         self._in_window[own.queries] = own.in_window
         self._blocks.append(np.asarray(cache.kernel_blocks(own.plan.block_ids)))
+        self._num_blocks += len(self._blocks[-1])
         if own.tested.size:
             assert isinstance(measure, DriftTest)
             stored = cache.num_tested(measure.tested_layers)
@@ -121,23 +123,27 @@ class KernelSums:
                 statistic=_STATISTICS[measure.statistic],
                 first_tested=own.old_queries.start,
                 num_tested=own.tested.size,
-                first_written=sum(map(len, self._written_at)),
+                first_written=self._num_written,
                 stop_stored=cache.num_layers if stored is None else stored,
             )
             self._tested.append(own.queries.start + own.tested)
             written_at = np.full(entry.length, -1)
             written_at[own.written] = range(own.old_keys.start, own.old_keys.stop)
             self._written_at.append(written_at)
+            self._num_written += entry.length
         return entry
 
     def _groups(self, entries: list[PlanEntry]) -> Iterator[list[PlanEntry]]:
         """As many plans as there is room for in a layer."""
         some: list[PlanEntry] = []
+        numbers = self._numbers([])
         for entry in entries:
-            if some and self._numbers([*some, entry]) > memory.NUMBERS_AT_ONCE_ON_GPU:
+            own = self._numbers([entry]) - self._numbers([])
+            if some and numbers + own > memory.NUMBERS_AT_ONCE_ON_GPU:
                 yield some
-                some = []
+                some, numbers = [], self._numbers([])
             some.append(entry)
+            numbers += own
         if some:
             yield some
 
@@ -183,7 +189,8 @@ class KernelSums:
         return each * max(0, min(end, entry.stop_stored) - start)
 
     def _numbers(self, entries: list[PlanEntry]) -> int:
-        """What the kernels write for a layer: see ``Attention`` and ``drift_sums``."""
+        """What the kernels write for a layer: see ``Attention``, which has all rows in any case,
+        and ``drift_sums``."""
         cache = self._cache
         return self._num_rows * cache.num_heads + sum(
             entry.length * (cache.num_kv_heads + 3 * entry.num_tested) for entry in entries
