@@ -7,8 +7,8 @@ Imports no torch.
 from __future__ import annotations
 
 NUMBERS_AT_ONCE_ON_GPU = 1 << 26
-"""Numbers of 4 bytes that are at hand at a time: what the kernels write, hidden states of probes, on
-a CPU attention rows of one plan, which are cut into pieces of no more."""
+"""Numbers of 4 bytes that are at hand at a time: what the kernels write, hidden states of probes,
+on CPUs attention rows of one plan, which are cut into pieces of no more."""
 
 SUMS_AT_ONCE = 1 << 24
 """Sums of drift tests that wait to be added up over ranks, in numbers of 4 bytes."""
