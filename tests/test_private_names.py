@@ -57,6 +57,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/max_tokens.py",
     "patches/sent_parameters.py",
     "patches/watched_requests.py",
+    "patches/traced_requests.py",
     "engine/sampling.py",
     "engine/scheduler.py",
 }
@@ -356,6 +357,11 @@ WRAPPED = {
         "self",
         "scheduler_stats",
     ],
+    "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": [
+        "self",
+        "engine_core_output",
+        "req_state",
+    ],
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": [
         "self",
         "token_ids",
@@ -486,7 +492,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
-    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states", "tracing_enabled"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",
         "external_req_id",

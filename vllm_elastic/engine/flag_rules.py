@@ -334,8 +334,12 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("--reasoning-parser --reasoning-parser-plugin", "works", "on the text of an answer"),
     Group(
-        "--otlp-traces-endpoint --enable-per-request-metrics --kv-cache-metrics "
-        "--kv-cache-metrics-sample",
+        "--otlp-traces-endpoint",
+        "works",
+        "a request's span also says [what its denoising took](deploy.md#traces)",
+    ),
+    Group(
+        "--enable-per-request-metrics --kv-cache-metrics --kv-cache-metrics-sample",
         "works",
         "what the numbers mean: [serving](serving.md#vllms-own-figures)",
     ),

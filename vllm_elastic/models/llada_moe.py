@@ -26,7 +26,6 @@ _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+\..+)")
 class LLaDAMoEModelLM(LlamaLike):
     """Weight names are those of the released checkpoints: Llama's, with OLMoE's experts."""
 
-    per_head_norm = True
     loaded_apart = (".experts.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
