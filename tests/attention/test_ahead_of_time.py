@@ -37,7 +37,7 @@ def compilations(capability: int, sizes: dict[str, Any]) -> list[dict[str, Any]]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", ["h100-bf16", pytest.param("ada-f32-gqa", marks=pytest.mark.long)])
 def test_kernels_compile(gpu: str) -> None:
     capability, shared_memory, sizes = GPUS[gpu]
     compiled = compilations(capability, sizes)

@@ -35,7 +35,15 @@ SHAPES = {
     "odd-blocks": Shape(block_size=24),
     "heads-first": Shape(heads_first=True),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# The interpreter runs one program after the other.
+SLOW = ("33-heads",)
+shapes = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=[pytest.mark.long] if name in SLOW else [])
+        for name, shape in SHAPES.items()
+    ],
+)
 
 ONE_ROW = Plan(length=5, window=1)
 ONE_POSITION = Plan(length=1, window=1)
