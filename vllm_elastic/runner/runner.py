@@ -38,6 +38,7 @@ from vllm_elastic.runner.executor import GRAPH_ROWS, EagerExecutor, GraphExecuto
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.statistics.attention_sums import warm_up
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
@@ -155,6 +156,7 @@ class ElasticRunner:
         names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
         self.cache = CacheView.of(self.model, kv_cache_config)
+        warm_up(self.cache)
         self._log_capacity(kv_cache_config)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
