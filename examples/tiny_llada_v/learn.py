@@ -38,7 +38,7 @@ from words import WORDS
 TEXT = Path(__file__).resolve().parents[1] / "tiny_llada"
 SEEN = SeenWords(*([VOCABULARY[word] for word in words] for words in (SQUARES, COLORS, SHAPES)))
 
-SHOWN = ((things_to_find, 2), (words_to_compare, 10))
+SHOWN = ((things_to_find, 2), (words_to_compare, 8))
 """What is shown at each step, and on how many canvases."""
 
 
