@@ -87,7 +87,8 @@ def write(checkpoint: Path, factor: float) -> None:
 def main() -> None:
     """Measure, and write if asked to."""
     args = parse()
-    measure(args)
+    if args.factors:
+        measure(args)
     if args.write is not None:
         write(args.checkpoint, args.write)
 

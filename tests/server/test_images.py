@@ -125,7 +125,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "no base64": ([image("data:image/png;base64,@@@@")], {}, ["base64", "Send a whole PNG"]),
     "raw data": ([image("data:image/png,raw")], {}, ["base64", "Send a whole PNG"]),
     "an object for Python": (
-        [{"type": "image_pil", "image_pil": {"url": PICTURE}}],
+        [{"type": "image_pil", "image_pil": {"url": "a"}}, image(PICTURE)],
         {},
         ["a dict is no image", "image_url"],
     ),
