@@ -40,8 +40,13 @@ def main() -> None:
     for question, output in zip(questions, llm.chat(chats, [greedy, exact]), strict=True):
         print(f"\n{question}\n-> {output.outputs[0].text}")
 
-    # The same without the chat template.
-    (output,) = llm.generate("Running total modulo 10 : pin 3 elf 1 fig 2", greedy)
+    # As plain text, which has to be what the chat template makes of a question: the model knows no
+    # other form.
+    chat = [{"role": "user", "content": "Running total modulo 10 : pin 3 elf 1 fig 2"}]
+    prompt = llm.get_tokenizer().apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+    (output,) = llm.generate(prompt, greedy)
     print(f"\n{output.prompt}\n-> {output.outputs[0].text}")
 
 

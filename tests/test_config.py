@@ -78,6 +78,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
         [[], 5, "5", [-1], [1.5], [True], ["5"], [None]],
     ),
     "watch": (False, *FLAG),
+    "allow_watch": (True, *FLAG),
     "max_window": (1024, [(64, 64), (MILLION, MILLION)], [0, MILLION + 1]),
     "hidden_stride": (1, [(1, 1), (1024, 1024)], [0, 1025]),
     "default_max_tokens": (256, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
@@ -88,6 +89,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
 }
 REQUEST_ONLY = ["canvas", "watch"]
 ENGINE_ONLY = [
+    "allow_watch",
     "max_window",
     "hidden_stride",
     "default_max_tokens",
@@ -196,6 +198,16 @@ def test_who_may_set_what() -> None:
             ElasticConfig().for_request({REQUEST_PREFIX + name: KNOBS[name][1][0][0]})
     with pytest.raises(ConfigError, match="'canvas' is of a request only: send 'elastic_canvas'"):
         ElasticConfig.from_dict({"canvas": [5]})
+
+
+def test_an_operator_may_forbid_watching() -> None:
+    """A switch that a client could turn, or that refuses who does not watch, is none."""
+    served = ElasticConfig.from_dict({"allow_watch": False})
+    for asked in ({"elastic_watch": 1}, {"elastic_watch": True, "elastic_preset": "exact"}):
+        with pytest.raises(ConfigError, match=r"^'elastic_watch' is switched off .*leave it out"):
+            served.for_request(asked)
+        assert ElasticConfig().for_request(asked).watch
+    assert not served.for_request({"elastic_watch": 0}).watch
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 1, "gamma": "x", 3: 4}])

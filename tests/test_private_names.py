@@ -32,6 +32,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/ray_on_cpu/communicator.py",
     "patches/ray_on_cpu/platform.py",
     "engine/engine_config.py",
+    "engine/graph_flags.py",
     "engine/image_connector.py",
     "engine/image_renderer.py",
     "engine/request_defaults.py",
@@ -52,11 +53,13 @@ FILES_THAT_IMPORT_VLLM = {
     "models/transformer.py",
     "runner/batch.py",
     "runner/cache_view.py",
+    "runner/cuda_graphs.py",
     "plugin.py",
     "patches/ray_on_cpu/__init__.py",
     "patches/max_tokens.py",
     "patches/sent_parameters.py",
     "patches/watched_requests.py",
+    "patches/traced_requests.py",
     "engine/sampling.py",
     "engine/scheduler.py",
 }
@@ -310,6 +313,9 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     (f"{EXPERTS}:MoERunner.forward", ["self", "hidden_states", "router_logits"], []),
     (f"{EXPERTS}:MoERunner.load_weights", ["self", "weights"], []),
     ("vllm.forward_context:set_forward_context", ["attn_metadata", "vllm_config"], []),
+    ("vllm.utils.torch_utils:weak_ref_tensors", ["tensors"], []),
+    ("vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class", ["self"], []),
+    ("vllm.v1.attention.backend:AttentionBackend.supports_non_causal", [], []),
     (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         ["head_size"],
@@ -356,6 +362,11 @@ WRAPPED = {
         "self",
         "scheduler_stats",
     ],
+    "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": [
+        "self",
+        "engine_core_output",
+        "req_state",
+    ],
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": [
         "self",
         "token_ids",
@@ -387,13 +398,14 @@ WRAPPED = {
 
 # Attributes that we read or set on objects that vLLM hands us.
 ATTRIBUTES: dict[str, list[str]] = {
-    "vllm.config:AttentionConfig": ["use_non_causal"],
+    "vllm.config:AttentionConfig": ["backend", "use_non_causal"],
     "vllm.config:VllmConfig": [
         "additional_config",
         "attention_config",
         "cache_config",
         "compilation_config",
         "model_config",
+        "optimization_level",
         "parallel_config",
         "quant_config",
         "scheduler_config",
@@ -428,7 +440,13 @@ ATTRIBUTES: dict[str, list[str]] = {
         "tensor_parallel_size",
         "worker_cls",
     ],
-    "vllm.config:CompilationConfig": ["static_forward_context"],
+    "vllm.config:CompilationConfig": [
+        "cudagraph_capture_sizes",
+        "cudagraph_mode",
+        "max_cudagraph_capture_size",
+        "static_forward_context",
+    ],
+    "vllm.config:CUDAGraphMode": ["NONE"],
     "vllm.engine.arg_utils:EngineArgs": ["additional_config"],
     "vllm.model_executor.layers.attention:Attention": [
         "head_size",
@@ -486,7 +504,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
-    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states", "tracing_enabled"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",
         "external_req_id",

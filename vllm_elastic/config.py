@@ -317,6 +317,13 @@ class ElasticConfig:
         "([seeing it](see.md#a-running-server))",
         engine=False,
     )
+    allow_watch: bool = _knob(
+        True,
+        _FLAG,
+        "whether a request may ask for `watch`, which costs the server some 2 KB a pass; false "
+        "makes it a 400",
+        per_request=False,
+    )
     max_window: int = _knob(
         1024,
         _integer(1, _MOST),
@@ -403,7 +410,13 @@ class ElasticConfig:
         }
         if not overrides:
             return self
-        return self._updated(overrides, prefix=REQUEST_PREFIX, allowed=_names_per_request())
+        config = self._updated(overrides, prefix=REQUEST_PREFIX, allowed=_names_per_request())
+        if config.watch and not config.allow_watch:
+            raise ConfigError(
+                f"'{REQUEST_PREFIX}watch' is switched off here ('allow_watch' of --elastic-config "
+                "is false); leave it out, or ask who runs the server."
+            )
+        return config
 
     def summary(self) -> str:
         """The preset, the policy that runs, and what differs from the preset; one line."""

@@ -28,6 +28,7 @@ def register() -> None:
     from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
     from vllm_elastic.patches.sent_parameters import note_what_was_sent
+    from vllm_elastic.patches.traced_requests import trace_denoising
     from vllm_elastic.patches.watched_requests import show_passes_of_watched_requests
 
     for architecture, family in FAMILIES.items():
@@ -40,6 +41,7 @@ def register() -> None:
     take_max_tokens_literally()
     note_what_was_sent()
     show_passes_of_watched_requests()
+    trace_denoising()
 
 
 def register_family(architecture: str, family: Family) -> None:

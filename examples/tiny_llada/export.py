@@ -23,7 +23,7 @@ def export(folder: Path, shape: Shape, weights: dict[str, Tensor]) -> None:
     config = config_dict(shape, tokens.mask_token_id, tokens.eos_token_id)
     (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ends = {"eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
-    generation = {"bos_token_id": tokens.bos_token_id, **ends, "temperature": 0.0}
+    generation = {"bos_token_id": tokens.bos_token_id, **ends}
     (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(contiguous, scratch / "model.safetensors", metadata={"format": "pt"})

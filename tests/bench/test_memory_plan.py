@@ -8,13 +8,16 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.engine.test_family_configs import ILLADA, LLADA_MOE
 from tests.live_bytes import LiveBytes
+from tests.qwen2_oracle import DREAM
 from tests.tiny_llada_v import TinyLLaDAV
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
@@ -44,6 +47,7 @@ LLADA_8B: dict[str, Any] = dict(
     vocab_size=126464, embedding_size=126464, max_sequence_length=4096,
 )  # fmt: skip
 MODELS = {"grouped": GROUPED, "tied": dict(GROUPED, weight_tying=True), "llada-8b": LLADA_8B}
+MODELS |= {"dream": DREAM, "illada": ILLADA, "llada-moe": LLADA_MOE}
 
 
 @pytest.fixture
@@ -87,8 +91,9 @@ def one_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers import rotary_embedding
 
-    from vllm_elastic.models.llada import LLaDAModelLM
+    from vllm_elastic.models.registry import FAMILIES
     from vllm_elastic.plugin import register
 
     register()
@@ -105,9 +110,15 @@ def one_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         ).create_engine_config()
         group = SimpleNamespace(world_size=ranks, rank_in_group=rank)
         monkeypatch.setattr(parallel_state, "_TP", group)
+        # vLLM keeps these for later models, and those of the meta device have no numbers.
+        monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
+        for other in ("_PCP", "_DP"):  # experts ask for them
+            alone = SimpleNamespace(world_size=1, rank_in_group=0)
+            monkeypatch.setattr(parallel_state, other, alone)
         torch.set_default_dtype(torch.bfloat16)
         with set_current_vllm_config(config), torch.device(device):
-            return LLaDAModelLM(vllm_config=config), config
+            family = FAMILIES[config.model_config.architecture]
+            return resolve_name(family.model)(vllm_config=config), config
 
     yield build
     torch.set_default_dtype(dtype)
@@ -149,7 +160,9 @@ def test_shares_add_up_to_the_oracles_tensors(plan: Any, model: Any, name: str, 
 @pytest.mark.parametrize(
     ("name", "ranks", "stride"),
     [("grouped", 1, 1), ("grouped", 2, 2), ("grouped", 4, 3), ("tied", 2, 1), ("llada-8b", 1, 1),
-     ("llada-8b", 2, 4), ("llada-8b", 8, 1), ("llada-8b", 32, 16)],
+     ("llada-8b", 2, 4), ("llada-8b", 8, 1), ("llada-8b", 32, 16),
+     ("dream", 1, 1), ("dream", 4, 2), ("illada", 1, 1), ("illada", 16, 1),
+     ("llada-moe", 1, 1), ("llada-moe", 4, 3)],
 )  # fmt: skip
 def test_a_rank_is_what_vllm_builds(
     plan: Any, model: Any, one_of_several_ranks: Any, name: str, ranks: int, stride: int
@@ -172,6 +185,35 @@ def test_a_rank_is_what_vllm_builds(
         block_size = plan(*words).json["block_size"]
         assert {spec.block_size for spec in specs} == {block_size}
         assert rank[part] * block_size == sum(spec.page_size_bytes for spec in specs)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "position"),
+    [
+        ("llada-8b", 8_015_581_184, 524_288 + 253_952),
+        ("dream", 7_615_616_512, 57_344 + 193_536),  # Qwen2.5-7B's
+        ("illada", 7_615_025_152, 131_072 + 253_952),
+        ("llada-moe", 7_356_880_896, 131_072 + 61_440),
+    ],
+)
+def test_sizes_of_each_family(
+    plan: Any, model: Any, name: str, parameters: int, position: int
+) -> None:
+    """Its config.json's own keys; the counts were worked out from the released tensors' shapes."""
+    (rank,) = plan("--model", model(MODELS[name]), "--memory", 80).json["ranks"]
+    assert (rank["weights"], rank["position"]) == (2 * parameters, position)
+
+
+def test_experts_make_a_step_larger(plan: Any, model: Any) -> None:
+    """Eight experts' numbers of a row, and not one MLP's of their width."""
+    step = {}
+    for experts in (2, 8):  # of one alone queries, keys and values are more
+        raw = LLADA_MOE | {"num_experts_per_tok": experts}
+        words = ("--model", model(raw), "--memory", 80, "--max-num-seqs", 1, "--window", 1)
+        (rank,) = plan(*words, "--max-window", 1, "--row-budget", 65536).json["ranks"]
+        step[experts] = rank["step"]
+    # max(2 * 1,024, 2,048) + 1,024 numbers of 2 bytes
+    assert step[8] - step[2] == 65536 * 6 * 3072 * 2
 
 
 def documented(page: str, first: str) -> list[list[int]]:
@@ -376,7 +418,7 @@ BAD: list[tuple[list[object], str]] = [
     (["--canvas", 4097], "argument --canvas: 4097 positions, but the model was made for 4096"),
     (["--row-budget", 128], "argument --row-budget: 128 rows are fewer than the 256 requests"),
     (["--model", "no/such/model"], "argument --model: there is no file no/such/model"),
-    (["--model", "README.md"], "argument --model: README.md cannot be planned for"),
+    (["--model", "README.md"], "argument --model: README.md cannot be read as a model's"),
 ]  # fmt: skip
 
 
@@ -396,7 +438,7 @@ def test_bad_value_is_named(
     [
         ({"d_model": "256"}, "d_model must be a whole number"),
         ({"n_layers": 0}, "n_layers must be a whole number from 1, got 0"),
-        ({"n_heads": 0}, "config.json cannot be planned for"),
+        ({"n_heads": 0}, "config.json cannot be read as a model's"),
         ({"n_heads": 3}, "d_model 256 is no multiple of n_heads 3"),
         ({"mlp_hidden_size": None}, "mlp_hidden_size must be given"),
         ({"block_type": "sequential"}, "block_type='sequential' is not supported"),
@@ -411,7 +453,11 @@ def test_bad_config_is_named(plan: Any, model: Any, change: dict[str, Any], mess
 def test_config_of_another_model(plan: Any, model: Any) -> None:
     ran = plan("--model", model({"hidden_size": 64, "model_type": "llama"}), "--memory", 80)
     assert ran.status == 2
+    assert "its architectures are [], and those that are served are LLaDAModelLM, " in ran.err
+    ran = plan("--model", model(GROUPED | {"hidden_size": 64}), "--memory", 80)
     assert "hidden_size is no key of LLaDA-8B's" in ran.err
+    lacking = {key: value for key, value in DREAM.items() if key != "rope_theta"}
+    assert "rope_theta must be given" in plan("--model", model(lacking), "--memory", 80).err
 
 
 def test_rows_of_the_vocabulary_are_shared_too(plan: Any, model: Any) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.decoding.fake_model import Scenario, drive
 from vllm_elastic.bench.__main__ import make_parser
+from vllm_elastic.bench.model_config import shape_of
 from vllm_elastic.bench.simulation.calibration import (
     Timed,
     fit,
@@ -156,12 +157,27 @@ def test_shape_of_a_config(tmp_path: Path) -> None:
     config = {"d_model": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 2}
     config |= {"mlp_hidden_size": 512, "vocab_size": 334, "embedding_size": 384}
     path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"architectures": ["LLaDAModelLM"]}))
+    shape = shape_of(path, bytes_per_number=4)
+    assert shape == ModelShape(192, 64, 8, 6, 512, 384, False, 4) == shape_of(tmp_path, 4)
     path.write_text(json.dumps(config))
-    shape = ModelShape.from_config(path, bytes_per_number=4)
-    assert shape == ModelShape(192, 64, 8, 6, 512, 384, False, 4)
-    path.write_text(json.dumps({"hidden_size": 192}))
-    with pytest.raises(SystemExit, match="d_model"):
-        ModelShape.from_config(path)
+    with pytest.raises(SystemExit, match="those that are served are LLaDAModelLM"):
+        shape_of(path)
+
+
+def test_experts_cost_what_rows_take_of_them() -> None:
+    """A row takes two of eight experts: two MLPs to compute, and to read those that any takes."""
+    dense = ModelShape(width=64, key_width=64, layers=1, heads=4, mlp=16, vocabulary=10)
+    sparse = replace(dense, experts=8, experts_per_row=2)
+    expert, choosing = 3 * 64 * 16, 64 * 8
+    assert sparse.product_operations(0, 5) - dense.product_operations(0, 5) == 2 * 5 * (
+        expert + choosing
+    )
+    rows, attention = np.array([1.0, 2.0, 1000.0]), 4 * 64 * 64
+    assert (dense.parameters_read(rows) == attention + expert).all()
+    taken = np.array([2, 3.5, 8])  # of two rows the second takes 2 * 6 / 8 that are new
+    expected = attention + choosing + taken * expert
+    assert sparse.parameters_read(rows) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

@@ -459,6 +459,23 @@ def test_similarities_are_kept_only_where_asked_for() -> None:
         assert len(kept) == (len(tested) if asked else 0)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_watching_takes_nothing_out_of_the_record(recorded: bool) -> None:
+    """Where both were asked for, a record was empty at the end."""
+    scenario = drifting({"record": recorded})
+    scenario = replace(scenario, config=replace(scenario.config, watch=True))
+    model, request = FakeModel(scenario, np.random.default_rng(0)), scenario.make_request()
+    taken = []
+    while not request.canvas.done:
+        request.finish_pass(model.run(request.plan()))
+        (entry,) = request.record.take_steps()
+        taken.append(entry)
+    assert len(taken) == request.record.passes > request.record.denoising_steps
+    assert all("canvas" in entry for entry in taken)
+    assert request.record.steps == (taken if recorded else [])
+    assert request.record.take_steps() == []
+
+
 @drives
 @given(scenarios())
 def test_canvases_are_recorded_as_they_were(scenario: Scenario) -> None:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.documented_commands import ROOT, blocks
 from tests.tiny_llada_v import (
     END,
     GRIDS,
@@ -356,3 +358,24 @@ def test_a_checkpoint_without_its_tower(tiny: Tiny, tmp_path: Path) -> None:
         ValueError, match=r"nothing for \d+ weights of LLaDA-V's images, .*left out"
     ):
         BenchEngine(tmp_path, kv_cache_memory_bytes=64 << 20)
+
+
+def test_documented_calls(tiny: Tiny) -> None:
+    """The Python block of docs/images.md."""
+    from vllm import SamplingParams
+
+    (block,) = (b for b in blocks([ROOT / "docs" / "images.md"]) if b.language == "python")
+    answers: list[Any] = []
+
+    def kept(method: Any) -> Any:
+        return lambda *args: answers.extend(method(*args, use_tqdm=False))
+
+    llm = tiny.engine.llm
+    names = {
+        "llm": SimpleNamespace(generate=kept(llm.generate), chat=kept(llm.chat)),
+        "params": SamplingParams(temperature=0.0, max_tokens=4),
+        "picture": picture(40, 30, 9),
+    }
+    exec(block.text, names)
+    assert [len(answer.outputs[0].token_ids) > 0 for answer in answers] == [True, True]
+    assert all(IMAGE in answer.prompt_token_ids for answer in answers)

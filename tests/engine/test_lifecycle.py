@@ -32,6 +32,16 @@ def test_streamed_deltas_make_the_whole_answer(driver: Driver) -> None:
     assert_nothing_left(driver)
 
 
+def test_a_watched_request_is_recorded_too(driver: Driver) -> None:
+    """Handing its passes on left nothing of them for a benchmark."""
+    name = driver.add(prompt_of(9, 1), 12, watch=1)
+    driver.run()
+    record = driver.take_records()[name]
+    assert len(record.steps) == record.passes
+    assert not any("request" in entry for entry in record.steps), "that is for who watches"
+    assert_nothing_left(driver)
+
+
 @pytest.mark.parametrize("policy", ["none", "dual-cache", "elastic"])
 def test_preempted_request_emits_no_token_twice(policy: str, driver: Driver) -> None:
     """reset_prefix_cache(reset_running_requests=True) takes the blocks of running requests."""

@@ -13,7 +13,7 @@ from tests.live_bytes import LiveBytes
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 from vllm_elastic.runner import candidates, head
-from vllm_elastic.runner.statistics import memory, statistics
+from vllm_elastic.runner.statistics import memory, statistics, torch_sums
 
 from .conftest import EOS, MASK, Served
 from .driver import Driver, prompt_of
@@ -39,8 +39,8 @@ def bound(
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (numbers, numbers))
     monkeypatch.setattr(memory, "NUMBERS_AT_ONCE_ON_GPU", attention)
     monkeypatch.setattr(statistics, "NUMBERS_AT_ONCE_ON_GPU", attention)
-    monkeypatch.setattr(statistics, "_NUMBERS_AT_ONCE", (attention, attention))
-    monkeypatch.setattr(statistics, "SUMS_AT_ONCE", sums)
+    monkeypatch.setattr(torch_sums, "_NUMBERS_AT_ONCE", attention)
+    monkeypatch.setattr(memory, "SUMS_AT_ONCE", sums)
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,7 @@ def test_gpu_backend_attends_both_ways(
     from vllm.config import set_current_vllm_config
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import get_attn_backend
 
     class Gpu(CudaPlatformBase):
@@ -202,7 +203,8 @@ def test_gpu_backend_attends_both_ways(
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
             return DeviceCapability(9, 0)
 
-    config = make_config(attention_backend=requested)
+    config = make_config()
+    config.attention_config.backend = AttentionBackendEnum[requested]
     monkeypatch.setattr("vllm.platforms.current_platform", Gpu())
     with set_current_vllm_config(config):
         try:
@@ -210,6 +212,20 @@ def test_gpu_backend_attends_both_ways(
         except ValueError as error:
             found = str(error)
     assert answer in found
+
+
+def test_backend_that_cannot_attend_both_ways_is_told_with_those_that_can() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    make_config(attention_backend="TRITON_ATTN")
+    make_config(attention_backend="FLASHINFER")  # not installed here: vLLM will say so
+    with pytest.raises(ValueError, match="--attention-backend: TURBOQUANT cannot") as refused:
+        make_config(attention_backend="TURBOQUANT")
+    named = [each for each in AttentionBackendEnum if f" {each.name}" in str(refused.value)]
+    assert len(named) == 5
+    for backend in named:
+        if backend.name not in ("TURBOQUANT", "FLASHINFER"):
+            assert backend.get_class().supports_non_causal()
 
 
 def test_canvas_larger_than_the_row_budget(serve: Callable[[str], Served]) -> None:

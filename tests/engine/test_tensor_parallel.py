@@ -19,7 +19,7 @@ from vllm_elastic.reference import LLaDA
 from .agreement import agrees
 from .collectives import count_collectives, expected_traffic, take_collectives
 from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
-from .random_families import save_family
+from .random_families import FAMILIES, save_family
 from .test_oracle import CONFIGS, ask_oracle
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -150,12 +150,14 @@ def poison_worker(worker: Any) -> None:
         cache.fill_(float("nan"))
 
 
-def test_shared_experts_equal_oracle(tmp_path: Path) -> None:
-    """LLaDA-MoE: each rank has a share of every expert, and one KV head; answers grow."""
-    oracle = save_family("llada-moe", tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_oracle(family: str, tmp_path: Path) -> None:
+    """iLLaDA: a tied head whose rows the ranks share. LLaDA-MoE: a share of every expert. Both: one
+    KV head for each rank, and answers that grow."""
+    oracle = save_family(family, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(oracle, tmp_path, "llada-moe", "mp")
+        served = start(oracle, tmp_path, family, "mp")
     try:
         workers(served, poison_worker)
         names = ["none", "released-high", "block-topk"]

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.download import Download
 
 from .conftest import Served
 from .driver import Driver, prompt_of
@@ -24,44 +26,119 @@ pytestmark = pytest.mark.engine
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators by name."""
+    """Counts operators by name; ``waits`` are those for whose result the host waits for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        self.counts[name] += 1
+        if name in WAITING or (name in INDEXING and any(map(_is_mask, args[1]))):
+            self.waits[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("names", [["released-high", "paper-low"], ["block", "block-fine"]])
-def test_one_upload_a_pass(
-    names: list[str], serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+WAITING = {
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+"""By a mask these look for its places first: how many there are is the result's shape."""
+
+POLICIES = {
+    "none": ["none"],
+    "dual-cache": ["dual-cache"],
+    "interval": ["interval"],
+    "elastic": ["released-high", "paper-low", "next-low"],
+    "elastic-block": ["block", "block-fine", "block-replay"],
+}
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_upload_and_one_download_a_pass(
+    policy: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU would be sent a dozen small pageable copies a pass, five for each plan that tests."""
-    engine: Any = serve("gqa-tied").engine
-    run, finish = engine.runner.run, BatchBuilder.finish
-    passes: list[tuple[int, int, int]] = []
+    """A GPU would be sent a dozen small pageable copies a pass, five for each plan that tests, and
+    would be waited for where one number decides what comes next."""
+    check_transfers(serve("gqa-tied"), POLICIES[policy], 16, monkeypatch)
+
+
+@pytest.mark.parametrize("policy", ["elastic", "elastic-block"])
+def test_as_few_transfers_with_kernels(
+    policy: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter; on a GPU it is what the test above counts."""
+    pytest.importorskip("triton")
+    from tests import triton_interpreter  # noqa: F401
+    from vllm_elastic.runner.statistics import attention_sums
+    from vllm_elastic.runner.statistics.kernel_sums import KernelSums
+
+    monkeypatch.setattr(attention_sums, "TorchSums", KernelSums)
+    check_transfers(serve("gqa-tied"), POLICIES[policy], 2, monkeypatch)
+
+
+def noted(name: str, counts: Counter[str]) -> Callable[..., Any]:
+    """A tensor's method that brings it to the host, counted."""
+    method = getattr(torch.Tensor, name)
+
+    def called(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return method(tensor, *args, **kwargs)
+
+    return called
+
+
+def check_transfers(
+    served: Served, names: list[str], num_requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = served.engine
+    run, finish, download = engine.runner.run, BatchBuilder.finish, Download.run
+    num_plans: list[int] = []
     calls: list[int] = []
+    counts: Counter[str] = Counter()
 
     def counted(plans: Any) -> Any:
+        counts.clear()
         with Operators() as seen:
             results = run(plans)
-        passes.append((seen.counts["lift_fresh"], calls.pop(), len(plans)))
+        num_plans.append(len(plans))
+        # vLLM's attention metadata has two tensors for the host itself.
+        assert seen.counts["lift_fresh"] == 2 * calls.pop()
+        assert not seen.waits
+        assert counts == {"downloads": 1}
         return results
 
     def kept(builder: BatchBuilder) -> None:
         calls.append(len(builder._calls))
         finish(builder)
+        counts.clear()  # vLLM's metadata builder reads its own host tensors
 
+    def fetched(own: Download) -> None:
+        before = +counts
+        download(own)
+        counts.clear()
+        counts.update(before, downloads=1)
+
+    for name in ("numpy", "tolist", "item", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
     monkeypatch.setattr(BatchBuilder, "finish", kept)
+    monkeypatch.setattr(Download, "run", fetched)
     monkeypatch.setattr(engine.runner, "run", counted)
-    engine.run([request(index, name) for index in range(8) for name in names])
-    assert max(plans for _, _, plans in passes) == 16
-    for made, calls, _ in passes:
-        # vLLM's attention metadata has two tensors for the host itself.
-        assert made == 2 * calls
+    requests = [request(index, names[index % len(names)]) for index in range(num_requests)]
+    engine.run(requests)
+    assert max(num_plans) == num_requests
 
 
 BUDGET = {

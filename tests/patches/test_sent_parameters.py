@@ -93,10 +93,39 @@ def test_tool_choice_is_named(llada: Any) -> None:
         admitted(llada, request)
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion", "responses"])
+def test_a_knob_beside_vllm_xargs_is_refused(llada: Any, kind: str) -> None:
+    """It had no effect, and nobody was told."""
+    request = request_of(kind, elastic_window=4, session="mine", **_length(kind))
+    with pytest.raises(Exception, match=r'^elastic_window .*"vllm_xargs": .*"elastic_window"'):
+        admitted(llada, request)
+    assert admitted(llada, request_of(kind, session="mine", **_length(kind)))
+
+
+def test_the_refusal_of_a_knob_can_be_sent() -> None:
+    """Any text is a name in JSON; a server that cannot encode its own answer says 500."""
+    from vllm_elastic.patches.admission import check_place_of_knobs
+
+    with pytest.raises(Exception, match=r"elastic_.ud800 stands beside") as error:
+        check_place_of_knobs(["elastic_\ud800"])
+    assert str(error.value).encode()
+
+
+def test_several_answers_without_a_temperature(llada: Any) -> None:
+    """vLLM's message speaks of greedy sampling, which the client never asked for."""
+    with pytest.raises(Exception, match=r"^n=2: .*send a temperature"):
+        admitted(llada, request_of("chat", n=2))
+    with pytest.raises(Exception, match="n must be 1 when using greedy sampling"):
+        admitted(llada, request_of("chat", n=2, temperature=0.0))
+    assert admitted(llada, request_of("chat", n=2, temperature=0.5, max_tokens=4)).n == 2
+
+
 def test_patch_is_still_needed() -> None:
     echo = request_of("chat", echo=True).to_sampling_params(4, {})
     form = request_of("chat", response_format={"type": "json_object"}).to_sampling_params(4, {})
+    unknown = request_of("chat", not_a_field=1)
     reasons = {
+        "takes fields that it does not know": unknown.model_extra == {"not_a_field": 1},
         "turns a chat's echo into prompt_logprobs": echo.prompt_logprobs == 0,
         "turns response_format into structured_outputs": form.structured_outputs is not None,
     }

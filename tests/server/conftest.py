@@ -15,6 +15,7 @@ import pytest
 
 from tests.engines_kept import keep_engines
 from tests.reliability.fuzz import SERVER_LIMITS
+from tests.trace_receiver import EXPORTS, TraceReceiver
 from vllm_elastic.bench.server import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,13 +88,20 @@ def _engines_are_kept() -> None:
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def traces() -> Iterator[TraceReceiver]:
+    with TraceReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory, traces: TraceReceiver) -> Iterator[Client]:
     """A server of the tiny model in float32."""
     options = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
     options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--served-model-name", "tiny"]
     options += ["--elastic-config", json.dumps({"policy": "elastic", "gamma": 0.8, "window": 12})]
+    options += ["--otlp-traces-endpoint", traces.url]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(MODEL, options, log=log, env=SERVER_LIMITS) as server:
+    with ServerProcess(MODEL, options, log=log, env={**SERVER_LIMITS, **EXPORTS}) as server:
         yield Client(server)
 
 

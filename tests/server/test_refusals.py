@@ -73,8 +73,15 @@ def test_mask_in_the_prompt(alive: Client) -> None:
     assert "mask token" in refusal(alive.chat("Sort : <|mdm_mask|> 1", max_tokens=4))
 
 
-def test_n_is_one(alive: Client) -> None:
-    assert "n must be 1" in refusal(alive.chat("Sort : 2 1", max_tokens=4, n=2))
+def test_several_answers_need_a_temperature(alive: Client) -> None:
+    assert "send a temperature" in refusal(alive.chat("Sort : 2 1", max_tokens=4, n=2))
+    message = refusal(alive.chat("Sort : 2 1", max_tokens=4, n=2, temperature=0))
+    assert "n must be 1" in message
+
+
+def test_a_knob_in_the_wrong_place(alive: Client) -> None:
+    message = refusal(alive.chat("Sort : 2 1", max_tokens=4, elastic_window=4))
+    assert message.startswith("elastic_window stands beside vllm_xargs")
 
 
 def test_beam_search(alive: Client) -> None:

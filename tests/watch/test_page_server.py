@@ -100,6 +100,7 @@ def test_page_knows_presets_and_no_password(page: PageServer) -> None:
 def test_password_is_sent_on(page: PageServer) -> None:
     answer = ask(page, "GET", "/v1/models")
     assert json.loads(answer.read()) == {"path": "/v1/models", "key": f"Bearer {KEY}"}
+    assert page.trouble() is None
 
 
 def test_no_password_is_none(watched: Watched) -> None:
@@ -145,6 +146,7 @@ def test_says_that_no_server_is_there() -> None:
     answer = ask(server, "GET", "/v1/models")
     assert answer.status == 502
     assert server.watched in json.loads(answer.read())["error"]["message"]
+    assert "refused" in (server.trouble() or "")
     server.shutdown()
     server.server_close()
 

@@ -21,6 +21,13 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
     return out
 
 
+def attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention rows [L, H, R, T], each the softmax of its scores."""
+    scores = attention_scores(queries, keys, scale)
+    shares = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return shares / shares.sum(dim=-1, keepdim=True)
+
+
 def attention_mass(attention: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Attention summed over heads and over the rows that count."""
     num_layers, num_heads, num_rows, num_keys = attention.shape

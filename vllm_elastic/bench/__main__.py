@@ -12,7 +12,11 @@ from vllm_elastic.config import ConfigError
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks; ``function`` is what to call."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_elastic.bench")
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_elastic.bench",
+        description="Run a masked diffusion model on prompts of your own and see what it costs; "
+        "COMMAND --help says more. run, gamma, compare, tune and step load it in this process.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (run, gamma, compare, tune, step, simulate, plan, plot, report):
         command.add_parser(commands)

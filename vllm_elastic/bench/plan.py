@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from vllm_elastic.bench.arguments import add_json
 from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
+from vllm_elastic.bench.model_config import read_config
 from vllm_elastic.bench.rank_memory import (
     GIB,
     RankMemory,
@@ -23,18 +24,13 @@ from vllm_elastic.bench.rank_memory import (
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.config import ConfigError, ElasticConfig
 
-if TYPE_CHECKING:
-    from vllm_elastic.models.llada_config import LLaDAConfig
-    from vllm_elastic.models.llada_v_config import LLaDAVConfig
-
 LLADA_8B = "llada-8b"
 LLADA_V = "llada-v"
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
-SIZES = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "embedding_size")
 
 DESCRIPTION = """\
-How much of a rank's memory the weights of a LLaDA take, how much a step, and how many canvases fit
-in the rest. It is arithmetic; nothing of it was measured on a GPU.
+How much of a rank's memory a model's weights take, how much a step, and how many canvases fit in
+the rest, for every family that is served. It is arithmetic; nothing of it was measured on a GPU.
 
   left = memory * gpu-memory-utilization - weights - step
   step = saved rows * layers * (d_model / ranks) * b           kept for attention statistics
@@ -47,8 +43,14 @@ in the rest. It is arithmetic; nothing of it was measured on a GPU.
 with b bytes a number, rows the row budget, and saved rows 4 * max-window (or canvas, if that is
 less), or 2 * max-num-seqs * window if that is more, of which the row budget is the most. Long
 canvases, worked on in chunks of the row budget, and several ranks take somewhat more. It is what
+<<<<<<< HEAD
+a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, its graphs,
+NCCL and attention kernels take; it comes out of what is left, so leave some.
+=======
 a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, NCCL and
-attention kernels take; it comes out of what is left, so leave some.
+attention kernels take; it comes out of what is left, so leave some. With experts, those that a row
+takes stand for the MLP: each makes max(2 * mlp / ranks, d_model) + mlp / ranks numbers of it.
+>>>>>>> main
 
 The weights of a model that takes images are counted with its tower and projector, whole on every
 rank; of a position it keeps the input of layer 0 too.
@@ -227,52 +229,24 @@ def _shortage(each: RankMemory, setting: Setting) -> str:
     return f"{what} it takes {needed:.3g} GiB and {each.left / GIB:.3g} GiB are left."
 
 
-def _read_model(name: str, fail: Fail) -> tuple[LLaDAConfig, ModelShape]:
-    """The configuration and its sizes; LLaDA-8B's are the defaults of both."""
+def _read_model(name: str, fail: Fail) -> Any:
+    """The configuration, of any family; LLaDA-8B's sizes are the defaults of its class."""
     from vllm_elastic.models.llada_config import LLaDAConfig
     from vllm_elastic.models.llada_v_config import LLaDAVConfig
 
     path = Path(name)
-    if name == LLADA_8B and not path.exists():
-        return LLaDAConfig(), ModelShape()
-    if name == LLADA_V and not path.exists():
-        return LLaDAVConfig(), _with_images(LLaDAVConfig())
-    if path.is_dir():
-        path /= "config.json"
-    if not path.is_file():
+    released = {LLADA_8B: LLaDAConfig, LLADA_V: LLaDAVConfig}
+    if name in released and not path.exists():
+        return released[name]()
+    try:
+        return read_config(path)
+    except FileNotFoundError:
         fail(
             f"argument --model: there is no file {path}; give the directory of a checkpoint, a "
             f"config.json, {LLADA_8B} or {LLADA_V}"
         )
-    try:
-        raw = json.loads(path.read_text())
-        takes_images = raw.get("model_type") == LLaDAVConfig.model_type
-        config = LLaDAVConfig(**raw) if takes_images else LLaDAConfig(**raw)
-        for key in SIZES:
-            if not isinstance(size := getattr(config, key), int) or size < 1:
-                raise ValueError(f"{key} must be a whole number from 1, got {size!r}")
-        shape = _with_images(config) if takes_images else ModelShape.from_config(path)
-        if config.d_model % config.n_heads:
-            raise ValueError(f"d_model {config.d_model} is no multiple of n_heads {config.n_heads}")
-    except (SystemExit, ValueError, TypeError, ArithmeticError) as error:
-        fail(f"argument --model: {path} cannot be planned for: {error}")
-    return config, shape
-
-
-def _with_images(config: LLaDAVConfig) -> ModelShape:
-    """The sizes of a model that takes images."""
-    rules = config.image_rules()
-    return ModelShape(
-        width=config.d_model,
-        key_width=config.d_model // config.n_heads * config.n_kv_heads,
-        layers=config.n_layers,
-        heads=config.n_heads,
-        mlp=config.mlp_hidden_size,
-        vocabulary=config.embedding_size,
-        tied=config.weight_tying,
-        image_parameters=config.image_parameters,
-        image_rows=rules.most_tiles * rules.patches**2,
-    )
+    except ValueError as error:
+        fail(f"argument --model: {error}")
 
 
 def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Callable[[int], bool]]:
@@ -280,7 +254,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
 
     What start-up would refuse is refused here.
     """
-    config, shape = _read_model(args.model, fail)
+    config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
     from vllm_elastic.engine.engine_config import BLOCK_SIZE
     from vllm_elastic.models.llada_config import undivided_by
@@ -288,7 +262,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     def shareable(ranks: int) -> bool:
         return not undivided_by(config, ranks)
 
-    even = [ranks for ranks in range(1, config.n_heads + 1) if shareable(ranks)]
+    even = [ranks for ranks in range(1, config.num_attention_heads + 1) if shareable(ranks)]
     for ranks in args.tp:
         if what := undivided_by(config, ranks):
             fail(
@@ -300,16 +274,16 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         ElasticConfig.from_dict({"window": args.window, "max_window": args.max_window})
     except ConfigError as error:
         fail(str(error))
-    if 1 < args.hidden_stride >= config.n_layers:
+    if 1 < args.hidden_stride >= config.num_hidden_layers:
         fail(
             f"argument --hidden-stride: {args.hidden_stride} stores no hidden state of a model of "
-            f"{config.n_layers} layers; lower it to at most {config.n_layers - 1}"
+            f"{config.num_hidden_layers} layers; lower it to at most {config.num_hidden_layers - 1}"
         )
-    canvas = args.canvas or config.max_sequence_length
-    if canvas > config.max_sequence_length:
+    canvas = args.canvas or config.max_position_embeddings
+    if canvas > config.max_position_embeddings:
         fail(
             f"argument --canvas: {canvas} positions, but the model was made for "
-            f"{config.max_sequence_length}; lower it"
+            f"{config.max_position_embeddings}; lower it"
         )
     if args.row_budget < args.max_num_seqs:
         fail(
@@ -317,8 +291,8 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
             "requests of --max-num-seqs, which vLLM refuses; raise it or lower the other"
         )
     base = Setting(
-        shape=replace(shape, bytes_per_number=BYTES_PER_NUMBER[args.dtype]),
-        kv_heads=config.n_kv_heads,
+        shape=ModelShape.of(config, BYTES_PER_NUMBER[args.dtype]),
+        kv_heads=config.num_key_value_heads,
         ranks=1,
         memory=args.memory,
         utilization=args.gpu_memory_utilization,

@@ -101,15 +101,14 @@ def rank_memory(setting: Setting) -> RankMemory:
 def weight_bytes(shape: ModelShape, kv_heads: int, ranks: int) -> int:
     """Bytes of one rank's weights, split as vLLM's parallel layers split them.
 
-    Queries, attention output and MLP are shared; a KV head is kept whole, by several ranks where
-    there are fewer heads than ranks; rows of embedding and head are padded and shared; norms are
-    on every rank. What makes rows of images is counted whole on every rank, as it is with
-    ``--mm-encoder-tp-mode data``.
+    Queries, attention output, MLP and each expert are shared; a KV head is kept whole, by several
+    ranks where there are fewer heads than ranks; rows of embedding and head are padded and shared;
+    norms, and what chooses experts, are on every rank. What makes rows of images is counted whole
+    on every rank, as it is with ``--mm-encoder-tp-mode data``.
     """
     from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
 
-    projections = shape.width * (shape.width // ranks + 2 * _key_width(shape, kv_heads, ranks))
-    layer = projections + shape.rest_parameters // ranks + 2 * shape.width
+    layer = shape.layer_parameters(_key_width(shape, kv_heads, ranks), ranks)
     rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
     text = shape.layers * layer + (rows + 1) * shape.width
     return shape.bytes_per_number * (text + shape.image_parameters)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
+from vllm_elastic.bench.model_config import shape_of
 from vllm_elastic.bench.simulation.cluster import ROUTERS, Outcome, closed_loop, open_loop
 from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import DEVICES, Device
@@ -76,7 +77,11 @@ def add_parser(commands: Any) -> None:
     load.add_argument("--seed", type=int, default=0)
     model = parser.add_argument_group("model and engine")
     model.add_argument(
-        "--model-config", type=Path, default=None, metavar="FILE", help="default: LLaDA-8B"
+        "--model-config",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="of any family that is served (default: LLaDA-8B)",
     )
     model.add_argument("--max-num-batched-tokens", type=int, default=DEFAULT_ROW_BUDGET)
     model.add_argument("--block-size", type=_positive, default=16, help="positions of a KV block")
@@ -144,7 +149,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Simulate every setting; prints and returns the table's rows."""
     shape = ModelShape()
     if args.model_config is not None:
-        shape = ModelShape.from_config(args.model_config)
+        shape = shape_of(args.model_config)
     device = device_of(args)
     cost = CostModel(shape, device)
     recordings = [Recording.read(path, shape.layers) for path in args.runs]

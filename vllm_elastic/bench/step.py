@@ -264,7 +264,6 @@ PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch",
 def _parts() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.models import transformer
     from vllm_elastic.models.hidden_states import HiddenStateCache
-    from vllm_elastic.models.layers import PreNormBlock
     from vllm_elastic.runner.batch import BatchBuilder
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
@@ -273,7 +272,7 @@ def _parts() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.runner.statistics.statistics import Statistics
 
     return {
-        "products": [(PreNormBlock, "project"), (PreNormBlock, "finish")],
+        "products": [(transformer, "_project"), (transformer, "_finish")],
         "attention": [(transformer, "_attend")],
         "cache writes": [
             (transformer, "_write"),

@@ -21,7 +21,7 @@ BOUNDS = ("gamma", "block_drift")
 
 @dataclass(slots=True)
 class DecodingRecord:
-    """Counters of one request; one entry a pass where asked for (``keep_steps``).
+    """Counters of one request; one entry a pass where asked for (``keep_steps``, ``hand_on``).
 
     With ``keep_rows`` an entry also has ``segments`` ([join layer, rows] pairs, ascending),
     ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured),
@@ -32,27 +32,37 @@ class DecodingRecord:
     the pass shows.
 
     Attributes:
+        keep_steps: entries stay in ``steps`` to the end.
+        hand_on: entries are for whoever calls ``take_steps`` after each pass.
         denoising_steps: steps finished; a step that is replayed counts once.
         passes: forward passes; a replay is a second one. kinds: how many of each kind.
+        committed: tokens of the answer that were decided, the end token among them.
         row_layers: sum over passes and layers of the rows computed, discarded ones included.
         full_row_layers: T x L x denoising steps, what recomputing everything takes.
         seconds: from admission to the end, filled in by whoever keeps the clock.
     """
 
     keep_steps: bool = False
+    hand_on: bool = False
     keep_rows: bool = False
     keep_canvas: bool = False
     denoising_steps: int = 0
     passes: int = 0
+    committed: int = 0
     row_layers: int = 0
     full_row_layers: int = 0
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    _handed_on: int = 0
 
     def take_steps(self) -> list[dict[str, Any]]:
-        """The entries since the last call, which are not kept."""
-        taken, self.steps = self.steps, []
+        """The entries since the last call; without ``keep_steps`` no other copy is left."""
+        taken = self.steps[self._handed_on :]
+        if self.keep_steps:
+            self._handed_on = len(self.steps)
+        else:
+            self.steps = []
         return taken
 
     def add_pass(
@@ -74,8 +84,9 @@ class DecodingRecord:
         self.row_layers += plan.row_layers(num_layers)
         if committed is not None:
             self.denoising_steps += 1
+            self.committed += len(committed)
             self.full_row_layers += len(plan.tokens) * num_layers
-        if self.keep_steps:
+        if self.keep_steps or self.hand_on:
             entry: dict[str, Any] = {
                 "denoising_step": plan.denoising_step,
                 "kind": plan.kind,

@@ -85,7 +85,8 @@ class DenoisingRequest:
         self.reach = min(reach, self.canvas.capacity)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
         self.record = DecodingRecord(
-            keep_steps=config.record or config.watch,
+            keep_steps=config.record,
+            hand_on=config.watch,
             keep_rows=config.record_rows,
             keep_canvas=config.watch or (config.record and config.record_canvas),
         )

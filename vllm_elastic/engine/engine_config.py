@@ -10,14 +10,17 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
+from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.executor import GRAPH_ROWS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +29,9 @@ logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
+
+_BOTH_WAYS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION")
+"""Of vLLM's backends for CUDA, those that say so."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -77,8 +83,15 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
-        if not model.enforce_eager:
-            logger.info("compilation and CUDA graphs are off: nothing is compiled or captured yet")
+        counts = graph_rows(vllm_config)
+        vllm_config.additional_config = vllm_config.additional_config | {GRAPH_ROWS: counts}
+        if counts:
+            logger.info(
+                "CUDA graphs of each layer are captured for %d numbers of rows up to %d; vLLM's "
+                "own graphs and compilation are off",
+                len(counts),
+                counts[-1],
+            )
         model.enforce_eager = True
         if traits_of(model.hf_config).image_token_id is not None:
             render_images(vllm_config)
@@ -137,6 +150,16 @@ def _splits_tower(vllm_config: VllmConfig) -> bool:
     return bool(uneven)
 
 
+def _attends_one_way(backend: AttentionBackendEnum | None) -> bool:
+    """Of a backend that the operator chose; one that is not installed is left to vLLM."""
+    if backend is None:
+        return False
+    try:
+        return not backend.get_class().supports_non_causal()
+    except ImportError:
+        return False
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     parallel = vllm_config.parallel_config
     head_dim = vllm_config.model_config.get_head_size()
@@ -146,7 +169,13 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     layers = vllm_config.model_config.hf_config.num_hidden_layers
     cache = vllm_config.cache_config
+    backend = vllm_config.attention_config.backend
     problems = {
+        "--attention-backend": (
+            _attends_one_way(backend),
+            f"{backend and backend.name} cannot attend both ways; leave it out, or take "
+            f"{', '.join(_BOTH_WAYS)}",
+        ),
         "--block-size": (
             cache.user_specified_block_size
             and current_platform.is_cpu()

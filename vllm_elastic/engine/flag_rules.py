@@ -49,7 +49,6 @@ class Refusal:
 _GENERATE = "the model generates text, it is no pooling model; leave it out"
 _CONNECTOR = "KV connectors move causal caches, which are not valid here; leave it out"
 _ONE_LOADER = "weights stay where they are loaded; leave it out, or take more ranks"
-_EAGER = "nothing is captured yet; leave it out"
 _OFF = (False, None)
 
 REFUSED: dict[str, Refusal] = {
@@ -198,7 +197,9 @@ REFUSED: dict[str, Refusal] = {
         "it counts tokens of a causal model; vllm:elastic_row_layers_total on /metrics is the work",
         _OFF,
     ),
-    "--cudagraph-metrics": Refusal("observability_config.cudagraph_metrics", _EAGER, _OFF),
+    "--cudagraph-metrics": Refusal(
+        "observability_config.cudagraph_metrics", "no such metrics are kept; leave it out", _OFF
+    ),
     "--enable-layerwise-nvtx-tracing": Refusal(
         "observability_config.enable_layerwise_nvtx_tracing",
         "the runner sets no marks; leave it out, or take --profiler-config",
@@ -250,11 +251,21 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("--async-scheduling", "no effect", "every plan depends on the last result; logged"),
     Group(
-        "--enforce-eager --compilation-config --optimization-level --performance-mode "
-        "--cudagraph-capture-sizes --max-cudagraph-capture-size --enable-flashinfer-autotune "
-        "--disable-cascade-attn --jit-monitor-mode --jit-monitor-verbose --monokernel",
+        "--enforce-eager --cudagraph-capture-sizes --max-cudagraph-capture-size",
+        "ours",
+        "on a GPU: the rows of a pass for which each layer's graphs are captured, 512 at most "
+        "unless you say more; a number stands for the next one that passes are filled up to",
+    ),
+    Group(
+        "--compilation-config --optimization-level",
+        "ours",
+        "of them `cudagraph_mode` and level 0 switch graphs off; nothing is compiled",
+    ),
+    Group(
+        "--performance-mode --enable-flashinfer-autotune --disable-cascade-attn "
+        "--jit-monitor-mode --jit-monitor-verbose --monokernel",
         "no effect",
-        "nothing is compiled, captured or tuned yet",
+        "nothing is compiled or tuned yet",
     ),
     Group("--use-fp64-gumbel", "no effect", "it is always in float64"),
     Group(
@@ -334,17 +345,22 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("--reasoning-parser --reasoning-parser-plugin", "works", "on the text of an answer"),
     Group(
-        "--otlp-traces-endpoint --enable-per-request-metrics --kv-cache-metrics "
-        "--kv-cache-metrics-sample",
+        "--otlp-traces-endpoint",
+        "works",
+        "a request's span also says [what its denoising took](deploy.md#traces)",
+    ),
+    Group(
+        "--enable-per-request-metrics --kv-cache-metrics --kv-cache-metrics-sample",
         "works",
         "what the numbers mean: [serving](serving.md#vllms-own-figures)",
     ),
     Group(
-        "--enable-sleep-mode --sleep-mode-offload-cudagraph --sleep-preserve-parameter-names "
+        "--enable-sleep-mode --sleep-preserve-parameter-names "
         "--sleep-mode-backend --enable-cumem-allocator --enable-nccl-comm-suspend",
         "works",
         "on a GPU; a request to an engine that sleeps waits until it is woken, as in stock",
     ),
+    Group("--sleep-mode-offload-cudagraph", "no effect", "graphs stay on the device"),
     Group("--enable-scale-out --tokens-only", "works", "but they still lower `max_tokens`"),
     Group(
         "--quantization --quantization-config --allow-deprecated-quantization",

@@ -18,6 +18,9 @@ KEY = "vllm_elastic"
 PASSES = "vllm_elastic_passes"
 """Ours in ``kv_transfer_params`` after every pass of a request with ``watch``: what it did."""
 
+SPAN = "vllm_elastic_span"
+"""Ours in ``kv_transfer_params`` beside every token, where vLLM traces: attributes of the span."""
+
 
 class EndedRequest(TypedDict):
     """What one request cost; the counts are as in ``DecodingRecord``.

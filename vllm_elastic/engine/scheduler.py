@@ -24,8 +24,9 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
-from vllm_elastic.engine.report import PASSES, EndedRequest, attach
+from vllm_elastic.engine.report import PASSES, SPAN, EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
+from vllm_elastic.engine.span import Attributes, span_attributes
 from vllm_elastic.models.registry import traits_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
@@ -58,6 +59,7 @@ class ElasticScheduler(Scheduler):
         self._first_commit_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
+        self._traces = self.vllm_config.observability_config.otlp_traces_endpoint is not None
 
     @property
     def limits(self) -> StepLimits:
@@ -130,7 +132,13 @@ class ElasticScheduler(Scheduler):
         # vLLM ends these with FINISHED_ERROR and tells the client. Of its lists of such requests
         # this one is a set in every release.
         self.encoder_cache_mismatch_reqs.update(failed)
+        spans = self._spans_of(model_runner_output.req_ids) if self._traces else {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in (output for sent in outputs.values() for output in sent.outputs):
+            if output.request_id in spans:
+                output.kv_transfer_params = attach(
+                    output.kv_transfer_params, spans[output.request_id], SPAN
+                )
         for client, request_id, passes in watched:
             _send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
         for request_id in scheduler_output.num_scheduled_tokens:
@@ -229,19 +237,31 @@ class ElasticScheduler(Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         canvas = self._canvases.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
+        first_commit = self._seconds_to_commit(request.request_id)
         admitted_at = self._admitted_at.pop(request.request_id, None)
-        first_commit_at = self._first_commit_at.pop(request.request_id, None)
+        self._first_commit_at.pop(request.request_id, None)
         if canvas is not None and admitted_at is not None:
             canvas.record.seconds = time.monotonic() - admitted_at
             if self.elastic_config.record:
                 self.records[request.request_id] = canvas.record
             if self.log_stats:
-                first = None if first_commit_at is None else first_commit_at - admitted_at
-                self._ended.append(self._ended_request(request, canvas, first))
+                self._ended.append(self._ended_request(request, canvas, first_commit))
         params, ec_params = super()._free_request(request, delay_free_blocks)
         if self._ends_with_end_token(request):
             params = attach(params, True)
         return params, ec_params
+
+    def _spans_of(self, request_ids: list[str]) -> dict[str, Attributes]:
+        """What the spans of these requests would say if they ended now."""
+        return {
+            request_id: span_attributes(canvas, self._seconds_to_commit(request_id))
+            for request_id in request_ids
+            if (canvas := self._canvases.get(request_id)) is not None
+        }
+
+    def _seconds_to_commit(self, request_id: str) -> float | None:
+        first = self._first_commit_at.get(request_id)
+        return None if first is None else first - self._admitted_at[request_id]
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics of a step, with the requests that ended since the last ones."""
@@ -297,13 +317,14 @@ def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
     """Entries of the record since the last call; the first pass says what canvas it is of."""
     passes = canvas.record.take_steps()
     if canvas.record.passes == len(passes):
-        passes[0]["request"] = {
+        request = {
             "policy": canvas.config.policy,
             "layers": canvas.num_layers,
             "canvas": canvas.canvas.capacity,
             "prompt_tokens": canvas.canvas.prompt_length,
             "knobs": {name: getattr(canvas.config, name) for name in BOUNDS},
         }
+        passes[0] = {**passes[0], "request": request}
     return passes
 
 

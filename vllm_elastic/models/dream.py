@@ -14,5 +14,3 @@ from vllm_elastic.models.llama_like import LlamaLike
 
 class DreamModel(LlamaLike):
     """Weight names are those of the released checkpoints, which are Qwen2's, and so Llama's."""
-
-    qkv_bias = True

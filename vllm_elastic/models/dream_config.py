@@ -38,6 +38,7 @@ class DreamConfig(LlamaKeysConfig):
     own_mask_token_id = 151666
     own_eos_token_id = 151643
     logits_shift = 1
+    qkv_bias = True
     end_of_turn = "<|im_end|>"
     stop_tokens = (end_of_turn, "<|dlm_pad|>")
 

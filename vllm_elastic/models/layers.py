@@ -6,7 +6,7 @@ All of them work on rows [R, d], each row by itself; none knows of passes, plans
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -152,8 +152,33 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(self.gate_up_proj(normed)[0]))[0]
 
 
+class Block(Protocol):
+    """A layer as two pure functions of rows, with attention between them.
+
+    Attributes:
+        attn: vLLM's attention layer.
+    """
+
+    @property
+    def attn(self) -> Attention: ...
+
+    def project(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated q [R, Hq, D], k and v [R, Hkv, D] of the layer's input [R, d]."""
+        ...
+
+    def room(self, q: torch.Tensor) -> torch.Tensor:
+        """Zeros [R, Hq, D]: attention to queries of that shape is written into them."""
+        ...
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output [R, d], from its input and the attention output [R, Hq * D]."""
+        ...
+
+
 class PreNormBlock(nn.Module):
-    """A transformer block as two pure functions of rows, with attention between them.
+    """A pre-norm transformer block (``Block``).
 
     Args:
         attention_norm, mlp_norm: before either part.
@@ -180,10 +205,14 @@ class PreNormBlock(nn.Module):
     def project(
         self, x: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated q [R, Hq, D], k and v [R, Hkv, D] of the block's input [R, d]."""
         return self.attention.project(self.attention_norm(x), positions)
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The block's output [R, d], from its input and the attention output [R, Hq * D]."""
+    def room(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+
+    def finish(
+        self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``Block.finish``, written into ``out`` [R, d] where one is given; it may be ``x``."""
         x = x + self.attention.output(attended)
-        return x + self.mlp(self.mlp_norm(x))
+        return torch.add(x, self.mlp(self.mlp_norm(x)), out=out)

@@ -32,6 +32,7 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type = "llada"
+    qkv_bias = per_head_norm = False
     # A missing entry would not fail, it would read as 0 in vLLM.
     attribute_map = {
         "hidden_size": "d_model",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from vllm.forward_context import set_forward_context
 from vllm_elastic.models.experts import ExpertsMLP
 from vllm_elastic.models.llama_config import LlamaKeysConfig
 from vllm_elastic.models.llama_like import LlamaLike
-from vllm_elastic.models.rows import PassRows, Recorder
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+\..+)")
 
@@ -26,7 +26,6 @@ _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+\..+)")
 class LLaDAMoEModelLM(LlamaLike):
     """Weight names are those of the released checkpoints: Llama's, with OLMoE's experts."""
 
-    per_head_norm = True
     loaded_apart = (".experts.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -44,15 +43,9 @@ class LLaDAMoEModelLM(LlamaLike):
             top_k=config.num_experts_per_tok,
         )
 
-    # vLLM's experts are found by name in a context of the whole pass.
-
-    def run(self, rows: PassRows, recorder: Recorder | None = None) -> torch.Tensor:
-        with set_forward_context(None, self._vllm_config):
-            return super().run(rows, recorder)
-
-    def run_without_cache(self, num_rows: int, num_tested: int, chunk_rows: int) -> torch.Tensor:
-        with set_forward_context(None, self._vllm_config):
-            return super().run_without_cache(num_rows, num_tested, chunk_rows)
+    def pass_context(self) -> AbstractContextManager[None]:
+        """vLLM finds its experts by name in a context of the whole pass."""
+        return set_forward_context(None, self._vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = set()

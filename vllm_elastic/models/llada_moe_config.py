@@ -33,6 +33,7 @@ class LLaDAMoEConfig(LlamaKeysConfig):
     }
     own_mask_token_id = 156895
     own_eos_token_id = 156892
+    per_head_norm = True
 
     def __init__(
         self,

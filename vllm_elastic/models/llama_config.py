@@ -29,6 +29,8 @@ class LlamaKeysConfig(PretrainedConfig):
         own_mask_token_id, own_eos_token_id: where the file has none.
         end_of_turn: its token, by name.
         grow_by: positions that are appended to an answer at a time; 0: all at once.
+        qkv_bias: queries, keys and values have a bias.
+        per_head_norm: queries and keys are normed, head by head, before they are rotated.
 
     Raises:
         ValueError: a key is missing or is not understood; names it.
@@ -42,6 +44,7 @@ class LlamaKeysConfig(PretrainedConfig):
     own_eos_token_id = 0
     end_of_turn: ClassVar[str | None] = None
     grow_by = 0
+    qkv_bias = per_head_norm = False
 
     def __init__(
         self,

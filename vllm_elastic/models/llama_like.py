@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama without a causal mask: pre-RMSNorm, rotate-half RoPE, SwiGLU; what most families are.
 
-A family adds its configuration, and where it differs its MLP, biases and tensor names.
+A family adds its configuration, and where it differs its MLP and tensor names.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ class LlamaLike(DiffusionTransformer):
 
     Attributes:
         stacked: parts of fused weights, by their module's name in the checkpoint.
-        per_head_norm: queries and keys are normed, head by head, before they are rotated.
-        qkv_bias: queries, keys and values have a bias.
     """
 
     stacked: ClassVar[Stacked] = {
@@ -42,8 +40,6 @@ class LlamaLike(DiffusionTransformer):
         "gate_proj": ("gate_up_proj", 0),
         "up_proj": ("gate_up_proj", 1),
     }
-    per_head_norm = False
-    qkv_bias = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config: LlamaKeysConfig | LLaDAConfig = vllm_config.model_config.hf_config
@@ -62,8 +58,8 @@ class LlamaLike(DiffusionTransformer):
                 head_dim=width // config.num_attention_heads,
                 max_position=config.max_position_embeddings,
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                qkv_bias=self.qkv_bias,
-                head_norm_eps=config.rms_norm_eps if self.per_head_norm else None,
+                qkv_bias=config.qkv_bias,
+                head_norm_eps=config.rms_norm_eps if config.per_head_norm else None,
             )
             mlp = self.make_mlp(vllm_config, f"{name}.mlp", config)
             return PreNormBlock(norm(), attention, norm(), mlp)

@@ -96,6 +96,12 @@ class PassRows:
     window: CandidateRows
     num_window_rows: int
 
+    @property
+    def in_chunks(self) -> bool:
+        """Whether some layer's rows exceed the row budget. The last layer has the most."""
+        last = self.layers[-1]
+        return last is not None and len(last.calls) > 1
+
 
 class Recorder(Protocol):
     """Keeps, while a pass runs, what its measurements need.

@@ -8,7 +8,8 @@ different layers need no merging.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
-from vllm_elastic.models.layers import PreNormBlock
+from vllm_elastic.models.layers import Block, PreNormBlock
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import (
     AttentionCall,
@@ -115,11 +116,21 @@ class DiffusionTransformer(nn.Module):
         """vLLM takes a class for a language model by these two names. Ours is run by ``run``."""
         raise NotImplementedError("a pass over rows and join layers is run by `run`")
 
-    def run(self, rows: PassRows, recorder: Recorder | None = None) -> torch.Tensor:
+    def pass_context(self) -> AbstractContextManager[None]:
+        """Is entered around a pass, and around a part of one that is run by itself."""
+        return nullcontext()
+
+    def run(
+        self,
+        rows: PassRows,
+        recorder: Recorder | None = None,
+        blocks: Sequence[Block] | None = None,
+    ) -> torch.Tensor:
         """Run a pass.
 
         Args:
             recorder: keeps what the pass's measurements need; None: it measures nothing.
+            blocks: stand-ins for the model's own, which compute the same in another way.
 
         Returns:
             [W, d] final normed hidden states of the rows whose candidates are wanted.
@@ -129,26 +140,27 @@ class DiffusionTransformer(nn.Module):
         """
         x = self._embed(rows)
         before: LayerRows | None = None
-        for layer, block in enumerate(self.blocks):
-            now = rows.layers[layer]
-            if now is None:
-                continue
-            if layer:
-                x = self._store_and_join(layer, x, before, now)
-            projected = self._with_old(layer, x, now, recorder)
-            positions = _first(now.positions, len(projected))
-            q, k, v = self._project(block, projected, positions, now.calls)
-            del projected
-            if recorder is not None:
-                recorder.save_queries(layer, now, q)
-            _write(block.attn, k, v, now.slots)
-            before, calls = now, now.calls
-            if layer == self.num_layers - 1:
-                x, q, calls = x[rows.window.rows], q[rows.window.rows], rows.window.calls
-            q, k, v = (_first(rows_of, len(x)) for rows_of in (q, k, v))
-            attended = _attend(block.attn, q, k, v, calls)
-            del q, k, v  # the MLP needs the room
-            x = self._finish(block, x, attended, calls)
+        with self.pass_context():
+            for layer, block in enumerate(self.blocks if blocks is None else blocks):
+                now = rows.layers[layer]
+                if now is None:
+                    continue
+                if layer:
+                    x = self._store_and_join(layer, x, before, now)
+                projected = self._with_old(layer, x, now, recorder)
+                positions = _first(now.positions, len(projected))
+                q, k, v = _project(block, projected, positions, now.calls)
+                del projected
+                if recorder is not None:
+                    recorder.save_queries(layer, now, q)
+                _write(block.attn, k, v, now.slots)
+                before, calls = now, now.calls
+                if layer == self.num_layers - 1:
+                    x, q, calls = x[rows.window.rows], q[rows.window.rows], rows.window.calls
+                q, k, v = (_first(rows_of, len(x)) for rows_of in (q, k, v))
+                attended = _attend(block, q, k, v, calls)
+                del q, k, v  # the MLP needs the room
+                x = _finish(block, x, attended, calls)
         return self.norm(x)[: rows.num_window_rows]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -213,29 +225,6 @@ class DiffusionTransformer(nn.Module):
         filling = x.new_zeros(len(now.positions) - now.num_rows - len(old), self.width)
         return torch.cat([x[: now.num_rows], old, filling])
 
-    @staticmethod
-    def _project(
-        block: PreNormBlock, x: torch.Tensor, positions: torch.Tensor, calls: list[AttentionCall]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
-        if len(calls) == 1:
-            return block.project(x, positions)
-        parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(calls, len(x))]
-        q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
-        return q, k, v
-
-    @staticmethod
-    def _finish(
-        block: PreNormBlock,
-        x: torch.Tensor,
-        attended: torch.Tensor,
-        calls: list[AttentionCall],
-    ) -> torch.Tensor:
-        """The layer's output [R filled up, d]."""
-        if len(calls) == 1:
-            return block.finish(x, attended)
-        return torch.cat([block.finish(x[a:b], attended[a:b]) for a, b in chunks(calls, len(x))])
-
     # Memory and weights.
 
     def run_without_cache(self, num_rows: int, num_tested: int, chunk_rows: int) -> torch.Tensor:
@@ -258,11 +247,12 @@ class DiffusionTransformer(nn.Module):
         ]
         x = self.embed_tokens(positions[:num_rows])
         projected = torch.cat([x, x[:num_tested]])
-        q, k, v = self._project(block, projected, positions, calls)
-        del projected
-        attended = torch.zeros_like(q[:num_rows]).view(num_rows, -1)
-        del q, k, v
-        return self.norm(self._finish(block, x, attended, calls))
+        with self.pass_context():
+            q, k, v = _project(block, projected, positions, calls)
+            del projected
+            attended = block.room(q[:num_rows]).view(num_rows, -1)
+            del q, k, v
+            return self.norm(_finish(block, x, attended, calls))
 
     def load_named(
         self,
@@ -335,13 +325,24 @@ def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
     return rows if len(rows) == count else rows[:count]
 
 
+def _project(
+    block: Block, x: torch.Tensor, positions: torch.Tensor, calls: list[AttentionCall]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
+    if len(calls) == 1:
+        return block.project(x, positions)
+    parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(calls, len(x))]
+    q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q, k, v
+
+
 def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """Put keys and values [P, Hkv, D] into their slots [>= P] of the paged cache."""
     attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, _first(slots, len(k)))
 
 
 def _attend(
-    attn: Attention,
+    block: Block,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -351,7 +352,7 @@ def _attend(
 
     The backends attend to the paged keys; of the rows' own they take the number.
     """
-    output = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    attn, output = block.attn, block.room(q)
     if len(calls) == 1:  # as many rows as its metadata has
         attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
     else:
@@ -361,3 +362,12 @@ def _attend(
                 attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
             )
     return output.view(len(q), -1)
+
+
+def _finish(
+    block: Block, x: torch.Tensor, attended: torch.Tensor, calls: list[AttentionCall]
+) -> torch.Tensor:
+    """The layer's output [R filled up, d]."""
+    if len(calls) == 1:
+        return block.finish(x, attended)
+    return torch.cat([block.finish(x[a:b], attended[a:b]) for a, b in chunks(calls, len(x))])

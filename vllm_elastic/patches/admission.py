@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -23,7 +23,7 @@ from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.patches.max_tokens import take_note
-from vllm_elastic.patches.sent_parameters import forget_echo, sent_as
+from vllm_elastic.patches.sent_parameters import forget_echo, misplaced_knobs, sent_as
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -45,6 +45,7 @@ def check_requests_at_admission() -> None:
         if is_served_by_us(self.vllm_config):
             # (request_id, prompt, params, ...)
             sent = kwargs.get("params", args[2] if len(args) > 2 else None)
+            check_place_of_knobs(misplaced_knobs(sent))
             check_bad_words(sent)  # before the tokenizer meets them
             take_note(sent, self.vllm_config)
             forget_echo(sent)
@@ -63,6 +64,24 @@ def check_requests_at_admission() -> None:
 
     setattr(checked, _WRAPPED, True)
     InputProcessor.process_inputs = checked
+
+
+def check_place_of_knobs(misplaced: Sequence[str]) -> None:
+    """Refuse knobs where vLLM's server does not look: they would have no effect.
+
+    Args:
+        misplaced: from ``misplaced_knobs``.
+
+    Raises:
+        VLLMValidationError: names the first and where it belongs.
+    """
+    if misplaced:
+        name = misplaced[0].encode(errors="backslashreplace").decode()  # half a surrogate pair
+        raise VLLMValidationError(
+            f"{name} stands beside vllm_xargs and would be passed over; send it within: "
+            f'"vllm_xargs": {{"{name}": ...}}.',
+            parameter=name,
+        )
 
 
 def check_bad_words(params: object) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A refusal names what the client sent, not what vLLM made of it; an echo alone asks for nothing.
 
-Conversion to ``SamplingParams`` notes which of the client's fields stand behind a parameter,
-whatever the model; only admission to an engine that is ours reads the note.
+Conversion to ``SamplingParams`` notes which of the client's fields stand behind a parameter, and
+which knobs it dropped, whatever the model; only admission to an engine that is ours reads the note.
 
-See patches/sent_parameters: vLLM turns ``echo``, ``tool_choice`` and formats into other parameters.
+See patches/sent_parameters: vLLM turns ``echo``, ``tool_choice`` and formats into other parameters,
+and passes over fields that it does not know.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
+
+from vllm_elastic.config import REQUEST_PREFIX
 
 _WRAPPED = "_vllm_elastic_sent_wrapped"
 _SENT = "_vllm_elastic_sent"
+_MISPLACED = "_vllm_elastic_misplaced"
 
 
 def note_what_was_sent() -> None:
@@ -34,6 +39,12 @@ def sent_as(params: Any) -> dict[str, str]:
     return sent
 
 
+def misplaced_knobs(params: Any) -> list[str]:
+    """Names of knobs that the client sent beside ``vllm_xargs`` and not in it."""
+    misplaced: list[str] = getattr(params, _MISPLACED, [])
+    return misplaced
+
+
 def forget_echo(params: Any) -> None:
     """Drop the prompt's 0 log probabilities that vLLM makes of a chat's ``echo`` alone."""
     if sent_as(params).get("prompt_logprobs") == "echo" and params.prompt_logprobs == 0:
@@ -45,12 +56,29 @@ def _note(request_class: Any) -> None:
 
     @functools.wraps(to_sampling_params)
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        params = to_sampling_params(self, *args, **kwargs)
+        try:
+            params = to_sampling_params(self, *args, **kwargs)
+        except VLLMValidationError as error:
+            raise _with_remedy(error, self) from None
         setattr(params, _SENT, _sent(self))
+        extra = getattr(self, "model_extra", None) or {}
+        setattr(params, _MISPLACED, [name for name in extra if name.startswith(REQUEST_PREFIX)])
         return params
 
     setattr(noted, _WRAPPED, True)
     request_class.to_sampling_params = noted
+
+
+def _with_remedy(error: VLLMValidationError, request: Any) -> VLLMValidationError:
+    """vLLM's refusal of several greedy answers, to a client that named no temperature at all."""
+    several = (getattr(request, "n", None) or 1) > 1
+    if not several or request.temperature is not None or "greedy" not in str(error):
+        return error
+    return VLLMValidationError(
+        f"n={request.n}: several answers need a temperature above 0, and this server's is 0 where "
+        "a request names none; send a temperature, or n=1.",
+        parameter="n",
+    )
 
 
 def _sent(request: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ Keeps nothing of a request between steps but what is in its KV blocks, and decid
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,11 +32,13 @@ from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
 from vllm_elastic.runner.download import Download
-from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
+from vllm_elastic.runner.executor import GRAPH_ROWS, EagerExecutor, GraphExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.statistics.attention_sums import warm_up
 from vllm_elastic.runner.statistics.statistics import Statistics
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
@@ -84,11 +87,43 @@ class ElasticRunner:
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """Allocate what the limits of a step allow, so that vLLM can size the KV cache (GPU)."""
+        """Allocate what the limits of a step allow, so that vLLM can size the KV cache (GPU).
+
+        Graphs read no KV cache, so they are captured here already: what they take is measured.
+        """
+        counts: list[int] = self.vllm_config.additional_config[GRAPH_ROWS]
+        if counts:
+            # What vLLM's experts keep grows in it: a graph would go on pointing at what was there.
+            self._trial_run()
+            self._capture_graphs(counts)
+        self._trial_run()
+
+    def _trial_run(self) -> None:
         seats = self.vllm_config.scheduler_config.max_num_seqs
         limits = StepLimits.of_engine(self.vllm_config)
         canvas = self.model_config.max_model_len
         trial_run(self.model, self.traits, limits, seats, canvas, self._upload)
+
+    def _capture_graphs(self, counts: list[int]) -> None:
+        """Raises:
+        RuntimeError: the device refuses.
+        """
+        started, free = time.perf_counter(), free_bytes()
+        executor = GraphExecutor(self.model)
+        try:
+            executor.capture(CudaGraphs(self.device), counts)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "capturing CUDA graphs failed; --enforce-eager serves without them, "
+                "--max-cudagraph-capture-size with fewer (vllm_elastic)"
+            ) from error
+        self._executor = executor
+        logger.info(
+            "captured CUDA graphs for %d numbers of rows in %.1f s; they take %d MiB",
+            len(counts),
+            time.perf_counter() - started,
+            (free - free_bytes()) >> 20,
+        )
 
     def warming_up_model(self) -> None:
         """Nothing is compiled."""
@@ -121,6 +156,7 @@ class ElasticRunner:
         names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
         self.cache = CacheView.of(self.model, kv_cache_config)
+        warm_up(self.cache)
         self._log_capacity(kv_cache_config)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:

@@ -16,7 +16,12 @@ def make_parser() -> argparse.ArgumentParser:
         description="A page that asks a running `vllm serve` the same question under two settings "
         "and shows both answers as they are filled in, pass by pass.",
     )
-    parser.add_argument("--server", default="http://localhost:8000", metavar="URL")
+    parser.add_argument(
+        "--server",
+        default="http://localhost:8000",
+        metavar="URL",
+        help="a `vllm serve` with this plugin (default: %(default)s)",
+    )
     parser.add_argument(
         "--api-key",
         default=os.environ.get("VLLM_API_KEY"),
@@ -25,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="where the page listens (default: %(default)s)"
     )
-    parser.add_argument("--port", type=int, default=8080, metavar="N")
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="of the page (default: %(default)s)"
+    )
     return parser
 
 
@@ -40,6 +47,8 @@ def main() -> None:
         ) from None
     with server:
         print(f"{server.url} shows {args.server}; Ctrl-C ends it", flush=True)
+        if trouble := server.trouble():
+            print(f"watch: {args.server} does not answer yet: {trouble}", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -25,6 +25,9 @@ MOST_BYTES = 1 << 20
 
 READ_BYTES = 1 << 16
 
+SECONDS_TO_ANSWER = 5
+"""That a server is given to list its models when the page starts."""
+
 
 class PageServer(ThreadingHTTPServer):
     """One page at ``/``, and the paths of ``HANDED_ON``.
@@ -62,6 +65,15 @@ class PageServer(ThreadingHTTPServer):
     def url(self) -> str:
         """Address of the page."""
         return f"http://{self.server_address[0]!s}:{self.server_address[1]}"
+
+    def trouble(self) -> str | None:
+        """Why the watched server cannot be asked now; None where it can."""
+        request = urllib.request.Request(f"{self.watched}/v1/models", headers=self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER):
+                return None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return str(error)
 
 
 class _Handler(BaseHTTPRequestHandler):

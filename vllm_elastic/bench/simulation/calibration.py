@@ -16,6 +16,7 @@ import numpy as np
 
 from vllm_elastic.bench.compare import load_problems
 from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.model_config import shape_of
 from vllm_elastic.bench.simulation.cluster import run_closed
 from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import PARTS, Device
@@ -97,7 +98,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
             time_setting(engine, problems, setting, clock)
             where = f"repeat {number + 1} of {args.repeats}: {setting.policy}, batch"
             print(f"{where} {setting.batch_size}: {setting.totals[-1]:.1f} s", file=sys.stderr)
-    shape = ModelShape.from_config(args.model / "config.json", bytes_per_number=4)
+    shape = shape_of(args.model, bytes_per_number=4)
     return report(shape, measured_device(shape, clock), settings, capacity_of(engine))
 
 

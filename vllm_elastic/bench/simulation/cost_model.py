@@ -47,7 +47,7 @@ class CostModel:
         finished[..., -1] = window
         attended = work[..., columns.attended].copy()
         attended[..., -1] = work[..., columns.window_attended]
-        weights = (shape.projection_parameters + shape.rest_parameters) * size * (rows > 0)
+        weights = shape.parameters_read(finished) * size * (rows > 0)
         seconds = np.zeros((*work.shape[:-1], len(PARTS), len(BOUNDS)))
 
         def put(part: str, compute: Floats, transfer: Floats) -> None:

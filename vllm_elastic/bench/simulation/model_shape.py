@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a LLaDA that decide what a pass costs and what a canvas takes."""
+"""The sizes of a model that decide what a pass costs and what a canvas takes."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +18,16 @@ Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A LLaDA's sizes; the defaults are LLaDA-8B's in bfloat16.
+    """A model's sizes; the defaults are LLaDA-8B's in bfloat16.
 
     Attributes:
         width: d_model; key_width: n_kv_heads times the entries of a head.
-        mlp: mlp_hidden_size; vocabulary: rows of the embedding and of the head.
+        mlp: of the MLP, or of an expert; vocabulary: rows of the embedding and of the head.
         bytes_per_number: of weights, keys, values and hidden states.
         image_parameters: of what makes rows of images. image_rows: that the largest image has
             before it is made smaller. 0: the model takes none.
+        qkv_bias: queries, keys and values have one. head_norms: queries and keys are normed.
+        experts: of a layer, in place of one MLP; 0: it has one. experts_per_row: that a row takes.
     """
 
     width: int = 4096
@@ -40,6 +40,10 @@ class ModelShape:
     bytes_per_number: int = 2
     image_parameters: int = 0
     image_rows: int = 0
+    qkv_bias: bool = False
+    head_norms: bool = False
+    experts: int = 0
+    experts_per_row: int = 0
 
     @property
     def stored_inputs(self) -> int:
@@ -47,26 +51,30 @@ class ModelShape:
         return self.layers - 1 + bool(self.image_rows)
 
     @classmethod
-    def from_config(cls, path: Path, bytes_per_number: int = 2) -> ModelShape:
-        """From a checkpoint's config.json.
-
-        Raises:
-            SystemExit: the file is no LLaDA's; names what is missing.
-        """
-        config = json.loads(path.read_text())
-        wanted = {"d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"}
-        if missing := sorted(wanted - set(config)):
-            raise SystemExit(f"{path}: not a LLaDA's config, lacks {', '.join(missing)}")
-        kv_heads = config.get("n_kv_heads") or config["n_heads"]
+    def of(cls, config: Any, bytes_per_number: int = 2) -> ModelShape:
+        """Of a family's configuration, a transformers ``PretrainedConfig``."""
+        width, heads = config.hidden_size, config.num_attention_heads
+        images = {}
+        if hasattr(config, "image_rules"):
+            rules = config.image_rules()
+            images = {
+                "image_parameters": config.image_parameters,
+                "image_rows": rules.most_tiles * rules.patches**2,
+            }
         return cls(
-            width=config["d_model"],
-            key_width=config["d_model"] // config["n_heads"] * kv_heads,
-            layers=config["n_layers"],
-            heads=config["n_heads"],
-            mlp=config["mlp_hidden_size"],
-            vocabulary=config.get("embedding_size") or config["vocab_size"],
-            tied=config.get("weight_tying", False),
+            width=width,
+            key_width=width // heads * config.num_key_value_heads,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            mlp=config.intermediate_size,
+            vocabulary=config.embedding_size,
+            tied=config.tie_word_embeddings,
             bytes_per_number=bytes_per_number,
+            qkv_bias=config.qkv_bias,
+            head_norms=config.per_head_norm,
+            experts=getattr(config, "num_experts", 0),
+            experts_per_row=getattr(config, "num_experts_per_tok", 0),
+            **images,
         )
 
     @property
@@ -75,9 +83,29 @@ class ModelShape:
         return self.width * (self.width + 2 * self.key_width)
 
     @property
-    def rest_parameters(self) -> int:
-        """Of one layer's attention output and MLP."""
-        return self.width * (self.width + 3 * self.mlp)
+    def shared_rest_parameters(self) -> int:
+        """Of one layer's attention output and MLP, or all experts: what ranks share."""
+        return self.width * (self.width + 3 * self.mlp * (self.experts or 1))
+
+    @property
+    def whole_parameters(self) -> int:
+        """Of one layer's norms and of what chooses experts: what every rank has."""
+        head = self.width // self.heads
+        return 2 * self.width + 2 * head * self.head_norms + self.width * self.experts
+
+    def layer_parameters(self, key_width: int, ranks: int = 1) -> int:
+        """Of one layer on one of so many ranks, each of which has keys of this width."""
+        made = self.width // ranks + 2 * key_width
+        own = self.width * made + made * self.qkv_bias
+        return own + self.shared_rest_parameters // ranks + self.whole_parameters
+
+    def parameters_read(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Of one layer's products for so many rows, at least one; experts are taken evenly."""
+        taken = np.ones_like(rows)
+        if self.experts:
+            taken = self.experts * (1 - (1 - self.experts_per_row / self.experts) ** rows)
+        fixed = self.projection_parameters + self.width * (self.width + self.experts)
+        return fixed + 3 * self.width * self.mlp * taken
 
     @property
     def head_parameters(self) -> int:
@@ -90,7 +118,8 @@ class ModelShape:
             projected: rows whose queries, keys and values are made, summed over layers.
             finished: rows that go on to the attention's output and the MLP, summed over layers.
         """
-        return 2 * (self.projection_parameters * projected + self.rest_parameters * finished)
+        rest = self.width * (self.width + 3 * self.mlp * (self.experts_per_row or 1) + self.experts)
+        return 2 * (self.projection_parameters * projected + rest * finished)
 
     def attention_operations(self, attended: Numbers) -> Numbers:
         """Of scores and weighted values; ``attended``: rows times keys, summed over layers."""
@@ -103,7 +132,7 @@ class ModelShape:
     @property
     def weight_bytes(self) -> int:
         """All weights; norms included."""
-        layer = self.projection_parameters + self.rest_parameters + 2 * self.width
+        layer = self.layer_parameters(self.key_width)
         ends = self.head_parameters * (1 if self.tied else 2) + self.width
         return self.bytes_per_number * (self.layers * layer + ends + self.image_parameters)
 
@@ -141,8 +170,18 @@ class ModelShape:
                 projected * qkv + in_chunk, projected * qkv * 2
             )
             finish = rows * (2 * self.width + self.width // ranks)
-        finish += chunk * (2 * self.width + 3 * self.mlp // ranks)
+        finish += chunk * (2 * self.width + self._mlp_numbers(ranks))
         return self.bytes_per_number * max(project, finish)
+
+    def _mlp_numbers(self, ranks: int) -> int:
+        """Numbers that the MLP makes of a row; of experts as vLLM's fused kernel on GPUs has them.
+
+        That keeps what an expert makes of a row at first in the memory of what it returns at last.
+        """
+        inner = self.mlp // ranks
+        if not self.experts:
+            return 3 * self.mlp // ranks
+        return self.experts_per_row * (max(2 * inner, self.width) + inner)
 
     def logits_bytes(self, window_rows: int) -> int:
         """What the candidates of so many rows need on each rank, at its peak.

@@ -19,13 +19,17 @@ class BlockTotals:
 
     The plans share one tensor, with canvases of the longest one's length, so that the blocks of
     all of them are found together.
+
+    Attributes:
+        owners: the plans, by their index; their order is that of their places.
+        mass: float32 [plans, longest T], the attention that each position is paid.
     """
 
     def __init__(self, owners: dict[int, OwnRows], cache: CacheView, upload: Upload) -> None:
-        self._owners, self._cache = owners, cache
+        self.owners, self._cache = owners, cache
         self._nth = {index: nth for nth, index in enumerate(owners)}
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
-        self._mass = torch.zeros(len(owners), longest, device=upload.device)
+        self.mass = torch.zeros(len(owners), longest, device=upload.device)
         watched = [self._measure(index).watched for index in owners]
         self._watched = upload.put(filled_up(watched, longest, np.bool_))
         # Plans whose blocks have as many positions are worked out together.
@@ -43,7 +47,7 @@ class BlockTotals:
             places: int64 [plans], theirs among all plans that probe blocks.
         """
         # Summed over layers already: a layer's own mass would be L times as much to send.
-        self._mass[places, : mass.shape[-1]] = mass.sum(dim=0)
+        self.mass[places, : mass.shape[-1]] = mass.sum(dim=0)
 
     def add_probes(self, change: torch.Tensor, before: torch.Tensor) -> None:
         """Squared norms [stored, probes of all plans], plan by plan, of the stored inputs."""
@@ -52,23 +56,23 @@ class BlockTotals:
     def parts(self) -> list[torch.Tensor]:
         """Views of what adds up over ranks, without what fills up the shorter canvases."""
         mass = [
-            self._mass[self._nth[index], : len(own.plan.tokens)]
-            for index, own in self._owners.items()
+            self.mass[self._nth[index], : len(own.plan.tokens)]
+            for index, own in self.owners.items()
         ]
         return mass + self._probes
 
     def blocks(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """float32 [blocks] mass and int32 [blocks] most attended position of each plan."""
-        if not self._owners:
+        if not self.owners:
             return {}
         # The norm is the whole canvas's attention, whether it is watched or not.
-        share = self._mass / self._mass.sum(dim=-1, keepdim=True)
+        share = self.mass / self.mass.sum(dim=-1, keepdim=True)
         found = {}
         for block_size, alike, places in self._alike:
             mass, best = ops.attended_blocks(share[places], self._watched[places], block_size)
             best = best.to(torch.int32)
             for nth, index in enumerate(alike):
-                own = slice(-(-len(self._owners[index].plan.tokens) // block_size))
+                own = slice(-(-len(self.owners[index].plan.tokens) // block_size))
                 found[index] = mass[nth, own], best[nth, own]
         return found
 
@@ -80,11 +84,11 @@ class BlockTotals:
         stride = self._cache.hidden_stride
         drift = change.new_zeros(change.shape[1], self._cache.num_layers)
         drift[:, stride::stride] = (change.sqrt() / before.sqrt().clamp_min(ops.NORM_FLOOR)).T
-        probing = [index for index in self._owners if self._measure(index).probes.size]
+        probing = [index for index in self.owners if self._measure(index).probes.size]
         counts = [self._measure(index).probes.size for index in probing]
         return dict(zip(probing, drift.split(counts), strict=True))
 
     def _measure(self, index: int) -> BlockProbe:
-        measure = self._owners[index].measure
+        measure = self.owners[index].measure
         assert isinstance(measure, BlockProbe)
         return measure

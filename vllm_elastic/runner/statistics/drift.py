@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from vllm_elastic.decoding.measurement import DriftTest
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.ragged import filled_up
+from vllm_elastic.runner.statistics import memory
+from vllm_elastic.runner.statistics.over_ranks import add_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
 
@@ -20,14 +23,42 @@ _SORTED_AT_ONCE = 1 << 24
 """Positions times layers that are ranked at a time, by their attention."""
 
 
-@dataclass(slots=True)
-class _Sums:
-    """``ops.drift_sums`` [layers, ...] of one plan, of stored layers from ``first`` on."""
+class PendingSums(Protocol):
+    """What drift tests sum up over heads, until it has been added up over ranks.
 
-    index: int
-    first: int
-    num_rows: int
+    Attributes:
+        sums: contiguous or not, in place.
+    """
+
     sums: list[torch.Tensor]
+
+    def add_to(self, similarities: torch.Tensor) -> None:
+        """To float32 [plans, stored layers]. The sums may be overwritten."""
+        ...
+
+
+@dataclass(slots=True)
+class _SumsOfOne:
+    """``ops.drift_sums`` [layers, ...] of some of one plan's rows.
+
+    Attributes:
+        place: of the plan; first: of the stored layers.
+        share: of the rows that the plan tests.
+        num_rows: attention rows that it compares, of all ranks.
+    """
+
+    place: int
+    first: int
+    share: float
+    num_rows: int
+    statistic: str
+    sums: list[torch.Tensor]
+
+    def add_to(self, similarities: torch.Tensor) -> None:
+        found = ops.similarity_of_sums(self.sums, self.statistic, self.num_rows)
+        if self.statistic == "released":  # a mean over these rows alone
+            found *= self.share
+        similarities[self.place, self.first : self.first + len(found)] += found
 
 
 class DriftTotals:
@@ -35,19 +66,27 @@ class DriftTotals:
 
     The plans share one tensor, with canvases of the longest one's length, so that the most
     attended positions of all of them are found together.
+
+    Attributes:
+        owners: the plans, by their index; their order is that of their places.
+        mass: float32 [L, plans, longest T], the attention that each position is paid.
     """
 
     def __init__(self, owners: dict[int, OwnRows], cache: CacheView, upload: Upload) -> None:
-        self._owners, self._cache = owners, cache
+        self.owners, self._cache = owners, cache
         self._nth = {index: nth for nth, index in enumerate(owners)}
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
         # A layer that a plan does not look at stays 0, and so does what is beyond its canvas.
-        self._mass = torch.zeros(cache.num_layers, len(owners), longest, device=upload.device)
+        self.mass = torch.zeros(cache.num_layers, len(owners), longest, device=upload.device)
         measures = [self._measure(index) for index in owners]
         self._trackable = upload.put(filled_up([m.trackable for m in measures], longest, np.bool_))
         self._track_num = max((measure.track_num for measure in measures), default=0)
-        self._pending: list[_Sums] = []
-        self._similarities: dict[int, torch.Tensor] = {}
+        self._pending: list[PendingSums] = []
+        # [plans, stored layers]; most requests test nothing, and most passes.
+        self._similarities: torch.Tensor | None = None
+        if any(own.tested.size for own in owners.values()):
+            num_stored = -(-cache.num_layers // cache.hidden_stride)
+            self._similarities = self.mass.new_zeros(len(owners), num_stored)
 
     def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position.
@@ -55,14 +94,31 @@ class DriftTotals:
         Args:
             places: int64 [plans], theirs among all plans that test drift.
         """
-        self._mass[layers.start : layers.stop, places, : mass.shape[-1]] = mass
+        self.mass[layers.start : layers.stop, places, : mass.shape[-1]] = mass
 
     def add_drift(self, index: int, layers: range, num_rows: int, sums: list[torch.Tensor]) -> None:
         """``ops.drift_sums`` of some layers and ``num_rows`` of the tested rows of one plan."""
+        own, measure = self.owners[index], self._measure(index)
         first = -(-layers.start // self._cache.hidden_stride)
-        tested = self._cache.num_tested(self._measure(index).tested_layers)
+        tested = self._cache.num_tested(measure.tested_layers)
         stop = None if tested is None else max(0, tested - first)
-        self._pending.append(_Sums(index, first, num_rows, [part[:stop] for part in sums]))
+        self.add_pending(
+            _SumsOfOne(
+                place=self._nth[index],
+                first=first,
+                share=num_rows / own.tested.size,
+                num_rows=self._cache.num_heads * ranks.count() * own.tested.size,
+                statistic=measure.statistic,
+                sums=[part[:stop] for part in sums],
+            )
+        )
+
+    def add_pending(self, sums: PendingSums) -> None:
+        """Sums of this rank's heads; as many numbers on every rank."""
+        self._pending.append(sums)
+        if self.num_pending > memory.SUMS_AT_ONCE:
+            add_up(self.pending())
+            self.take_similarities()
 
     @property
     def num_pending(self) -> int:
@@ -74,54 +130,49 @@ class DriftTotals:
         return [part for each in self._pending for part in each.sums]
 
     def take_similarities(self) -> None:
-        """Turn the sums, added up over ranks, into similarities; they are overwritten."""
+        """Turn the sums, added up over ranks, into similarities; they may be overwritten."""
         for each in self._pending:
-            own, statistic = self._owners[each.index], self._measure(each.index).statistic
-            num_attention_rows = self._cache.num_heads * ranks.count() * own.tested.size
-            found = ops.similarity_of_sums(each.sums, statistic, num_attention_rows)
-            if statistic == "released":  # a mean over these rows alone
-                found *= each.num_rows / own.tested.size
-            kept = self._similarities.setdefault(
-                each.index, found.new_zeros(self._cache.num_layers)
-            )
-            kept[each.first : each.first + len(found)] += found
+            assert self._similarities is not None
+            each.add_to(self._similarities)
         self._pending = []
 
     def parts(self) -> list[torch.Tensor]:
         """Views of what adds up over ranks, without what fills up the shorter canvases."""
         mass = [
-            self._mass[own.plan.start_layer :, self._nth[index], : len(own.plan.tokens)]
-            for index, own in self._owners.items()
+            self.mass[own.plan.start_layer :, self._nth[index], : len(own.plan.tokens)]
+            for index, own in self.owners.items()
         ]
         return mass + self.pending()
 
     def most_attended(self) -> dict[int, torch.Tensor]:
         """int32 [layers from the start layer on, track_num] of each plan."""
-        if not self._owners:
+        if not self.owners:
             return {}
         # A sort takes several times the room of what it sorts.
-        num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * self._mass.shape[-1]))
-        masses, flags = self._mass.split(num_plans, dim=1), self._trackable.split(num_plans)
+        num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * self.mass.shape[-1]))
+        masses, flags = self.mass.split(num_plans, dim=1), self._trackable.split(num_plans)
         pieces = zip(masses, flags, strict=True)
         best = torch.cat([ops.most_attended(*piece, self._track_num) for piece in pieces], dim=1)
-        best = best.to(torch.int32)
+        best = best.movedim(1, 0).to(torch.int32)
         return {
-            index: best[own.plan.start_layer :, self._nth[index], : self._measure(index).track_num]
-            for index, own in self._owners.items()
+            index: best[self._nth[index], own.plan.start_layer :, : self._measure(index).track_num]
+            for index, own in self.owners.items()
         }
 
     def similarities(self) -> dict[int, torch.Tensor]:
         """float32 [tested layers] of each plan that tests."""
-        found = {}
-        for index, stored in self._similarities.items():
-            tested_layers = self._measure(index).tested_layers
-            similarities = torch.full_like(stored, torch.nan)
-            places = similarities[:: self._cache.hidden_stride]
-            places.copy_(stored[: len(places)])
-            found[index] = similarities[:tested_layers]
-        return found
+        if self._similarities is None:
+            return {}
+        stride, num_layers = self._cache.hidden_stride, self._cache.num_layers
+        found = self._similarities.new_full((len(self.owners), num_layers), torch.nan)
+        found[:, ::stride] = self._similarities
+        return {
+            index: found[self._nth[index], : self._measure(index).tested_layers]
+            for index, own in self.owners.items()
+            if own.tested.size
+        }
 
     def _measure(self, index: int) -> DriftTest:
-        measure = self._owners[index].measure
+        measure = self.owners[index].measure
         assert isinstance(measure, DriftTest)
         return measure

@@ -7,14 +7,15 @@ Imports no torch.
 from __future__ import annotations
 
 NUMBERS_AT_ONCE_ON_GPU = 1 << 26
-"""Keys and attention rows that are at hand at a time, in numbers of 4 bytes. One plan's rows are
-cut into pieces of no more, on any device."""
+"""Numbers of 4 bytes that are at hand at a time: what the kernels write, hidden states of probes,
+on CPUs attention rows of one plan, which are cut into pieces of no more."""
 
 SUMS_AT_ONCE = 1 << 24
 """Sums of drift tests that wait to be added up over ranks, in numbers of 4 bytes."""
 
 _COPIES_OF_READING = 4
-"""Keys, scores and their softmax; beside them what a drift test compares and sums."""
+"""Hidden states of probes are converted, subtracted and multiplied. On a CPU there are keys, scores
+and their softmax; beside them what a drift test compares and sums. The kernels make no copy."""
 
 
 def saved_bytes(

@@ -63,7 +63,7 @@ class Reading:
 
 
 class ReadingPlanner:
-    """Puts plans together, as many as a CPU's cache, or a GPU's spare memory, has room for.
+    """Puts plans together, as many as a CPU's cache has room for.
 
     Args:
         numbers_at_once: keys and attention rows that may be at hand at a time.
@@ -91,12 +91,9 @@ class ReadingPlanner:
 
         A plan that tests stays alone: it reads every layer, and no two have as many rows.
         """
-        last = self._cache.num_layers - 1
         alike: dict[tuple[type, range], list[int]] = {}
         for index, own in self._owners.items():
-            start, stride = own.plan.start_layer, own.plan.attention_stride
-            # From the start layer on, counted down from the last.
-            layers = range(start + (last - start) % stride, last + 1, stride)
+            layers = own.layers(self._cache.num_layers)
             if own.tested.size:
                 yield layers, [index]
             else:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For how many rows graphs are captured, and that the runner captures them when it is profiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+
+from tests.recorded_graphs import RecordedGraphs
+from vllm_elastic.engine import graph_flags
+from vllm_elastic.engine.graph_flags import graph_rows
+from vllm_elastic.runner import runner as runner_module
+from vllm_elastic.runner.executor import GRAPH_ROWS, GraphExecutor
+
+from .conftest import Served
+from .driver import Driver, prompt_of
+
+pytestmark = pytest.mark.engine
+
+
+def config_of(**options: Any) -> Any:
+    """What vLLM's configuration has before it fills in what was left open."""
+    given = dict(eager=False, mode=None, sizes=None, most=None, level=2, ranks=1, budget=8192)
+    assert options.keys() <= given.keys()
+    given |= options
+    return SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=given["eager"]),
+        optimization_level=given["level"],
+        parallel_config=SimpleNamespace(tensor_parallel_size=given["ranks"]),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=given["budget"]),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=given["mode"],
+            cudagraph_capture_sizes=given["sizes"],
+            max_cudagraph_capture_size=given["most"],
+        ),
+    )
+
+
+@pytest.fixture
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: True)
+    monkeypatch.setattr(graph_flags, "current_platform", platform)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    ("options", "first", "last", "count"),
+    [
+        ({}, 8, 512, 24),
+        ({"mode": CUDAGraphMode.PIECEWISE, "level": 0}, 8, 512, 24),
+        ({"most": 100}, 8, 112, 11),
+        ({"most": 1024}, 8, 1024, 40),
+        ({"budget": 60}, 8, 64, 8),
+        ({"sizes": [1, 2, 4, 20, 129]}, 8, 160, 3),
+        ({"sizes": [1, 2, 4, 20, 129], "most": 64}, 8, 24, 2),
+    ],
+)
+def test_rows_that_flags_ask_for(
+    options: dict[str, Any], first: int, last: int, count: int
+) -> None:
+    found = graph_rows(config_of(**options))
+    assert (found[0], found[-1], len(found)) == (first, last, count)
+    assert found == sorted(set(found))
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    "options", [{"eager": True}, {"mode": CUDAGraphMode.NONE}, {"level": 0}, {"ranks": 2}]
+)
+def test_flags_that_switch_graphs_off(options: dict[str, Any]) -> None:
+    assert graph_rows(config_of(**options)) == []
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_several_ranks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(graph_flags.logger, "info", lambda line, *_: said.append(line))
+    graph_rows(config_of())
+    graph_rows(config_of(ranks=2, eager=True))
+    assert not said
+    graph_rows(config_of(ranks=2))
+    assert [line.split(":")[0] for line in said] == ["CUDA graphs are off"]
+
+
+def test_a_cpu_captures_nothing(serve: Callable[[str], Served]) -> None:
+    assert graph_rows(config_of()) == []
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    assert runner.vllm_config.additional_config[GRAPH_ROWS] == []
+
+
+def test_graphs_are_captured_in_the_profiling_run(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So vLLM measures what they take before it sizes the KV cache; and passes then use them."""
+    served = serve("gqa-tied")
+    runner: Any = served.engine.runner  # type: ignore[attr-defined]
+    captured: list[RecordedGraphs] = []
+    replays = [0]
+
+    class Counting(RecordedGraphs):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            assert device == runner.device
+            captured.append(self)
+
+        def take_memory(self, graph: Any) -> None:
+            replays[0] += 1
+            super().take_memory(graph)
+
+    monkeypatch.setattr(runner_module, "CudaGraphs", Counting)
+    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(runner, "_executor", runner._executor)
+    monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8, 24])
+    runner.profile_run()
+    assert isinstance(runner._executor, GraphExecutor) and len(captured) == 1
+    driver = Driver(served)
+    driver.add(prompt_of(20, 1), 8, policy="elastic-block", window=4)
+    driver.run()
+    driver.take_records()
+    assert replays[0] > 0
+
+
+def test_a_device_that_refuses_is_told_with_the_remedy(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+
+    def refuse(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(runner_module, "CudaGraphs", refuse)
+    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8])
+    with pytest.raises(RuntimeError, match="--enforce-eager"):
+        runner.profile_run()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For how many rows CUDA graphs are captured, by vLLM's own flags."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_elastic.models.rows import bucket
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.vllm_elastic.engine.graph_flags")
+
+MOST_ROWS = 512
+"""vLLM's own default. A pass of more rows computes for longer than it takes to launch."""
+
+
+def graph_rows(vllm_config: VllmConfig) -> list[int]:
+    """Numbers of rows, ascending; none: every pass is eager.
+
+    Asked before vLLM fills in what the operator left open.
+    """
+    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    mode = compilation.cudagraph_mode
+    if mode is None:
+        wanted = vllm_config.optimization_level > 0
+    else:
+        wanted = mode != CUDAGraphMode.NONE
+    if not current_platform.is_cuda() or vllm_config.model_config.enforce_eager or not wanted:
+        return []
+    limit = compilation.max_cudagraph_capture_size
+    sizes = compilation.cudagraph_capture_sizes
+    if sizes is None:
+        most = MOST_ROWS if limit is None else limit
+        sizes = list(range(1, min(most, vllm_config.scheduler_config.max_num_batched_tokens) + 1))
+    counts = sorted({bucket(size) for size in sizes if limit is None or size <= limit})
+    if counts and parallel.tensor_parallel_size > 1:
+        logger.info("CUDA graphs are off: what ranks exchange in a pass was not captured yet")
+        return []
+    return counts

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's span of a request also says what its denoising took: steps, passes, row-layers.
+
+See patches/traced_requests: vLLM makes the span where no other scheduler's counts arrive.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, output_processor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from vllm_elastic.engine.report import SPAN, detach
+from vllm_elastic.engine.span import Attributes
+
+_WRAPPED = "_vllm_elastic_traced"
+_SPAN = "_vllm_elastic_span"
+
+_beside: ContextVar[Attributes | None] = ContextVar("attributes of this span", default=None)
+
+
+def trace_denoising() -> None:
+    """Wrap the front end's output processing and its making of spans, once."""
+    if hasattr(OutputProcessor.do_tracing, _WRAPPED):
+        return
+    process_outputs = OutputProcessor.process_outputs
+    do_tracing = OutputProcessor.do_tracing
+    instrument_manual = output_processor.instrument_manual
+
+    @functools.wraps(process_outputs)
+    def process(
+        self: OutputProcessor,
+        engine_core_outputs: list[EngineCoreOutput],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.tracing_enabled:
+            for output in engine_core_outputs:
+                _take_attributes(self, output)
+        return process_outputs(self, engine_core_outputs, *args, **kwargs)
+
+    @functools.wraps(do_tracing)
+    def trace(
+        self: OutputProcessor, output: EngineCoreOutput, state: RequestState, *args: Any
+    ) -> None:
+        token = _beside.set(getattr(state, _SPAN, None))
+        try:
+            do_tracing(self, output, state, *args)
+        finally:
+            _beside.reset(token)
+
+    @functools.wraps(instrument_manual)
+    def with_attributes(*args: Any, attributes: Attributes | None = None, **kwargs: Any) -> Any:
+        both = {**(attributes or {}), **(_beside.get() or {})}
+        return instrument_manual(*args, attributes=both, **kwargs)
+
+    setattr(trace, _WRAPPED, True)
+    OutputProcessor.process_outputs = process
+    OutputProcessor.do_tracing = trace
+    output_processor.instrument_manual = with_attributes
+
+
+def _take_attributes(processor: OutputProcessor, output: EngineCoreOutput) -> None:
+    """Keep the newest with the request; a stop string may end it before the engine knows."""
+    output.kv_transfer_params, attributes = detach(output.kv_transfer_params, SPAN)
+    state = processor.request_states.get(output.request_id)
+    if attributes is not None and state is not None:
+        setattr(state, _SPAN, attributes)
