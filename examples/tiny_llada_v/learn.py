@@ -124,6 +124,24 @@ def naming_loss(
     return F.mse_loss(rows.flatten(0, 1), target), right
 
 
+def report(statistics: Tensor, state: dict[str, Any], answer_tokens: float) -> dict[str, Any]:
+    """One log line from the counts, which are set to zero."""
+    sums = statistics.tolist()
+    statistics.zero_()
+    state["tokens"] += int(sums[1])
+    hits, seen = sums[2 : 2 + len(QUESTIONS)], sums[2 + len(QUESTIONS) :]
+    told = {
+        kind: round(h / max(1.0, n), 4) for kind, h, n in zip(QUESTIONS, hits, seen, strict=True)
+    }
+    return {
+        "step": state["step"],
+        "minutes": round(state["seconds"] / 60, 1),
+        "tokens": state["tokens"],
+        "loss": round(sums[0] / max(1.0, answer_tokens), 4),
+        "told": told,
+    }
+
+
 def save(args: argparse.Namespace, model: TinyLLaDAV, shared: Shared, state: Any) -> None:
     """Write the resumable state, and the checkpoint if one is kept."""
     tensors = {"master": shared.master, "momentum": shared.momentum, "second": shared.second}
@@ -196,25 +214,11 @@ def main() -> None:
         state |= {"step": step + 1, "seconds": before + now - began}
         done = state["seconds"] >= 60 * args.until
         if now - logged > 30 or done:
-            sums = statistics.tolist()
-            statistics.zero_()
-            state["tokens"] += int(sums[1])
-            hits, seen = sums[2 : 2 + len(QUESTIONS)], sums[2 + len(QUESTIONS) :]
-            line = {
-                "step": state["step"],
-                "minutes": round(state["seconds"] / 60, 1),
-                "tokens": state["tokens"],
-                "loss": round(sums[0] / max(1.0, answer_tokens), 4),
-            }
+            line = report(statistics, state, answer_tokens)
             if looking:
                 line["patches"] = round(right, 4)
-            else:
-                if args.shown:
-                    line["shown"] = [round(share, 3) for share in found]
-                line["told"] = {
-                    kind: round(h / max(1.0, n), 4)
-                    for kind, h, n in zip(QUESTIONS, hits, seen, strict=True)
-                }
+            elif args.shown:
+                line["shown"] = [round(share, 3) for share in found]
             print(json.dumps(line), flush=True)
             with (args.run / "train_log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")

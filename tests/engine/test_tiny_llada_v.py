@@ -67,7 +67,8 @@ def test_pictures_become_what_the_training_made_of_them(engine: Any, trained: An
         rows = engine.runner.model.embed_multimodal(**made)
         expected = trained.on_canvas(trained.rows(tile[None]))[0]
     assert rendered["prompt_token_ids"] == [token] * trained.positions
-    torch.testing.assert_close(rows, expected, atol=1e-4, rtol=1e-5)
+    # Rows have norms of hundreds: a layer 0 is in them.
+    torch.testing.assert_close(rows, expected, atol=1e-3, rtol=1e-5)
 
 
 def knowing(trained: Any, tile: torch.Tensor) -> tuple[LLaDA, list[int]]:
