@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long test-next cluster-test soak fuzz demo demo-ui report docs lint format constraints clean
+.PHONY: help setup test test-long test-next cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ demo: setup ## serve the tiny model and stream three answers
 
 demo-ui: setup ## serve the tiny model, and a page that shows its answers appear
 	$(VENV)/bin/python examples/demo_ui.py
+
+demo-image: setup ## serve a tiny model that sees, and ask it about three pictures
+	$(VENV)/bin/python examples/demo_image.py
 
 report: setup ## out/report.html: the demo's problems under four settings, replayed pass by pass
 	$(VENV)/bin/python examples/report.py --out out/report.html

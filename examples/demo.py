@@ -16,14 +16,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tiny_llada"))
 
-from tasks import Problem, problems  # noqa: E402
+from tasks import problems  # noqa: E402
 
 from vllm_elastic.bench.server import ServerProcess  # noqa: E402
 
@@ -65,33 +66,55 @@ def show(pieces: Iterable[str]) -> str:
     return text
 
 
-def ask(client: Any, model: str, problem: Problem) -> Iterator[str]:
+@dataclass
+class Asked:
+    """A problem as the demo asks it.
+
+    Attributes:
+        title: of its part of the output.
+        question: as shown; answer: the right one.
+        messages: of the chat; request: the same for ``BenchEngine.run``, given the tokenizer.
+        check: whether a text is the answer.
+        introduce: prints what else there is to see.
+    """
+
+    title: str
+    question: str
+    answer: str
+    messages: list[dict[str, Any]]
+    request: Callable[[Any], dict[str, Any]]
+    check: Callable[[str], bool]
+    introduce: Callable[[], None] = lambda: None
+
+
+def ask(client: Any, model: str, asked: Asked, canvas: int) -> Iterator[str]:
     """The answer's pieces, as the server streams them."""
     stream = client.chat.completions.create(
-        model=model, messages=problem.messages(), max_tokens=CANVAS, stream=True
+        model=model, messages=asked.messages, max_tokens=canvas, stream=True
     )
     for chunk in stream:
         yield chunk.choices[0].delta.content or ""
 
 
-def stream_answers(server: ServerProcess, chosen: list[Problem]) -> None:
+def stream_answers(server: ServerProcess, chosen: list[Asked], canvas: int) -> None:
     """Ask the running server all problems, one after the other."""
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     model = client.models.list().data[0].id
-    for number, problem in enumerate(chosen, start=1):
-        print(f"\n--- {number} of {len(chosen)}: {problem.task} ".ljust(WIDTH, "-"))
-        show([problem.question])
+    for number, asked in enumerate(chosen, start=1):
+        print(f"\n--- {number} of {len(chosen)}: {asked.title} ".ljust(WIDTH, "-"))
+        asked.introduce()
+        show([asked.question])
         print("\n  answer, as it arrives:\n")
         began = time.perf_counter()
-        answer = show(ask(client, model, problem))
+        answer = show(ask(client, model, asked, canvas))
         seconds = time.perf_counter() - began
-        if problem.check(answer):
+        if asked.check(answer):
             print(f"\n  correct ({seconds:.1f} s)")
         else:
             print(f"\n  WRONG ({seconds:.1f} s); it should be\n")
-            show([problem.answer])
+            show([asked.answer])
 
 
 @contextlib.contextmanager
@@ -111,7 +134,7 @@ def output_to(log: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def measure(model: str, chosen: list[Problem]) -> dict[str, dict[str, float]]:
+def measure(model: str, chosen: list[Asked], canvas: int) -> dict[str, dict[str, float]]:
     """Decode the problems in this process with each setting; they take turns in each round."""
     from vllm_elastic.bench.engine import BenchEngine
 
@@ -121,17 +144,14 @@ def measure(model: str, chosen: list[Problem]) -> dict[str, dict[str, float]]:
         batch_size=1,
     )
     tokenizer = engine.llm.get_tokenizer()
-    prompts = [
-        tokenizer.apply_chat_template(p.messages(), tokenize=False, add_generation_prompt=True)
-        for p in chosen
-    ]
-    engine.run([{"prompt": prompts[0], "max_tokens": 16}])  # warm up
+    prompts = [asked.request(tokenizer) for asked in chosen]
+    engine.run([prompts[0] | {"max_tokens": 16}])  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(ROUNDS):
         for name, knobs in SETTINGS.items():
             own = {f"elastic_{knob}": value for knob, value in knobs.items()}
-            requests = [{"prompt": prompt, "max_tokens": CANVAS, **own} for prompt in prompts]
+            requests = [prompt | {"max_tokens": canvas, **own} for prompt in prompts]
             began = time.perf_counter()
             results[name] = engine.run(requests)
             seconds[name].append(time.perf_counter() - began)
@@ -163,15 +183,31 @@ def print_table(rows: dict[str, dict[str, float]], count: int) -> None:
         )
 
 
-def main() -> None:
+def text_problems() -> list[Asked]:
+    """Three problems of the tiny LLaDA's held-out suite."""
+
+    def asked(problem: Any) -> Asked:
+        messages = problem.messages()
+
+        def request(tokenizer: Any) -> dict[str, Any]:
+            template = tokenizer.apply_chat_template
+            return {"prompt": template(messages, tokenize=False, add_generation_prompt=True)}
+
+        return Asked(
+            problem.task, problem.question, problem.answer, messages, request, problem.check
+        )
+
+    return [asked(problem) for task in TASKS for problem in problems(task, SEED, 1)]
+
+
+def demonstrate(description: str, model: Path, chosen: list[Asked], canvas: int) -> None:
     """Serve, stream, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.path.relpath(TINY_LLADA))
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default=os.path.relpath(model))
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    chosen = [problem for task in TASKS for problem in problems(task, SEED, 1)]
 
     log = Path(tempfile.mkdtemp(prefix="elastic-demo-")) / "server.log"
     options = ["--dtype", "float32", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
@@ -182,19 +218,19 @@ def main() -> None:
     try:
         with server:
             print(f" answers after {time.perf_counter() - began:.0f} s")
-            stream_answers(server, chosen)
+            stream_answers(server, chosen, canvas)
     except RuntimeError as error:
         sys.exit(f"\n{error}")
     print(f"\n{'':-<{WIDTH}}")
     print(
-        "\nThe server is stopped. What each setting computes for the same three problems: decoded\n"
+        "\nThe server is stopped. What each setting computes for the same problems: decoded\n"
         "again in this process, because HTTP does not return passes and row-layers. One request\n"
         f"at a time; settings take turns; tokens/s is the median of {ROUNDS} rounds."
         f"\n\n  log: {log.with_name('engine.log')}\n  measuring ...\n",
         flush=True,
     )
     with output_to(log.with_name("engine.log")):
-        rows = measure(args.model, chosen)
+        rows = measure(args.model, chosen, canvas)
     print_table(rows, len(chosen))
     print(
         "\nA row-layer is one position computed in one layer. `block` is what the command above\n"
@@ -204,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    demonstrate(__doc__.splitlines()[0], TINY_LLADA, text_problems(), CANVAS)

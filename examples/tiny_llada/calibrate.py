@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 DEVELOPMENT_SEED = 11
-HEAD = "model.transformer.ff_out.weight"
+HEADS = ("model.transformer.ff_out.weight", "lm_head.weight")  # LLaDA's name, LLaDA-V's
 SCALED = "head_scaled_by"  # in the file's metadata, so that no head is scaled twice
 
 
@@ -78,7 +78,8 @@ def write(checkpoint: Path, factor: float) -> None:
     if SCALED in metadata:
         raise SystemExit(f"{path}: the head was scaled by {metadata[SCALED]} already")
     weights = load_file(path)
-    weights[HEAD] = weights[HEAD] * factor
+    (head,) = weights.keys() & set(HEADS)
+    weights[head] = weights[head] * factor
     save_file(weights, path, metadata={**metadata, SCALED: str(factor)})
     path.chmod(0o644)
 
@@ -86,7 +87,8 @@ def write(checkpoint: Path, factor: float) -> None:
 def main() -> None:
     """Measure, and write if asked to."""
     args = parse()
-    measure(args)
+    if args.factors:
+        measure(args)
     if args.write is not None:
         write(args.checkpoint, args.write)
 

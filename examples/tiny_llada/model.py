@@ -187,10 +187,13 @@ class TinyLLaDA(nn.Module):
 
     def hidden(self, token_ids: Tensor, bias: Tensor | None = None) -> Tensor:
         """Final normed hidden states [batch, positions, d_model] of token ids."""
+        return self.through_layers(self.model["transformer"]["wte"](token_ids), bias)
+
+    def through_layers(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Final normed hidden states of embeddings, both [batch, positions, d_model]."""
         parts = self.model["transformer"]
-        length = token_ids.shape[1]
+        length = x.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
-        x = parts["wte"](token_ids)
         for block in parts["blocks"]:
             x = block(x, cos, sin, bias)
         return parts["ln_f"](x)

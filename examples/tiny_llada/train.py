@@ -28,7 +28,7 @@ from export import export
 from model import Block, Shape, TinyLLaDA
 from safetensors.torch import load_file
 from tasks import TASKS, WEIGHTS
-from torch import Tensor
+from torch import Tensor, nn
 
 MUON_MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.98)
@@ -76,18 +76,20 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class Shared:
-    """Flat tensors in shared memory, with views per parameter."""
+    """A model's weights and the optimiser's state as flat tensors in shared memory, with views.
 
-    def __init__(self, shape: Shape, seed: int, workers: int) -> None:
-        model = TinyLLaDA(shape)
-        model.init_weights(seed)
-        self.shape = shape
+    Args:
+        model: its initial weights are copied.
+        counts: statistics that each worker keeps.
+    """
+
+    def __init__(self, model: nn.Module, workers: int, counts: int) -> None:
         self.layout = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         size = sum(p.numel() for p in model.parameters())
         self.master, self.momentum, self.second = (torch.zeros(size).share_memory_() for _ in "123")
         self.live = torch.zeros(size, dtype=torch.bfloat16).share_memory_()
         self.gradients = torch.zeros(workers, size).share_memory_()
-        self.statistics = torch.zeros(workers, 3 + 3 * len(TASKS)).share_memory_()
+        self.statistics = torch.zeros(workers, counts).share_memory_()
         for view, parameter in zip(self.views(self.master), model.parameters(), strict=True):
             view.copy_(parameter.data)
         self.live.copy_(self.master)
@@ -166,14 +168,20 @@ def report(shared: Shared, state: dict[str, Any], answer_tokens: float) -> dict[
 
 
 def worker(
-    rank: int, args: argparse.Namespace, shared: Shared, state: Any, barrier: Any, counter: Any
+    rank: int,
+    args: argparse.Namespace,
+    shape: Shape,
+    shared: Shared,
+    state: Any,
+    barrier: Any,
+    counter: Any,
 ) -> None:
     """Training loop of one core."""
     torch.set_num_threads(1)
     if args.tasks:
         WEIGHTS.clear()
         WEIGHTS.update(args.tasks)
-    model = TinyLLaDA(shared.shape)
+    model = TinyLLaDA(shape)
     for parameter, view in zip(model.parameters(), shared.views(shared.live), strict=True):
         parameter.data = view
     if not args.no_compile:
@@ -218,18 +226,18 @@ def worker(
                     log.write(json.dumps(line) + "\n")
                 logged, answer_tokens = now, 0.0
             if now - saved > 60 * args.save_minutes or done:
-                save(args, shared, dict(state))
+                save(args, model.shape, shared, dict(state))
                 saved = now
         barrier.wait()
 
 
-def save(args: argparse.Namespace, shared: Shared, state: dict[str, Any]) -> None:
+def save(args: argparse.Namespace, shape: Shape, shared: Shared, state: dict[str, Any]) -> None:
     """Write the resumable state, and the checkpoint if one is kept."""
     tensors = {"master": shared.master, "momentum": shared.momentum, "second": shared.second}
     torch.save({**tensors, "state": state}, args.run / "state.tmp")
     os.replace(args.run / "state.tmp", args.run / "state.pt")
     if args.export:
-        export(args.export, shared.shape, shared.weights())
+        export(args.export, shape, shared.weights())
 
 
 def main() -> None:
@@ -239,7 +247,9 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     size = len(VOCABULARY)
     shape = Shape(vocab_size=size, embedding_size=-(-size // 64) * 64)
-    shared = Shared(shape, args.seed, args.workers)
+    model = TinyLLaDA(shape)
+    model.init_weights(args.seed)
+    shared = Shared(model, args.workers, 3 + 3 * len(TASKS))
     progress = {"step": 0, "seconds": 0.0, "tokens": 0.0}
     if (args.run / "state.pt").exists():
         stored = torch.load(args.run / "state.pt")
@@ -258,7 +268,7 @@ def main() -> None:
     with context.Manager() as manager:
         state = manager.dict(progress)
         counter, barrier = context.Value("i", 0), context.Barrier(args.workers)
-        arguments = (args, shared, state, barrier, counter)
+        arguments = (args, shape, shared, state, barrier, counter)
         workers = [
             context.Process(target=worker, args=(rank, *arguments), daemon=True)
             for rank in range(args.workers)

@@ -58,7 +58,16 @@ def main(args: argparse.Namespace) -> None:
         print(server.command_line, flush=True)
         asks = mixed_asks(40, args.model, args.seed)
         right = ask_alone(server.address, asks)
-        run = fuzz(server, asks, right, args.requests, clients=args.clients, seed=args.seed)
+        images = "image_token_id" in (args.model / "config.json").read_text()
+        run = fuzz(
+            server,
+            asks,
+            right,
+            args.requests,
+            clients=args.clients,
+            seed=args.seed,
+            images=images,
+        )
     (args.out / "failures.jsonl").write_text("".join(f"{line}\n" for line in run.failures))
     print(table(run))
     problems = find_problems(run)
@@ -121,8 +130,12 @@ def fuzz(
     *,
     clients: int = 2,
     seed: int = 0,
+    images: bool = False,
 ) -> FuzzRun:
     """Send ``requests`` bad requests one by one while ``clients`` ask good ones.
+
+    Args:
+        images: the model takes them, so half of the bad requests have some.
 
     Raises:
         SystemExit: Hypothesis or Schemathesis is not installed.
@@ -145,7 +158,7 @@ def fuzz(
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(malformed_asks(openapi))
+    @hypothesis.given(malformed_asks(openapi, images))
     def send(ask: Ask) -> None:
         # Hypothesis repeats an example now and then; up to `requests` different ones are sent.
         run.count(ask, exchange(server.address, ask, HANG_SECONDS))

@@ -28,6 +28,7 @@ from tests.reliability.json_values import (
     resolve,
     values,
 )
+from tests.reliability.malformed_images import asks_with_images
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.policies import POLICIES
 from vllm_elastic.presets import PRESETS
@@ -108,8 +109,8 @@ LLADA_PARAMETERS: dict[str, SearchStrategy[Any]] = {
 """What decides on a canvas, its constraints and its randomness, wrong in the ways that matter."""
 
 
-def malformed_asks(openapi: Mapping[str, Any]) -> SearchStrategy[Ask]:
-    """Requests for a server with this OpenAPI description.
+def malformed_asks(openapi: Mapping[str, Any], images: bool = False) -> SearchStrategy[Ask]:
+    """Requests for a server with this OpenAPI description; half with images, if it takes them.
 
     Raises:
         ValueError: the server has an endpoint that is neither in ``GOOD`` nor in ``SKIPPED``.
@@ -153,6 +154,7 @@ def malformed_asks(openapi: Mapping[str, Any]) -> SearchStrategy[Ask]:
         others,
         *[st.one_of(ours)] * 6,
         *[for_llada] * 8,
+        *[asks_with_images()] * (19 if images else 0),
     ]
     return st.sampled_from(range(len(shares))).flatmap(lambda number: shares[number])
 

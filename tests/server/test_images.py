@@ -123,6 +123,12 @@ BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "an image too few": ([text("<image>"), image(PICTURE)], {}, ["2 <image> and 1 images"]),
     "too many": ([image(PICTURE)] * 3, {}, ["At most 2 image(s)"]),
     "no base64": ([image("data:image/png;base64,@@@@")], {}, ["base64", "Send a whole PNG"]),
+    "raw data": ([image("data:image/png,raw")], {}, ["base64", "Send a whole PNG"]),
+    "an object for Python": (
+        [{"type": "image_pil", "image_pil": {"url": "a"}}, image(PICTURE)],
+        {},
+        ["a dict is no image", "image_url"],
+    ),
     "no image file": ([image(as_url(b"hello"))], {}, ["cannot identify", "Send a whole PNG"]),
     "half a file": (
         [image(as_url(base64.b64decode(PICTURE.partition(",")[2])[:9000]))],

@@ -50,7 +50,7 @@ def _refusals(url: str) -> Iterator[None]:
         yield
     except VLLMClientError:
         raise
-    except (ValueError, Image.DecompressionBombError) as error:
+    except (ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise _refused(error) from None
     except (RuntimeError, OSError) as error:
         if url[:5].lower() == "file:":

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
@@ -164,7 +166,18 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
 
 
 def _sizes(images: Sequence[Any]) -> list[tuple[int, int]]:
-    """(height, width) of images of any kind that vLLM takes."""
+    """(height, width) of images of any kind that vLLM takes.
+
+    Raises:
+        VLLMValidationError: something that is none: HTTP has no objects for an ``image_pil``.
+    """
+    for image in images:
+        if not isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+            raise VLLMValidationError(
+                f"image: a {type(image).__name__} is no image; send it as image_url (image_pil is "
+                "for Python, and takes a PIL image).",
+                parameter="image",
+            )
     found = ImageProcessorItems(images)
     sizes = [found.get_image_size(index) for index in range(len(images))]
     return [(size.height, size.width) for size in sizes]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny LLaDA's tokenizer, with the words of pictures behind its own; chats with images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pictures import COLORS, SHAPES, SQUARES
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny_llada"))
+import tokenizer as text
+
+IMAGE = "<|reserved_token_0|>"
+NEVER_CHOSEN = (text.EOS, text.START, text.HEADER, text.HEADER_END)
+"""As in LLaDA-V's sampler; so an answer ends with the end of its turn."""
+CHAT_TEMPLATE = (
+    "{{ '<|startoftext|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] | trim }}"
+    "{% endfor %}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""LLaDA-V's, without its system text."""
+QUESTIONS = "picture row in Count Where are What is at".split()  # noqa: SIM905
+
+
+def vocabulary() -> dict[str, int]:
+    """Token to id: those of the tiny LLaDA, then those of pictures."""
+    entries = dict.fromkeys([*text.vocabulary(), IMAGE, *SQUARES, *COLORS, *SHAPES, *QUESTIONS])
+    return {token: index for index, token in enumerate(entries)}
+
+
+def settings() -> dict[str, Any]:
+    """What `tokenizer_config.json` says besides the class."""
+    own = text.settings()
+    special = [*own["additional_special_tokens"], IMAGE]
+    return own | {"additional_special_tokens": special, "chat_template": CHAT_TEMPLATE}
+
+
+def build() -> PreTrainedTokenizerFast:
+    """A fast tokenizer with `vocabulary()`; it adds no special tokens of its own accord."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=text.UNKNOWN))
+    words = pre_tokenizers.Split(Regex(r"\w+|####|[^\w\s]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings())
+
+
+def save(folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`."""
+    build().backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
