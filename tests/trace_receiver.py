@@ -48,19 +48,21 @@ class TraceReceiver(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def requests(self, count: int, since: int) -> list[Span]:
-        """The spans of ``count`` requests among those that come after the first ``since`` spans.
+    def of(self, answer_id: str, count: int = 1) -> list[Span]:
+        """The ``count`` spans of an answer, one for each of its choices, as they came.
+
+        By the answer's id: spans are sent behind the answers, those of other requests too.
 
         Raises:
             TimeoutError: there are fewer.
         """
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            found = [span for span in self.spans[since:] if span.name == "llm_request"]
+            found = [span for span in self.spans if answer_id in _request_id(span)]
             if len(found) >= count:
                 return found
             time.sleep(0.05)
-        raise TimeoutError(f"spans: {[span.name for span in self.spans[since:]]}")
+        raise TimeoutError(f"spans: {[(span.name, _request_id(span)) for span in self.spans]}")
 
 
 def attributes(span: Span) -> dict[str, Any]:
@@ -68,6 +70,10 @@ def attributes(span: Span) -> dict[str, Any]:
     return {
         pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in span.attributes
     }
+
+
+def _request_id(span: Span) -> str:
+    return str(attributes(span).get("gen_ai.request.id", ""))
 
 
 class _Handler(BaseHTTPRequestHandler):

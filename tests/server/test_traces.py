@@ -27,11 +27,11 @@ def counted(metrics: ServerMetrics, name: str, **labels: str) -> float:
 @pytest.mark.parametrize("policy", ["none", "elastic", "elastic-block"])
 def test_span_of_a_request(policy: str, client: Client, traces: TraceReceiver) -> None:
     """Every count is what /metrics has grown by."""
-    since, before = len(traces.spans), read_metrics(client.server)
+    before = read_metrics(client.server)
     knobs = {"elastic_policy": policy}
     status, answer = client.chat(questions(1)[0], max_tokens=CANVAS, vllm_xargs=knobs)
     assert status == 200 and answer["kv_transfer_params"] is None
-    (span,) = traces.requests(1, since)
+    (span,) = traces.of(answer["id"])
     after, said = read_metrics(client.server), attributes(span)
     usage = answer["usage"]
     assert said["gen_ai.request.id"] == answer["id"]
@@ -51,7 +51,7 @@ def test_span_of_a_request(policy: str, client: Client, traces: TraceReceiver) -
 
 
 def test_span_is_a_child_of_the_clients(client: Client, traces: TraceReceiver) -> None:
-    since, trace = len(traces.spans), "0af7651916cd43dd8448eb211c80319c"
+    trace = "0af7651916cd43dd8448eb211c80319c"
     body = {"messages": user(questions(1)[0]), "max_tokens": CANVAS}
     request = urllib.request.Request(
         f"{client.server.url}/v1/chat/completions",
@@ -60,16 +60,15 @@ def test_span_is_a_child_of_the_clients(client: Client, traces: TraceReceiver) -
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         assert answer.status == 200
-    (span,) = traces.requests(1, since)
+        (span,) = traces.of(json.load(answer)["id"])
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, "b7ad6b7169203331")
     assert attributes(span)[OURS + "denoising_steps"] > 0
 
 
 def test_copies_have_spans_of_their_own(client: Client, traces: TraceReceiver) -> None:
-    since = len(traces.spans)
     options = {"n": 2, "temperature": 0.7, "seed": 3, "vllm_xargs": {"elastic_tokens_per_step": 1}}
-    client.chat(questions(1)[0], max_tokens=CANVAS, **options)
-    said = [attributes(span) for span in traces.requests(2, since)]
+    _, answer = client.chat(questions(1)[0], max_tokens=CANVAS, **options)
+    said = [attributes(span) for span in traces.of(answer["id"], count=2)]
     assert len(said) == 2
     for each in said:  # one token a step
         assert each[OURS + "denoising_steps"] == each[OURS + "committed_tokens"]
@@ -78,23 +77,23 @@ def test_copies_have_spans_of_their_own(client: Client, traces: TraceReceiver) -
 
 def test_an_answer_that_a_stop_string_ends(client: Client, traces: TraceReceiver) -> None:
     """The engine ends it only later; the span is made at once, of what it took to get there."""
-    question, since = questions(1)[0], len(traces.spans)
+    question = questions(1)[0]
     options = {"max_tokens": CANVAS, "vllm_xargs": {"elastic_tokens_per_step": 1}}
     _, whole = client.chat(question, **options)
     words = whole["choices"][0]["message"]["content"].split()
     _, stopped = client.chat(question, stop=[words[len(words) // 2]], **options)
     assert stopped["choices"][0]["stop_reason"] == words[len(words) // 2]
-    first, second = (attributes(span) for span in traces.requests(2, since))
-    assert 0 < second[OURS + "denoising_steps"] < first[OURS + "denoising_steps"]
+    (first,), (second,) = (traces.of(answer["id"]) for answer in (whole, stopped))
+    steps = [attributes(span)[OURS + "denoising_steps"] for span in (first, second)]
+    assert 0 < steps[1] < steps[0]
 
 
 def test_a_streamed_and_watched_answer(client: Client, traces: TraceReceiver) -> None:
     """Three reports share a field of vLLM's outputs."""
-    since = len(traces.spans)
     body = {"messages": user(questions(1)[0]), "max_tokens": CANVAS}
     chunks = client.stream("chat/completions", **body, vllm_xargs={"elastic_watch": 1})
     passes = [chunk["elastic"] for chunk in chunks if "elastic" in chunk]
-    (span,) = traces.requests(1, since)
+    (span,) = traces.of(chunks[0]["id"])
     said = attributes(span)
     assert said[OURS + "passes"] == len(passes)
     assert said[OURS + "committed_tokens"] == sum(len(made["committed"]) for made in passes)
