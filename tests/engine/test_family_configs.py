@@ -202,7 +202,8 @@ def test_both_spellings_of_plain_rope(tmp_path: Path, rope: dict[str, Any]) -> N
     assert read(tmp_path, ILLADA | rope).rope_theta == 1e6
 
 
-@pytest.mark.parametrize("kind", ["llada-moe", pytest.param("illada", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_full_size_config_runs(kind: str, tmp_path: Path) -> None:
     """Two layers with dummy weights in bfloat16: 2.6 and 2.5 GB."""
 

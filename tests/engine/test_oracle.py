@@ -208,7 +208,9 @@ def request(index: int, name: str) -> dict[str, Any]:
 def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """All configurations mixed in one batch, joining and leaving as they come and finish."""
     served = serve(model)
-    cases = list(itertools.product(range(32), CONFIGS))
+    # All prompts once: the models differ in layers and heads, not in how they are decoded.
+    prompts = range(32) if model == next(iter(RANDOM_MODELS)) else range(0, 32, 2)
+    cases = list(itertools.product(prompts, CONFIGS))
     results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
     compare(served, cases, results)
     kinds = {p["kind"] for result in results for p in result["steps"]}

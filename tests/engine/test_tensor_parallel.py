@@ -150,7 +150,10 @@ def poison_worker(worker: Any) -> None:
         cache.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.long] if name == "illada" else []) for name in FAMILIES],
+)
 def test_families_equal_oracle(family: str, tmp_path: Path) -> None:
     """iLLaDA: a tied head whose rows the ranks share. LLaDA-MoE: a share of every expert. Both: one
     KV head for each rank, and answers that grow."""
