@@ -58,7 +58,7 @@ EXCUSED = {
     ".venv-evaluate/bin/pip": "an environment of its own: tests/test_evaluate.py",
     "$run": "hours of training: examples/tiny_llada/test_tiny_llada.py trains for a moment",
     "run=./launch.sh RUN_FOLDER": "hours of training: examples/tiny_llada/test_tiny_llada.py",
-    "run=python examples/tiny_llada_v/learn.py": "hours: examples/tiny_llada_v/test_tiny_llada_v.py",
+    "run=python examples/tiny_llada_v/learn.py": "too: examples/tiny_llada_v/test_tiny_llada_v.py",
 }
 ASKS_A_SERVER = ("curl", "python ../stream.py")  # tests/server/test_documented_requests.py
 
