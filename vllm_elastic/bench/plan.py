@@ -43,14 +43,10 @@ the rest, for every family that is served. It is arithmetic; nothing of it was m
 with b bytes a number, rows the row budget, and saved rows 4 * max-window (or canvas, if that is
 less), or 2 * max-num-seqs * window if that is more, of which the row budget is the most. Long
 canvases, worked on in chunks of the row budget, and several ranks take somewhat more. It is what
-<<<<<<< HEAD
 a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, its graphs,
-NCCL and attention kernels take; it comes out of what is left, so leave some.
-=======
-a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, NCCL and
-attention kernels take; it comes out of what is left, so leave some. With experts, those that a row
-takes stand for the MLP: each makes max(2 * mlp / ranks, d_model) + mlp / ranks numbers of it.
->>>>>>> main
+NCCL and attention kernels take; it comes out of what is left, so leave some. With experts, those
+that a row takes stand for the MLP: each makes max(2 * mlp / ranks, d_model) + mlp / ranks numbers
+of it.
 
 The weights of a model that takes images are counted with its tower and projector, whole on every
 rank; of a position it keeps the input of layer 0 too.
