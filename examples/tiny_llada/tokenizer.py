@@ -45,11 +45,16 @@ def vocabulary() -> dict[str, int]:
 
 
 def build() -> PreTrainedTokenizerFast:
-    """A fast tokenizer with `vocabulary()`; it adds no special tokens of its own accord."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
+    """A fast tokenizer with `vocabulary()`."""
+    return tokenizer_of(vocabulary(), settings())
+
+
+def tokenizer_of(ids: dict[str, int], own: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """With these tokens and settings; it adds no special tokens of its own accord."""
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     words = pre_tokenizers.Split(Regex(r"\w+|####|[^\w\s]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings())
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **own)
 
 
 def settings() -> dict[str, Any]:
@@ -69,9 +74,14 @@ def settings() -> dict[str, Any]:
 
 
 def save(folder: Path) -> None:
-    """Write both files, in the form that every Transformers since 4.40 reads."""
-    build().backend_tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings()}
+    """Write both files."""
+    write(folder, vocabulary(), settings())
+
+
+def write(folder: Path, ids: dict[str, int], own: dict[str, Any]) -> None:
+    """`tokenizer_of` as two files, in the form that every Transformers since 4.40 reads."""
+    tokenizer_of(ids, own).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **own}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 MUON_MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.98)
+RESUMED = ("master", "momentum", "second")
 
 
 def parse() -> argparse.Namespace:
@@ -104,6 +105,23 @@ class Shared:
         """bf16 weights by name."""
         named = zip(self.layout, self.views(self.live), strict=True)
         return {name: view.clone() for (name, _), view in named}
+
+    def save(self, run: Path, state: dict[str, Any]) -> None:
+        """Write what a run resumes from, and how far it is, into its folder."""
+        tensors = {name: getattr(self, name) for name in RESUMED}
+        torch.save({**tensors, "state": state}, run / "state.tmp")
+        os.replace(run / "state.tmp", run / "state.pt")
+
+    def restore(self, run: Path) -> dict[str, Any] | None:
+        """Read what `save` wrote and return how far the run is; None for a run that is new."""
+        if not (run / "state.pt").exists():
+            return None
+        stored = torch.load(run / "state.pt")
+        for name in RESUMED:
+            getattr(self, name).copy_(stored[name])
+        self.live.copy_(self.master)
+        state: dict[str, Any] = stored["state"]
+        return state
 
 
 def loss_of(model: TinyLLaDA, batch: MicroBatch, statistics: Tensor) -> Tensor:
@@ -233,9 +251,7 @@ def worker(
 
 def save(args: argparse.Namespace, shape: Shape, shared: Shared, state: dict[str, Any]) -> None:
     """Write the resumable state, and the checkpoint if one is kept."""
-    tensors = {"master": shared.master, "momentum": shared.momentum, "second": shared.second}
-    torch.save({**tensors, "state": state}, args.run / "state.tmp")
-    os.replace(args.run / "state.tmp", args.run / "state.pt")
+    shared.save(args.run, state)
     if args.export:
         export(args.export, shape, shared.weights())
 
@@ -251,12 +267,8 @@ def main() -> None:
     model.init_weights(args.seed)
     shared = Shared(model, args.workers, 3 + 3 * len(TASKS))
     progress = {"step": 0, "seconds": 0.0, "tokens": 0.0}
-    if (args.run / "state.pt").exists():
-        stored = torch.load(args.run / "state.pt")
-        progress = stored["state"]
-        for name in ("master", "momentum", "second"):
-            getattr(shared, name).copy_(stored[name])
-        shared.live.copy_(shared.master)
+    if stored := shared.restore(args.run):
+        progress = stored
     elif args.init:
         weights = load_file(args.init / "model.safetensors")
         for (name, _), view in zip(shared.layout, shared.views(shared.master), strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -144,9 +143,7 @@ def report(statistics: Tensor, state: dict[str, Any], answer_tokens: float) -> d
 
 def save(args: argparse.Namespace, model: TinyLLaDAV, shared: Shared, state: Any) -> None:
     """Write the resumable state, and the checkpoint if one is kept."""
-    tensors = {"master": shared.master, "momentum": shared.momentum, "second": shared.second}
-    torch.save({**tensors, "state": state}, args.run / "state.tmp")
-    os.replace(args.run / "state.tmp", args.run / "state.pt")
+    shared.save(args.run, state)
     if args.export:
         publish(args.export, model.shape, model.tower_shape, shared.weights())
 
@@ -160,13 +157,7 @@ def main() -> None:
     with torch.no_grad():
         meaning = model.meaning(SEEN)  # before training changes the words
     shared = Shared(model, 1, 2 + 2 * len(QUESTIONS))
-    state = {"step": 0, "seconds": 0.0, "tokens": 0}
-    if (args.run / "state.pt").exists():
-        stored = torch.load(args.run / "state.pt")
-        state = stored["state"]
-        for name in ("master", "momentum", "second"):
-            getattr(shared, name).copy_(stored[name])
-        shared.live.copy_(shared.master)
+    state = shared.restore(args.run) or {"step": 0, "seconds": 0.0, "tokens": 0}
     for parameter, view in zip(model.parameters(), shared.views(shared.live), strict=True):
         parameter.data = view
     if not args.no_compile:

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import vocabulary
-from safetensors.torch import save_file
 from seeing import TowerShape, published_name
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny_llada"))
 import tokenizer as text
+from export import replace
 from model import Shape
 
 
@@ -60,22 +57,9 @@ def config_dict(shape: Shape, tower: TowerShape) -> dict[str, Any]:
 
 
 def publish(folder: Path, shape: Shape, tower: TowerShape, weights: dict[str, Tensor]) -> None:
-    """Replace `folder` by a complete checkpoint with these weights, as one rename."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".publish-", dir=folder.parent))
-    scratch.chmod(0o755)
-    vocabulary.save(scratch)
-    (scratch / "config.json").write_text(json.dumps(config_dict(shape, tower), indent=2) + "\n")
+    """Replace `folder` by a LLaDA-V with these weights."""
     ids = vocabulary.vocabulary()
     ends = {"eos_token_id": ids[text.EOS], "pad_token_id": ids[text.EOS]}
-    generation = {"bos_token_id": ids[text.START], **ends, "temperature": 0.0}
-    (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    named = {published_name(name): weight.contiguous() for name, weight in weights.items()}
-    save_file(named, scratch / "model.safetensors", metadata={"format": "pt"})
-    for file in scratch.iterdir():
-        file.chmod(0o644)
-    retired = folder.with_name(f".{folder.name}-retired")
-    if folder.exists():
-        folder.rename(retired)
-    scratch.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    generation = {"bos_token_id": ids[text.START], **ends}
+    named = {published_name(name): weight for name, weight in weights.items()}
+    replace(folder, vocabulary.save, config_dict(shape, tower), generation, named)

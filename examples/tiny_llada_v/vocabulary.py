@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from pictures import COLORS, SHAPES, SQUARES
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny_llada"))
@@ -46,15 +44,10 @@ def settings() -> dict[str, Any]:
 
 
 def build() -> PreTrainedTokenizerFast:
-    """A fast tokenizer with `vocabulary()`; it adds no special tokens of its own accord."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=text.UNKNOWN))
-    words = pre_tokenizers.Split(Regex(r"\w+|####|[^\w\s]"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings())
+    """A fast tokenizer with `vocabulary()`."""
+    return text.tokenizer_of(vocabulary(), settings())
 
 
 def save(folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`."""
-    build().backend_tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text.write(folder, vocabulary(), settings())
