@@ -136,6 +136,18 @@ def _scores(queries, keys, scale):
 
 
 @triton.jit
+def _tested_layer(plan, first, nth, num_layers, hidden_stride, STATISTIC: tl.constexpr):
+    """The ``nth`` layer of a part, which of the plan's stored ones it is in the part, and whether
+    the plan's test looks at it. A plan that tests is read in every layer."""
+    first_own = tl.load(plan + _FIRST_LAYER) + first
+    layer = first_own + nth
+    stop = tl.minimum(num_layers, tl.load(plan + _STOP_STORED) * hidden_stride)
+    tests = (tl.load(plan + _STATISTIC) == STATISTIC) & (layer % hidden_stride == 0)
+    nth_stored = layer // hidden_stride - tl.cdiv(first_own, hidden_stride)
+    return layer.to(tl.int64), nth_stored, tests & (layer < stop)
+
+
+@triton.jit
 def _store_lse(
     queries_of_head,
     num_rows,
@@ -382,14 +394,9 @@ def released_kernel(
     length, own_tested = tl.load(plan + _LENGTH), tl.load(plan + _NUM_TESTED)
     key_tiles = tl.cdiv(length, BLOCK_KEYS)
     first_row, first_key = tile // key_tiles * BLOCK_ROWS, tile % key_tiles * BLOCK_KEYS
-    first_own = tl.load(plan + _FIRST_LAYER) + first
-    layer = first_own + nth
-    stop = tl.minimum(num_layers, tl.load(plan + _STOP_STORED) * hidden_stride)
-    tests = (tl.load(plan + _STATISTIC) == _RELEASED) & (layer % hidden_stride == 0)
-    if not (tests & (layer < stop) & (first_row < own_tested)):
+    layer, stored, tests = _tested_layer(plan, first, nth, num_layers, hidden_stride, _RELEASED)
+    if not (tests & (first_row < own_tested)):
         return
-    stored = layer // hidden_stride - tl.cdiv(first_own, hidden_stride)
-    layer = layer.to(tl.int64)
     first_tested = tl.load(plan + _FIRST_TESTED)
     blocks += tl.load(plan + _FIRST_BLOCK)
     written_at += tl.load(plan + _FIRST_WRITTEN)
@@ -485,14 +492,9 @@ def paper_kernel(
     head, nth = tl.program_id(0), tl.program_id(1)
     plan = plans + tl.program_id(2) * _FIELDS
     length, own_tested = tl.load(plan + _LENGTH), tl.load(plan + _NUM_TESTED)
-    first_own = tl.load(plan + _FIRST_LAYER) + first
-    layer = first_own + nth
-    stop = tl.minimum(num_layers, tl.load(plan + _STOP_STORED) * hidden_stride)
-    tests = (tl.load(plan + _STATISTIC) == _PAPER) & (layer % hidden_stride == 0)
-    if not (tests & (layer < stop)):
+    layer, stored, tests = _tested_layer(plan, first, nth, num_layers, hidden_stride, _PAPER)
+    if not tests:
         return
-    stored = layer // hidden_stride - tl.cdiv(first_own, hidden_stride)
-    layer = layer.to(tl.int64)
     first_tested = tl.load(plan + _FIRST_TESTED)
     blocks += tl.load(plan + _FIRST_BLOCK)
     written_at += tl.load(plan + _FIRST_WRITTEN)
