@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.patches.front_end import REQUEST_ID, add_request
 from vllm_elastic.engine.report import EndedRequest, attach
 
 END = 7
@@ -31,33 +32,20 @@ def finish(
     **params: Any,
 ) -> Any:
     """Feed a request's tokens, the last batch with its end, and return what a client gets."""
-    from vllm import SamplingParams
     from vllm.plugins import load_general_plugins
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor
 
     load_general_plugins()
     processor = OutputProcessor(tokenizer=None, log_stats=statistics is not None)
     kind = RequestOutputKind.DELTA if delta else RequestOutputKind.CUMULATIVE
-    request = EngineCoreRequest(
-        request_id="0-1",
-        external_req_id="0",
-        prompt_token_ids=[1, 2],
-        mm_features=None,
-        sampling_params=SamplingParams(detokenize=False, output_kind=kind, **params),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-    processor.add_request(request, None)
+    add_request(processor, output_kind=kind, **params)
     seen = []
     for index, new in enumerate(tokens):
         last = index == len(tokens) - 1
         output = EngineCoreOutput(
-            request_id="0-1",
+            request_id=REQUEST_ID,
             new_token_ids=new,
             finish_reason=FinishReason.STOP if last else None,
             kv_transfer_params=attach({"other": 1}, True) if last and report else None,

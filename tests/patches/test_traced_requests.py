@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.patches.front_end import REQUEST_ID, add_request
 from vllm_elastic.engine.report import SPAN, attach
 
 OURS = {"vllm.elastic.passes": 3, "vllm.elastic.policy": "elastic"}
@@ -26,32 +27,19 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def finish(reports: list[dict[str, Any] | None]) -> Any:
     """A request's outputs, one token each, the last with its end; what a client gets."""
-    from vllm import SamplingParams
     from vllm.plugins import load_general_plugins
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import IterationStats
 
     load_general_plugins()
     processor = OutputProcessor(tokenizer=None, log_stats=True, tracing_enabled=True)
-    request = EngineCoreRequest(
-        request_id="0-1",
-        external_req_id="0",
-        prompt_token_ids=[1, 2],
-        mm_features=None,
-        sampling_params=SamplingParams(detokenize=False),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-    processor.add_request(request, None)
+    add_request(processor)
     seen = []
     for number, report in enumerate(reports):
         last = number == len(reports) - 1
         output = EngineCoreOutput(
-            request_id="0-1",
+            request_id=REQUEST_ID,
             new_token_ids=[5],
             finish_reason=FinishReason.LENGTH if last else None,
             kv_transfer_params=None if report is None else attach({"other": 1}, report, SPAN),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.patches.front_end import add_request
 from vllm_elastic.engine.report import PASSES, attach
 
 
@@ -19,28 +20,14 @@ def made(position: int) -> dict[str, Any]:
 
 
 def processor_of(*request_ids: str) -> Any:
-    from vllm import SamplingParams
     from vllm.plugins import load_general_plugins
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor
 
     load_general_plugins()
     processor = OutputProcessor(tokenizer=None, log_stats=False)
     for request_id in request_ids:
-        request = EngineCoreRequest(
-            request_id=f"{request_id}-1",
-            external_req_id=request_id,
-            prompt_token_ids=[1, 2],
-            mm_features=None,
-            sampling_params=SamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        processor.add_request(request, None)
+        add_request(processor, request_id, output_kind=RequestOutputKind.DELTA)
     return processor
 
 
