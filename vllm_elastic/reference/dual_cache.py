@@ -48,7 +48,7 @@ def dual_cache(
         ValueError: see ``Canvas``.
     """
     options = options or DualCacheOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     cache = LayerCache(model, len(canvas))
     result = DecodingResult()
     end = canvas.prompt_length + max_tokens
