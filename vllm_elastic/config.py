@@ -284,8 +284,8 @@ class ElasticConfig:
         0,
         _integer(0, _MOST),
         "of an answer that grows: the next positions are appended as soon as fewer than so many "
-        "stand from the first masked one on: masks that the text cannot reach yet cost work and say "
-        "little. Not used with `steps`",
+        "stand from the first masked one on. Masks that the text cannot reach yet cost work and "
+        "say little. Not used with `steps`",
     )
     remasking: str = _knob(
         "low_confidence",
