@@ -214,12 +214,12 @@ class ElasticConfig:
         8, _integer(1, _MOST), "of `interval`: denoising steps from one refresh to the next"
     )
     probes: int = _knob(
-        4,
+        8,
         _integer(1, 1 << 10),
         "of `elastic-block`: blocks probed at a time, one position each",
     )
     measure_every: int = _knob(
-        2,
+        4,
         _integer(1, 1 << 10),
         "of `elastic-block`: denoising steps from one measurement to the next. In between nothing "
         "is probed and no attention read; a verdict looks so far ahead",

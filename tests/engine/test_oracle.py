@@ -30,7 +30,7 @@ from .conftest import EOS, MASK, RANDOM_MODELS, SHIFTED, Served
 
 pytestmark = pytest.mark.engine
 
-BLOCK = {"policy": "elastic-block", "granularity": 8, "probes": 1}
+BLOCK = {"policy": "elastic-block", "granularity": 8, "probes": 1, "measure_every": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "none-topk": {"policy": "none", "tokens_per_step": 3},

@@ -63,8 +63,8 @@ class ElasticBlockOptions(DecodingOptions):
     """``DecodingOptions`` and the policy's own; see above."""
 
     granularity: int = 32
-    probes: int = 4
-    measure_every: int = 2
+    probes: int = 8
+    measure_every: int = 4
     reach: int = 4
     block_drift: float = 0.05
     slack: float = 0.1
