@@ -50,6 +50,10 @@ LADDERS: dict[str, tuple[Ladder, ...]] = {
 }
 
 
+GROWTH = Ladder({"grow_by": 64}, "grow_ahead", (33, 65, 129))
+"""How many masks stand ahead of the text. Every text block that is tried divides 64."""
+
+
 def decoding(policy: str) -> Iterator[Ladder]:
     """How many positions a step predicts, and how sure a prediction has to be to be committed."""
     sizes = [{}] if policy == "dual-cache" else [{"window": size} for size in (64, 32, 16)]
@@ -67,11 +71,10 @@ def add_parser(commands: Any) -> None:
         description="Runs the prompts without a cache and then with every policy asked for, from "
         "its cheapest setting to its dearest, until the answers are as good as they have to be "
         "or a cheaper setting is known whose answers are; then, with the policy found, other "
-        "windows and commit rules in the same way. Writes the cheapest setting as an "
-        "--elastic-config. With an 'answer' "
-        "in every line of the file, good means accurate; else it means the same tokens. Part of "
-        "the prompts is kept aside, and tells at the end how the setting does on prompts that "
-        "it was not chosen by.",
+        "windows and commit rules, and fewer masks ahead of the text, in the same way. Writes the "
+        "cheapest setting as an --elastic-config. With an 'answer' in every line of the file, "
+        "good means accurate; else it means the same tokens. Part of the prompts is kept aside, "
+        "and tells at the end how the setting does on prompts that it was not chosen by.",
     )
     add_model(parser)
     add_prompts(parser)
@@ -218,8 +221,8 @@ def find(engine: BenchEngine, tuning: Trial, policies: list[str]) -> tuple[float
     """The good enough setting of the least cost, relative to the baseline; that, if there is none.
 
     What a refresh policy saves and what a step commits hardly depend on each other, so the policy
-    is found first, with the engine's own window and commit rule, and these are found with it.
-    Prints every setting tried.
+    is found first, with the engine's own window and commit rule, these are found with it, and last
+    how much of the canvas may wait. Prints every setting tried.
     """
     found = 1.0, BASELINE
     ladders = [(policy, ladder) for policy in policies for ladder in LADDERS[policy]]
@@ -228,7 +231,8 @@ def find(engine: BenchEngine, tuning: Trial, policies: list[str]) -> tuple[float
     refreshed = found[1]
     for ladder in decoding(refreshed["policy"]):
         found = climb(engine, tuning, ({**refreshed, **knobs} for knobs in ladder), found)
-    return found
+    decided = found[1]
+    return climb(engine, tuning, ({**decided, **knobs} for knobs in GROWTH), found)
 
 
 def climb(
