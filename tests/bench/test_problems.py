@@ -121,11 +121,13 @@ def test_tune(
     assert good[0] == f"| {setting} 0.8 | {none} | 100.0% | 3.0 | 0.500 | yes |"
     assert len(good) == 8, "each ladder is climbed to its first good rung, and no further"
     setting += " 0.8, window {}, commit frontier, frontier_threshold"
-    assert [line.split(" | ")[0] for line in shown if "frontier" in line] == [
+    windows = [
         f"| {setting.format(window)} {threshold}"
         for window in (64, 32, 16)
         for threshold in (0.3, 0.5)
     ]
+    grown = f"| {setting.format(32)} 0.5, grow_by 64, grow_ahead 33"
+    assert [line.split(" | ")[0] for line in shown if "frontier" in line] == [*windows, grown]
 
 
 def test_tune_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
