@@ -294,7 +294,7 @@ def test_an_operator_that_does_not_run_ends_the_start(monkeypatch: pytest.Monkey
 
     broken = SimpleNamespace(**vars(xformers_stand_in) | {"attend": fails})
     monkeypatch.setattr(xformers_backend, "operator", lambda: broken)
-    with pytest.raises(RuntimeError, match="CUSTOM: .* does not run here: no block pointers"):
+    with pytest.raises(RuntimeError, match=r"CUSTOM: .* does not run here: no block pointers"):
         Layer(torch.device("cpu"))
 
 

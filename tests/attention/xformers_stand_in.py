@@ -29,7 +29,7 @@ def make_mask(
     rows: Sequence[int], lengths: Sequence[int], tables: torch.Tensor, page_size: int, group: int
 ) -> Mask:
     assert len(rows) == len(lengths) == len(tables)
-    assert 0 < min(rows) and max(rows) <= most_rows(group)
+    assert min(rows) > 0 and max(rows) <= most_rows(group)
     assert tables.dtype == torch.int32 and max(lengths) <= tables.shape[1] * page_size
     return Mask(list(rows), list(lengths), tables, page_size)
 

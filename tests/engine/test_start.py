@@ -222,7 +222,7 @@ def test_backend_that_cannot_attend_both_ways_is_told_with_those_that_can() -> N
     with pytest.raises(ValueError, match="--attention-backend: TURBOQUANT cannot") as refused:
         make_config(attention_backend="TURBOQUANT")
     named = [each for each in AttentionBackendEnum if f" {each.name}" in str(refused.value)]
-    assert len(named) == 5
+    assert len(named) == 6
     for backend in named:
         if backend.name not in ("TURBOQUANT", "FLASHINFER"):
             assert backend.get_class().supports_non_causal()

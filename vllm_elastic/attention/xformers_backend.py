@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -168,7 +169,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             raise ValueError("--attention-backend CUSTOM attends both ways (vllm_elastic).")
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens_cpu_upper_bound.tolist()
-        rows, owners = self._cut([b - a for a, b in zip(starts, starts[1:], strict=False)])
+        rows, owners = self._cut([b - a for a, b in pairwise(starts)])
         of_pieces = async_tensor_h2d(owners, self.device, torch.int64)
         tables = common.block_table_tensor[of_pieces]
         return XFormersMetadata(
