@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
-
 import pytest
 import torch
 from vllm.platforms.cpu import CpuPlatform
-from vllm.platforms.interface import DeviceCapability
+
+from tests.pretended_card import pretended_card
 
 HEAD_SIZE = 72  # SigLIP's so400m
 
@@ -28,17 +25,8 @@ HEAD_SIZE = 72  # SigLIP's so400m
 def test_on_a_gpu(
     card: tuple[int, int], dtype: torch.dtype, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if importlib.util.find_spec("vllm._C_stable_libtorch") is None:  # kernels, in CUDA builds only
-        name = "vllm._C_stable_libtorch"
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    from vllm.platforms.cuda import CudaPlatformBase
-
-    class Gpu(CudaPlatformBase):
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(*card)
-
-    assert Gpu.get_vit_attn_backend(HEAD_SIZE, dtype).name == attention
+    platform = pretended_card(monkeypatch, card)
+    assert platform.get_vit_attn_backend(HEAD_SIZE, dtype).name == attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
