@@ -351,6 +351,7 @@ def test_what_vllm_refuses_at_start(
     ("installed", "reason"),
     [
         ({"xformers": "0.0.35", "triton": "3.8.0"}, None),
+        ({"xformers": "0.0.35+cu130", "triton": "3.7.1"}, None),
         ({"triton": "3.8.0"}, r"xformers is not installed: pip install 'vllm-elastic\[xformers\]'"),
         ({"xformers": "0.0.36", "triton": "3.8.0"}, "xformers 0.0.36 is not known to work"),
         ({"xformers": "0.0.35", "triton": "3.10.1"}, r"not run with Triton 3.10.1, .* before 3.9"),

@@ -43,7 +43,7 @@ def missing() -> str | None:
         xformers, triton = version("xformers"), version("triton")
     except PackageNotFoundError as error:
         return f"{error.name} is not installed: pip install 'vllm-elastic[xformers]'"
-    if xformers != _TESTED:
+    if xformers.partition("+")[0] != _TESTED:
         return f"xformers {xformers} is not known to work: pip install xformers=={_TESTED}"
     if tuple(map(int, triton.split(".")[:2])) >= _TOO_NEW_TRITON:
         return f"xformers {xformers} does not run with Triton {triton}, only before 3.9"
