@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long test-next cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
+.PHONY: help setup test test-long test-next xformers-test cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,11 @@ test-next: setup ## the engine's tests over the Python files of vLLM VERSION
 	bash scripts/next_vllm.sh $(VERSION) $(VENV) out/vllm-$(VERSION)
 	PYTHONPATH=$(CURDIR)/out/vllm-$(VERSION):$(CURDIR) $(RUN) pytest tests/test_private_names.py tests/patches tests/engine \
 		$(PYTEST_ARGS)
+
+xformers-test: setup ## the attention backend on xformers, in Triton's interpreter where there is no GPU
+	bash scripts/xformers.sh $(VENV) out/xformers
+	PYTHONPATH=$(CURDIR)/out/xformers:$(CURDIR) $(RUN) pytest tests/attention/test_xformers_backend.py \
+		tests/attention/test_xformers_ahead_of_time.py tests/engine/test_xformers.py $(PYTEST_ARGS)
 
 cluster-test: setup ## two Ray nodes, two engines, two replicas, and what happens when one dies
 	$(RUN) pytest -m cluster tests/cluster $(PYTEST_ARGS)

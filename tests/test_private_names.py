@@ -26,6 +26,7 @@ RELEASE = ".".join(vllm.__version__.split(".")[:2])
 
 # Where vLLM is known at all. A new file here is a decision, not an accident.
 FILES_THAT_IMPORT_VLLM = {
+    "attention/xformers_backend.py",
     "patches/admission.py",
     "bench/engine.py",
     "patches/cli_flags.py",
@@ -315,7 +316,16 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ("vllm.forward_context:set_forward_context", ["attn_metadata", "vllm_config"], []),
     ("vllm.utils.torch_utils:weak_ref_tensors", ["tensors"], []),
     ("vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class", ["self"], []),
+    ("vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden", ["self"], []),
+    ("vllm.v1.attention.backends.registry:register_backend", ["backend", "class_path"], []),
     ("vllm.v1.attention.backend:AttentionBackend.supports_non_causal", [], []),
+    ("vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts", [], []),
+    (
+        "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        ["kv_cache_spec", "layer_names", "vllm_config", "device"],
+        [],
+    ),
+    ("vllm.utils.torch_utils:async_tensor_h2d", ["data", "device", "dtype"], []),
     (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         ["head_size"],

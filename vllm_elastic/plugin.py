@@ -34,6 +34,7 @@ def register() -> None:
     for architecture, family in FAMILIES.items():
         register_family(architecture, family)
     register_renderer()
+    register_attention()
     dispatch_on_architectures()
     add_elastic_flags()
     check_requests_at_admission()
@@ -59,3 +60,18 @@ def register_family(architecture: str, family: Family) -> None:
     if architecture not in ModelRegistry.models:
         ModelRegistry.register_model(architecture, family.model)
     MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig
+
+
+def register_attention() -> None:
+    """Let ``--attention-backend CUSTOM`` choose ours, unless another plugin took the name.
+
+    A name of its own would be a new member of vLLM's enumeration, which a process that is spawned
+    with vLLM's configuration is given before it has loaded any plugin.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(
+            AttentionBackendEnum.CUSTOM,
+            "vllm_elastic.attention.xformers_backend.XFormersBackend",
+        )

@@ -30,8 +30,8 @@ logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
 
-_BOTH_WAYS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION")
-"""Of vLLM's backends for CUDA, those that say so."""
+_BOTH_WAYS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "CUSTOM")
+"""Of vLLM's backends for CUDA, those that say so; the last one is ours on xformers."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want

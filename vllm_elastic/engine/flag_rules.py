@@ -411,7 +411,12 @@ GROUPS: tuple[Group, ...] = (
         "--model-loader-extra-config --ignore-patterns --use-tqdm-on-load --pt-load-map-location",
         "works",
     ),
-    Group("--attention-backend --attention-config", "works", "of those that can attend both ways"),
+    Group(
+        "--attention-backend --attention-config",
+        "works",
+        "of those that can attend both ways; CUSTOM is [ours, on xformers]"
+        "(recipe-gpu.md#attention-by-xformers)",
+    ),
     Group("--kernel-config --ir-op-priority --linear-backend", "works"),
     Group("--moe-backend", "works", "with LLaDA-MoE; other models have no experts"),
     Group(
