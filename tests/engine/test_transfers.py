@@ -205,9 +205,9 @@ def counted_transfers(
 
 
 BUDGET = {
-    "none": {"first": 278, "full": 276},
-    "dual-cache": {"first": 278, "window": 276, "full": 276},
-    "elastic-block": {"first": 370, "window": 394, "refresh": 426},
+    "none": {"first": 267, "full": 265},
+    "dual-cache": {"first": 267, "window": 265, "full": 265},
+    "elastic-block": {"first": 355, "window": 379, "refresh": 411},
 }
 """Operators of a pass of one request in a model of 5 layers, its head and statistics included. Keys
 of blocks that are not neighbours take ten more to read."""
