@@ -165,7 +165,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(Protocol):
-    """A layer as two pure functions of rows, with attention between them.
+    """A layer as two functions of rows, with attention between them.
 
     Attributes:
         attn: vLLM's attention layer.

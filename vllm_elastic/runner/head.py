@@ -88,11 +88,11 @@ class Head:
         if not ranks.reports():
             return None
         return Candidates(
-            torch.cat(token_ids).to(torch.int32),
-            torch.cat(probabilities),
+            _joined(token_ids).to(torch.int32),
+            _joined(probabilities),
             entropies,
             {
-                index: tuple(map(torch.cat, zip(*parts, strict=True)))
+                index: tuple(map(_joined, zip(*parts, strict=True)))
                 for index, parts in logprobs.items()
             },
         )
@@ -151,3 +151,8 @@ class Head:
             if self._plans[index].sampling is not None and first < last:
                 here = slice(first - rows.start, last - rows.start)
                 yield index, here, slice(first, last)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """No operator where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
