@@ -205,12 +205,18 @@ def counted_transfers(
 
 
 BUDGET = {
-    "none": {"first": 267, "full": 265},
-    "dual-cache": {"first": 267, "window": 265, "full": 265},
-    "elastic-block": {"first": 355, "window": 379, "refresh": 411},
+    "none": {"first": 265, "full": 263},
+    "dual-cache": {"first": 265, "window": 263, "full": 263},
+    "elastic-block": {"first": 353, "window": 255, "refresh": 271, "measuring window": 377},
 }
 """Operators of a pass of one request in a model of 5 layers, its head and statistics included. Keys
 of blocks that are not neighbours take ten more to read."""
+
+
+def kind_of(plan: Any) -> str:
+    """A first pass measures in any case."""
+    measures = plan.measure is not None and plan.kind != "first"
+    return f"measuring {plan.kind}" if measures else plan.kind
 
 
 @pytest.mark.parametrize("policy", BUDGET)
@@ -220,7 +226,7 @@ def test_operators_of_a_pass(
     """On a GPU each is a launch, on a small model their overhead is the time: a change that adds
     some has to say so here."""
     driver = Driver(serve("gqa-tied"))
-    knobs: Any = {"policy": policy, "window": 16, "block_length": 16}
+    knobs: Any = {"policy": policy, "window": 16, "block_length": 16, "granularity": 8}
     # What the upload's buffer has to grow for it has grown for then.
     driver.add(prompt_of(45, 3), 64, **knobs)
     driver.run()
@@ -230,7 +236,8 @@ def test_operators_of_a_pass(
     def counted(plans: Any) -> Any:
         with Operators() as seen:
             results = run(plans)
-        most[plans[0].kind] = max(most[plans[0].kind], seen.counts.total())
+        kind = kind_of(plans[0])
+        most[kind] = max(most[kind], seen.counts.total())
         return results
 
     monkeypatch.setattr(driver.engine.runner, "run", counted)
@@ -239,4 +246,4 @@ def test_operators_of_a_pass(
     driver.take_records()
     assert most.keys() == BUDGET[policy].keys()
     for kind, count in most.items():
-        assert count <= BUDGET[policy][kind], f"{kind}: {count}"
+        assert count <= BUDGET[policy][kind], most
