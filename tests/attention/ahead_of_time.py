@@ -22,6 +22,7 @@ from triton.runtime import JITFunction, driver
 
 from tests.attention.paged_pass import PagedPass, Plan, Shape
 from vllm_elastic.attention.paged_statistics import PAPER, RELEASED, warm_up
+from vllm_elastic.runner.candidate_kernel import most_probable_by_kernel
 
 
 class NoDevice:
@@ -71,6 +72,11 @@ def passes(shape: Shape) -> None:
             kernels.add_mass(attention, torch.zeros(len(plans), length))
 
 
+def candidates(num_rows: int, dtype: torch.dtype) -> None:
+    """LLaDA-8B's vocabulary."""
+    most_probable_by_kernel(torch.zeros(num_rows, 126464, dtype=dtype))
+
+
 if __name__ == "__main__":
     driver.set_active(NoDevice(int(sys.argv[1])))
     sizes = json.loads(sys.argv[2])
@@ -79,5 +85,8 @@ if __name__ == "__main__":
     compile_only(phase)
     keys = PagedPass(shape, [Plan(1, 1)]).keys
     warm_up(keys, shape.heads, shape.heads, shape.hidden_stride)
+    candidates(64, shape.dtype)
     phase[0] = "pass"
     passes(shape)
+    for num_rows in (1, 33):
+        candidates(num_rows, shape.dtype)

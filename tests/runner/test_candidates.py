@@ -9,19 +9,32 @@ import pytest
 import torch
 
 from tests.golden import dream_steps, end_options
+from vllm_elastic.decoding.plan import Logprobs
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner import candidates
 from vllm_elastic.runner.candidates import (
     as_dream,
-    constrain,
     leave_out_of_confidence,
     logprobs_of,
     most_probable,
     sampled,
 )
+from vllm_elastic.runner.constraints import Constraints
 from vllm_elastic.runner.counter_random import _mix_int, uniform
+from vllm_elastic.runner.upload import Upload
+
+from . import softmaxes
 
 torch.set_num_threads(1)
+
+
+def constrained(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> Constraints:
+    """Applied to the logits, in place."""
+    upload = Upload(torch.device("cpu"))
+    constraints = Constraints(sampling, logits.shape[-1], upload)
+    upload.send()
+    constraints.apply(logits, positions)
+    return constraints
 
 
 def logits_of(rows: int, vocab: int = 11, seed: int = 0) -> torch.Tensor:
@@ -54,13 +67,27 @@ def test_uniform_is_uniform() -> None:
     assert abs(float(torch.corrcoef(numbers[:2])[0, 1])) < 0.15
 
 
-def test_most_probable_is_float64_softmax() -> None:
+def test_most_probable() -> None:
     logits = logits_of(6)
     token_ids, probabilities = most_probable(logits)
     assert torch.equal(token_ids, logits.argmax(-1))
     torch.testing.assert_close(probabilities, logits.double().softmax(-1).amax(-1))
     logits[2, 4] = float("nan")
-    assert torch.isnan(most_probable(logits)[1][2])
+    assert torch.isnan(most_probable(logits)[1]).tolist() == [False, False, True, *[False] * 3]
+
+
+@pytest.mark.parametrize("name", softmaxes.CASES)
+def test_accuracy_of_probabilities(name: str) -> None:
+    softmaxes.check(most_probable, softmaxes.CASES[name]())
+
+
+def test_rows_that_are_all_but_sure_keep_their_order() -> None:
+    """In float32 all of these are 1, and the first in the window would be committed first."""
+    logits = torch.zeros(4, 1000)
+    logits[:, 7] = torch.tensor([30.0, 33.0, 31.0, 32.0])
+    probabilities = most_probable(logits)[1]
+    assert probabilities.float().tolist() == [1.0] * 4
+    assert probabilities.argsort(descending=True).tolist() == [1, 3, 2, 0]
 
 
 @pytest.mark.parametrize("at_once", [1 << 17, 20])
@@ -111,7 +138,7 @@ def test_filters_keep_what_vllm_keeps(options: dict[str, float], kept: set[int])
 def test_constraints() -> None:
     positions = torch.tensor([4, 5, 6])
     logits = torch.zeros(3, 6)
-    constrain(
+    constrained(
         logits,
         Sampling(
             logit_bias=((2, 5.0),),
@@ -143,10 +170,10 @@ def test_lladas_end_options_by_hand(
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (5 * rows_at_once,) * 2)
     logits = torch.tensor(end_options.ODDS, dtype=dtype).log()
     if logits_eos_inf:
-        constrain(logits, Sampling(banned_token_ids=(end_options.EOS,)), torch.arange(5))
+        constrained(logits, Sampling(banned_token_ids=(end_options.EOS,)), torch.arange(5))
     token_ids, confidence = most_probable(logits)
     if confidence_eos_eot_inf:
-        leave_out_of_confidence(confidence, token_ids, logits, ENDS)
+        leave_out_of_confidence(confidence, token_ids, logits, torch.tensor(ENDS))
     expected = end_options.CANDIDATES[logits_eos_inf, confidence_eos_eot_inf]
     assert token_ids.tolist() == [token for token, _ in expected]
     assert confidence.tolist() == pytest.approx([p for _, p in expected], abs=1e-7)
@@ -158,7 +185,7 @@ def test_confidence_of_a_sampled_token_is_without_noise_and_ends() -> None:
     logits = torch.tensor(end_options.ODDS).log()[list(rows)]
     kept = logits.clone()
     confidence = torch.full((len(rows),), 0.5, dtype=torch.float64)
-    leave_out_of_confidence(confidence, torch.tensor(tokens), logits, ENDS)
+    leave_out_of_confidence(confidence, torch.tensor(tokens), logits, torch.tensor(ENDS))
     assert confidence.tolist() == pytest.approx(expected, abs=1e-7)
     assert torch.equal(logits, kept)
 
@@ -167,20 +194,25 @@ def test_ends_that_are_all_there_is_or_not_there() -> None:
     """Allowed tokens that are all ends: 0, not 0 / 0. An end beyond the vocabulary: nothing."""
     logits = torch.tensor([[float("-inf"), 1.0, 2.0], [1.0, 2.0, float("nan")]])
     token_ids, confidence = most_probable(logits)
-    leave_out_of_confidence(confidence, token_ids, logits, (1, 2, 126348))
+    sampling = Sampling(unconfident_token_ids=(1, 2, 126348))
+    ends = constrained(logits, sampling, torch.arange(2)).unconfident
+    assert ends is not None and ends.tolist() == [1, 2]
+    leave_out_of_confidence(confidence, token_ids, logits, ends)
     assert confidence[0] == 0
     assert torch.isnan(confidence[1])  # a broken row is still told from an end
     logits = logits_of(2)
     token_ids, confidence = most_probable(logits)
     before = confidence.clone()
-    leave_out_of_confidence(confidence, token_ids, logits, (11,))
+    ends = constrained(logits, Sampling(unconfident_token_ids=(11,)), torch.arange(2)).unconfident
+    assert ends is not None
+    leave_out_of_confidence(confidence, token_ids, logits, ends)
     torch.testing.assert_close(confidence, before)
 
 
 def test_logprobs_are_of_the_token_and_the_best() -> None:
     logits = logits_of(3)
     chosen = torch.tensor([logits[0].argmax(), logits[1].argmin(), 5])
-    report = logprobs_of(logits, chosen, 2)
+    report = Logprobs(*(part.numpy() for part in logprobs_of(logits, chosen, 2)))
     wanted = logits.log_softmax(-1)
     assert report.token_ids[:, 0].tolist() == chosen.tolist()
     assert report.ranks.tolist()[:2] == [1, 11]
@@ -188,7 +220,7 @@ def test_logprobs_are_of_the_token_and_the_best() -> None:
         for token, value in zip(report.token_ids[row], report.logprobs[row], strict=True):
             assert value == pytest.approx(float(wanted[row, int(token)]), abs=1e-6)
         assert report.token_ids[row, 1:].tolist() == wanted[row].topk(2).indices.tolist()
-    assert logprobs_of(logits, chosen, -1).token_ids.shape == (3, 12)
+    assert logprobs_of(logits, chosen, -1)[0].shape == (3, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.plan import Logprobs, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.runner import head as module
@@ -56,6 +56,10 @@ def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
     return head.predict(SimpleNamespace(compute_logits=compute_logits), logits), head, calls
 
 
+def of_host(parts: tuple[torch.Tensor, ...]) -> Logprobs:
+    return Logprobs(*(part.numpy() for part in parts))
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 4, 7, 24])
 def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request cut in two would lose its positions, its random numbers or its constraints; and
@@ -70,8 +74,8 @@ def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch)
     assert whole.entropies.nonzero().flatten().tolist() == list(range(18, 25))
     assert (whole.probabilities[25:29] < 0).all(), "Dream's confidence by entropy"
     assert parts.logprobs.keys() == whole.logprobs.keys() == {2, 3}
-    for index, found in parts.logprobs.items():
-        wanted = whole.logprobs[index]
+    for index in parts.logprobs:
+        found, wanted = of_host(parts.logprobs[index]), of_host(whole.logprobs[index])
         assert found.token_ids.tolist() == wanted.token_ids.tolist()
         assert found.ranks.tolist() == wanted.ranks.tolist()
         np.testing.assert_allclose(found.logprobs, wanted.logprobs)
@@ -83,5 +87,5 @@ def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.Monkey
     """A banned token would vanish from the alternatives, and the rest be renormalised."""
     whole, head, _ = predicted(31, monkeypatch)
     assert not set(whole.token_ids[head.slices[2]].tolist()) & {1, 2, 3}
-    shown = whole.logprobs[2].token_ids[:, 1:]
+    shown = of_host(whole.logprobs[2]).token_ids[:, 1:]
     assert set(shown.ravel().tolist()) & {1, 2, 3}, "the seed shows nothing"

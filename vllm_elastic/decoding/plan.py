@@ -50,14 +50,6 @@ class Logprobs:
         """The same of a selection of the tokens."""
         return Logprobs(self.token_ids[indices], self.logprobs[indices], self.ranks[indices])
 
-    def followed_by(self, other: Logprobs) -> Logprobs:
-        """The tokens of both, these first."""
-        return Logprobs(
-            np.concatenate([self.token_ids, other.token_ids]),
-            np.concatenate([self.logprobs, other.logprobs]),
-            np.concatenate([self.ranks, other.ranks]),
-        )
-
 
 @dataclass(slots=True)
 class PassPlan:

@@ -37,6 +37,18 @@ class KernelRMSNorm(RMSNorm):
         kernels.rms_norm(out, x, self.weight.data, self.variance_epsilon)
         return out
 
+    def of_sum(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """The norm of ``x + gain`` [R, d], by one kernel; ``x`` becomes the sum.
+
+        In float32 to the bit what adding and norming give. In bfloat16 the sum is the same too;
+        a CPU's kernel norms it as it was before it was rounded.
+
+        Args:
+            x, gain: [R, d] contiguous. The norm takes the place of the gain.
+        """
+        kernels.fused_add_rms_norm(gain, x, self.weight.data, self.variance_epsilon)
+        return gain
+
 
 class AttentionProjection(nn.Module):
     """Queries, keys and values of rows, rotated; and what becomes of their attention.
@@ -153,7 +165,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(Protocol):
-    """A layer as two pure functions of rows, with attention between them.
+    """A layer as two functions of rows, with attention between them.
 
     Attributes:
         attn: vLLM's attention layer.
@@ -173,7 +185,10 @@ class Block(Protocol):
         ...
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer's output [R, d], from its input and the attention output [R, Hq * D]."""
+        """The layer's output [R, d], from its input and the attention output [R, Hq * D].
+
+        It may be written over the input.
+        """
         ...
 
 
@@ -187,9 +202,9 @@ class PreNormBlock(nn.Module):
 
     def __init__(
         self,
-        attention_norm: nn.Module,
+        attention_norm: KernelRMSNorm,
         attention: AttentionProjection,
-        mlp_norm: nn.Module,
+        mlp_norm: KernelRMSNorm,
         mlp: nn.Module,
     ) -> None:
         super().__init__()
@@ -210,9 +225,7 @@ class PreNormBlock(nn.Module):
     def room(self, q: torch.Tensor) -> torch.Tensor:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
 
-    def finish(
-        self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """``Block.finish``, written into ``out`` [R, d] where one is given; it may be ``x``."""
-        x = x + self.attention.output(attended)
-        return torch.add(x, self.mlp(self.mlp_norm(x)), out=out)
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """``Block.finish``; always written over ``x``."""
+        normed = self.mlp_norm.of_sum(x, self.attention.output(attended))
+        return x.add_(self.mlp(normed))

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from vllm_elastic.decoding.plan import Logprobs
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.counter_random import uniform
 
@@ -28,11 +26,24 @@ _COPIES_OF_ENTROPIES = 2
 _COPIES_OF_LOGPROBS = (2, 4)
 """For each logit of a row whose log probabilities are reported, 13 bytes; of all tokens, 28."""
 
+_FEW_ALTERNATIVES = 32
+"""To a token, whose log probabilities wait on the device until the pass's one download (vLLM's own
+limit is 20, unless ``--max-logprobs`` says otherwise)."""
+
 
 def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable token and its probability (temperature 0).
 
-    The softmax is in float64, as in the released code: the threshold is compared with it.
+    Exponentials in float32, their sum in float64: the most probable token's own is exactly 1, and
+    what stands against it is not lost beside that. So of two rows that are all but sure, the surer
+    one is known as far as in float64.
+
+    Accuracy: an exponential is that of a logit moved by at most 2^-22 of its distance d to the
+    largest one, times 1 +- 2^-22. Let rest be the sum of the others: their mean d, weighted by the
+    softmax, is at most ln(V / rest), since no entropy is above ln V. So a probability p =
+    1 / (1 + rest) is off by at most p (1 - p) (ln(V / rest) + 1) 2^-22, which up to V = 2^18 is
+    below 2^-20. (A float32 logit between 8 and 16 is itself rounded by up to 2^-21, a bfloat16 one
+    by up to 2^-5.)
 
     Args:
         logits: [W, V].
@@ -40,13 +51,18 @@ def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         int64 [W] and float64 [W]; a row with a NaN has probability NaN.
     """
+    if logits.is_cuda:
+        # Triton need not be there elsewhere.
+        from vllm_elastic.runner.candidate_kernel import most_probable_by_kernel
+
+        return most_probable_by_kernel(logits)
     best, token_ids = logits.max(dim=-1)
     total = best.new_empty(len(logits), dtype=torch.float64)
     for rows in _some_at_once(logits):
-        wide = logits[rows].to(torch.float64, copy=True).sub_(best[rows].double()[:, None]).exp_()
-        total[rows] = wide.sum(dim=-1)
-        del wide  # before the next ones are made
-    return token_ids, 1.0 / total
+        odds = logits[rows].to(torch.float32, copy=True).sub_(best[rows].float()[:, None]).exp_()
+        torch.sum(odds, dim=-1, dtype=torch.float64, out=total[rows])
+        del odds  # before the next ones are made
+    return token_ids, total.reciprocal_()
 
 
 def sampled(
@@ -121,28 +137,11 @@ def _confidence(probabilities: torch.Tensor, chosen: torch.Tensor, alg: str) -> 
     return probabilities.gather(-1, chosen[:, None])[:, 0]
 
 
-def constrain(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> None:
-    """Bias and forbid tokens in place, for one request's window rows [W, V] at ``positions``."""
-    if sampling.logit_bias:
-        ids, biases = zip(*sampling.logit_bias, strict=True)
-        logits[:, list(ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
-    if sampling.allowed_token_ids is not None:
-        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        allowed[list(sampling.allowed_token_ids)] = True
-        logits.masked_fill_(~allowed, _NEVER)
-    if sampling.banned_token_ids:
-        logits[:, list(sampling.banned_token_ids)] = _NEVER
-    if sampling.end_token_ids:
-        early = (positions < sampling.first_end_position)[:, None]
-        ends = list(sampling.end_token_ids)
-        logits[:, ends] = torch.where(early, _NEVER, logits[:, ends])
-
-
 def leave_out_of_confidence(
     confidence: torch.Tensor,
     token_ids: torch.Tensor,
     logits: torch.Tensor,
-    unconfident: tuple[int, ...],
+    unconfident: torch.Tensor,
 ) -> None:
     """Read the confidence again, in place, as if the logits of some tokens were -inf.
 
@@ -155,17 +154,16 @@ def leave_out_of_confidence(
     Args:
         confidence: float64 [W] of the predictions int64 [W]; a NaN stays.
         logits: [W, V], constrained already, without noise.
-        unconfident: token ids; some may lie beyond the vocabulary.
+        unconfident: int64 [N], their ids.
     """
-    known = [token_id for token_id in unconfident if token_id < logits.shape[-1]]
-    ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
     for rows in _some_at_once(logits):
-        wide = logits[rows].to(torch.float64, copy=True).index_fill_(-1, ids, _NEVER)
+        wide = logits[rows].to(torch.float64, copy=True)
+        wide.index_fill_(-1, unconfident, _NEVER)
         wide.sub_(wide.amax(dim=-1, keepdim=True)).exp_()
         left = wide.gather(-1, token_ids[rows, None])[:, 0] / wide.sum(dim=-1)
         del wide  # before the next ones are made
         # An end's is 0 by its name: where a request allows nothing but ends, `left` is NaN.
-        ends = torch.isin(token_ids[rows], ids)
+        ends = (token_ids[rows, None] == unconfident).any(dim=-1)
         confidence[rows] = torch.where(ends, 0.0 * confidence[rows], left)
 
 
@@ -182,27 +180,32 @@ def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     return entropies
 
 
-def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
+def logprobs_of(
+    logits: torch.Tensor, token_ids: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log probabilities of the chosen tokens and of the ``count`` most probable ones (-1: all).
 
     Args:
         logits: [W, V] as the model gave them (without the mask token), token_ids: int64 [W].
+
+    Returns:
+        What ``plan.Logprobs`` is made of, on the logits' device. Of more than a few alternatives
+        on the host: they are brought there some rows at a time, since kept they would take the
+        room of all logits.
     """
+    kept = logits.device if 0 <= count <= _FEW_ALTERNATIVES else torch.device("cpu")
     parts = []
     for rows in _some_at_once(logits, _COPIES_OF_LOGPROBS[count < 0]):
         logprobs = logits[rows].float().log_softmax(dim=-1)
         chosen = logprobs.gather(-1, token_ids[rows, None])
-        ranks = (logprobs >= chosen).sum(dim=-1)
+        ranks = (logprobs >= chosen).sum(dim=-1, dtype=torch.int32)
         top, top_ids = logprobs.topk(logits.shape[-1] if count < 0 else count, dim=-1)
-        parts.append(
-            Logprobs(
-                torch.cat([token_ids[rows, None], top_ids], dim=-1).to(torch.int32).cpu().numpy(),
-                torch.cat([chosen, top], dim=-1).cpu().numpy(),
-                ranks.to(torch.int32).cpu().numpy(),
-            )
-        )
-        del logprobs, top, top_ids  # before the next ones are made
-    return functools.reduce(Logprobs.followed_by, parts)
+        ids = torch.cat([token_ids[rows, None], top_ids], dim=-1).to(torch.int32)
+        part = ids, torch.cat([chosen, top], dim=-1), ranks
+        parts.append([tensor.to(kept) for tensor in part])
+        del logprobs, top, top_ids, ids, part  # before the next ones are made
+    ids, logprobs, ranks = map(torch.cat, zip(*parts, strict=True))
+    return ids, logprobs, ranks
 
 
 def _some_at_once(logits: torch.Tensor, copies: int = 1) -> Iterator[slice]:
@@ -223,7 +226,7 @@ def _filtered(tempered: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_p < 1:
         ordered, order = tempered.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0.0
+        before[:, 0].zero_()
         ordered = ordered.masked_fill(before >= sampling.top_p, _NEVER)
         tempered = torch.empty_like(ordered).scatter_(-1, order, ordered)
     return tempered

@@ -34,16 +34,11 @@ class Download:
         return Fetched(make, [self._place(tensor) for tensor in tensors])
 
     def run(self) -> None:
-        """Wait for the device and bring everything over."""
-        tensors = self._tensors
-        if all(tensor.is_cpu for tensor in tensors):
-            self._arrays = [tensor.numpy() for tensor in tensors]
-            return
-        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        pieces = flat.cpu().split([tensor.nbytes for tensor in tensors])
+        """Wait for the device and bring everything over; what is here already stays as it is."""
+        away = [tensor for tensor in self._tensors if not tensor.is_cpu]
+        fetched = iter(_fetched(away))
         self._arrays = [
-            piece.clone().view(tensor.dtype).view(tensor.shape).numpy()
-            for piece, tensor in zip(pieces, tensors, strict=True)
+            tensor.numpy() if tensor.is_cpu else next(fetched) for tensor in self._tensors
         ]
 
     def _place(self, tensor: torch.Tensor | None) -> Callable[[], Any]:
@@ -52,3 +47,15 @@ class Download:
         place = len(self._tensors)
         self._tensors.append(tensor)
         return lambda: self._arrays[place]
+
+
+def _fetched(tensors: list[torch.Tensor]) -> list[npt.NDArray[Any]]:
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+    pieces = flat.cpu().split([tensor.nbytes for tensor in tensors])
+    return [
+        # A copy: a piece begins anywhere.
+        piece.clone().view(tensor.dtype).view(tensor.shape).numpy()
+        for piece, tensor in zip(pieces, tensors, strict=True)
+    ]

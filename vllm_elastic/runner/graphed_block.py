@@ -103,7 +103,7 @@ class GraphedBlock:
         x, positions = static.x[:count], static.positions[:count]
         attended = static.attended[:count].flatten(1)
         self._project[count] = graphs.capture(lambda: block.project(x, positions))
-        self._finish[count] = graphs.capture(lambda: (block.finish(x, attended, out=x),))
+        self._finish[count] = graphs.capture(lambda: (block.finish(x, attended),))
 
     # What was not captured for so many rows runs operator by operator.
 

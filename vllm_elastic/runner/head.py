@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_elastic.decoding.plan import Logprobs, PassPlan
+from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
 from vllm_elastic.runner.candidates import (
     as_dream,
-    constrain,
     entropies_of,
     leave_out_of_confidence,
     logprobs_of,
     most_probable,
     sampled,
 )
+from vllm_elastic.runner.constraints import Constraints
 from vllm_elastic.runner.upload import Upload
 
 LOGITS_AT_ONCE = 1 << 25
@@ -36,13 +37,14 @@ class Candidates:
     Attributes:
         token_ids: int32 [W]; probabilities: float64 [W]; both on the device.
         entropies: float64 [W] on the device, 0 where not asked for; None: nobody asked.
-        logprobs: of the plans that asked, by their index.
+        logprobs: of the plans that asked, by their index: what ``plan.Logprobs`` is made of, on
+            the device or, where it is much, on the host.
     """
 
     token_ids: torch.Tensor
     probabilities: torch.Tensor
     entropies: torch.Tensor | None
-    logprobs: dict[int, Logprobs]
+    logprobs: dict[int, tuple[torch.Tensor, ...]]
 
 
 class Head:
@@ -58,6 +60,11 @@ class Head:
         self._positions = upload.put(
             np.concatenate([plan.window for plan in plans]).astype(np.int64)
         )
+        self._constraints = {
+            index: Constraints(plan.sampling, traits.vocab_size, upload)
+            for index, plan in enumerate(plans)
+            if plan.sampling is not None
+        }
 
     def predict(self, model: Any, hidden: torch.Tensor) -> Candidates | None:
         """Candidates of final hidden states [W, d]; None on ranks that do not report.
@@ -65,7 +72,7 @@ class Head:
         All ranks take part: each has a part of the vocabulary.
         """
         token_ids, probabilities = [], []
-        logprobs: dict[int, Logprobs] = {}
+        logprobs: dict[int, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
         entropies = None
         if any(plan.sampling is not None and plan.sampling.entropies for plan in self._plans):
             entropies = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
@@ -81,7 +88,13 @@ class Head:
         if not ranks.reports():
             return None
         return Candidates(
-            torch.cat(token_ids).to(torch.int32), torch.cat(probabilities), entropies, logprobs
+            _joined(token_ids).to(torch.int32),
+            _joined(probabilities),
+            entropies,
+            {
+                index: tuple(map(_joined, zip(*parts, strict=True)))
+                for index, parts in logprobs.items()
+            },
         )
 
     def _choose(
@@ -89,13 +102,13 @@ class Head:
         logits: torch.Tensor,
         rows: slice,
         entropies: torch.Tensor | None,
-        logprobs: dict[int, Logprobs],
+        logprobs: dict[int, list[tuple[torch.Tensor, ...]]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and probabilities of some of the window rows, from their logits.
 
         Args:
             entropies: float64, of all window rows: filled in where asked for.
-            logprobs: filled in where asked for; they are of what the model says, not of what a
+            logprobs: added to where asked for; they are of what the model says, not of what a
                 request's constraints leave of it.
         """
         logits.index_fill_(-1, self._never_chosen, float("-inf"))
@@ -105,7 +118,7 @@ class Head:
             assert sampling is not None
             if sampling.num_logprobs is not None:
                 raw[index] = logits[own].clone()
-            constrain(logits[own], sampling, self._positions[at])
+            self._constraints[index].apply(logits[own], self._positions[at])
         token_ids, confidence = most_probable(logits)
         for index, own, at in self._wishes(rows):
             plan, sampling = self._plans[index], self._plans[index].sampling
@@ -118,15 +131,13 @@ class Head:
             if sampling.entropies:
                 assert entropies is not None
                 entropies[at] = entropies_of(logits[own])
-            if sampling.unconfident_token_ids:
-                leave_out_of_confidence(
-                    confidence[own], token_ids[own], logits[own], sampling.unconfident_token_ids
-                )
+            unconfident = self._constraints[index].unconfident
+            if unconfident is not None:
+                leave_out_of_confidence(confidence[own], token_ids[own], logits[own], unconfident)
             if index in raw:
                 assert sampling.num_logprobs is not None
                 found = logprobs_of(raw[index], token_ids[own], sampling.num_logprobs)
-                before = logprobs.get(index)
-                logprobs[index] = found if before is None else before.followed_by(found)
+                logprobs[index].append(found)
         return token_ids, confidence
 
     def _wishes(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
@@ -140,3 +151,8 @@ class Head:
             if self._plans[index].sampling is not None and first < last:
                 here = slice(first - rows.start, last - rows.start)
                 yield index, here, slice(first, last)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """No operator where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -27,7 +27,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.runner.batch import BatchBuilder
@@ -237,6 +237,9 @@ class ElasticRunner:
         found = download.of(
             _together, candidates.token_ids, candidates.probabilities, candidates.entropies
         )
+        logprobs = {
+            index: download.of(Logprobs, *parts) for index, parts in candidates.logprobs.items()
+        }
         measured = statistics.results(download)
         download.run()
         token_ids, probabilities, entropies = found.get()
@@ -245,7 +248,7 @@ class ElasticRunner:
                 token_ids[own],
                 probabilities[own],
                 entropies=None if entropies is None else entropies[own],
-                logprobs=candidates.logprobs.get(index),
+                logprobs=logprobs[index].get() if index in logprobs else None,
                 measured=measured[index].get() if index in measured else None,
             )
             for index, own in enumerate(head.slices)
