@@ -7,6 +7,7 @@ ends in an array (``numpy()``). Where host and device are one, nothing is copied
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +105,7 @@ def check_transfers(
     served: Served, names: list[str], num_requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine: Any = served.engine
-    run, finish, download = engine.runner.run, BatchBuilder.finish, Download.run
+    run, finish, download = engine.runner.run, BatchBuilder.finish, Download.send
     num_plans: list[int] = []
     calls: list[int] = []
     counts: Counter[str] = Counter()
@@ -134,11 +135,46 @@ def check_transfers(
     for name in ("numpy", "tolist", "item", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
     monkeypatch.setattr(BatchBuilder, "finish", kept)
-    monkeypatch.setattr(Download, "run", fetched)
+    monkeypatch.setattr(Download, "send", fetched)
     monkeypatch.setattr(engine.runner, "run", counted)
     requests = [request(index, names[index % len(names)]) for index in range(num_requests)]
     engine.run(requests)
     assert max(num_plans) == num_requests
+
+
+def test_nothing_is_waited_for_before_a_pass_is_queued(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next pass would not be queued while the device works on this one."""
+    driver = Driver(serve("gqa-tied"))
+    runner, counts, waits = driver.engine.runner, Counter[str](), Counter[str]()
+    start, finish = runner.start, BatchBuilder.finish
+
+    def counted(plans: Any) -> Any:
+        counts.clear()
+        with Operators() as seen:
+            in_flight = start(plans)
+        waits.update(counts + seen.waits, passes=1)
+        return in_flight
+
+    def kept(builder: BatchBuilder) -> None:
+        finish(builder)
+        counts.clear()  # vLLM's metadata builder reads its own host tensors
+
+    for name in ("numpy", "tolist", "item", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
+    monkeypatch.setattr(BatchBuilder, "finish", kept)
+    monkeypatch.setattr(runner, "start", counted)
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"logprobs": 3},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 9, "min_p": 0.1, "seed": 2, "logprobs": 0},
+    ]
+    for nth, (wish, policy) in enumerate(itertools.product(wishes, POLICIES)):
+        driver.add(prompt_of(20 + nth, nth), 20, wish, policy=policy, block_length=4)
+    driver.run()
+    driver.take_records()
+    assert waits.pop("passes") > 5 and not waits
 
 
 BUDGET = {

@@ -16,6 +16,7 @@ from vllm_elastic.runner.candidates import (
     constrain,
     leave_out_of_confidence,
     logprobs_of,
+    logprobs_together,
     most_probable,
     sampled,
 )
@@ -180,7 +181,7 @@ def test_ends_that_are_all_there_is_or_not_there() -> None:
 def test_logprobs_are_of_the_token_and_the_best() -> None:
     logits = logits_of(3)
     chosen = torch.tensor([logits[0].argmax(), logits[1].argmin(), 5])
-    report = logprobs_of(logits, chosen, 2)
+    report = logprobs_together(logprobs_of(logits, chosen, 2))
     wanted = logits.log_softmax(-1)
     assert report.token_ids[:, 0].tolist() == chosen.tolist()
     assert report.ranks.tolist()[:2] == [1, 11]
@@ -188,7 +189,8 @@ def test_logprobs_are_of_the_token_and_the_best() -> None:
         for token, value in zip(report.token_ids[row], report.logprobs[row], strict=True):
             assert value == pytest.approx(float(wanted[row, int(token)]), abs=1e-6)
         assert report.token_ids[row, 1:].tolist() == wanted[row].topk(2).indices.tolist()
-    assert logprobs_of(logits, chosen, -1).token_ids.shape == (3, 12)
+    whole = logprobs_together(logprobs_of(logits, chosen, -1))
+    assert whole.token_ids.shape == (3, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -14,6 +14,7 @@ from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.runner import head as module
+from vllm_elastic.runner.candidates import logprobs_together
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.upload import Upload
 
@@ -70,8 +71,8 @@ def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch)
     assert whole.entropies.nonzero().flatten().tolist() == list(range(18, 25))
     assert (whole.probabilities[25:29] < 0).all(), "Dream's confidence by entropy"
     assert parts.logprobs.keys() == whole.logprobs.keys() == {2, 3}
-    for index, found in parts.logprobs.items():
-        wanted = whole.logprobs[index]
+    for index, sent in parts.logprobs.items():
+        found, wanted = logprobs_together(sent), logprobs_together(whole.logprobs[index])
         assert found.token_ids.tolist() == wanted.token_ids.tolist()
         assert found.ranks.tolist() == wanted.ranks.tolist()
         np.testing.assert_allclose(found.logprobs, wanted.logprobs)
@@ -83,5 +84,5 @@ def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.Monkey
     """A banned token would vanish from the alternatives, and the rest be renormalised."""
     whole, head, _ = predicted(31, monkeypatch)
     assert not set(whole.token_ids[head.slices[2]].tolist()) & {1, 2, 3}
-    shown = whole.logprobs[2].token_ids[:, 1:]
+    shown = logprobs_together(whole.logprobs[2]).token_ids[:, 1:]
     assert set(shown.ravel().tolist()) & {1, 2, 3}, "the seed shows nothing"

@@ -12,6 +12,7 @@ import torch
 from vllm_elastic.decoding.plan import Logprobs
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.counter_random import uniform
+from vllm_elastic.runner.download import Download, Fetched
 
 _NEVER = float("-inf")
 
@@ -182,11 +183,17 @@ def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     return entropies
 
 
-def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Logprobs:
+def logprobs_of(
+    logits: torch.Tensor, token_ids: torch.Tensor, count: int
+) -> list[Fetched[Logprobs]]:
     """Log probabilities of the chosen tokens and of the ``count`` most probable ones (-1: all).
 
     Args:
         logits: [W, V] as the model gave them (without the mask token), token_ids: int64 [W].
+
+    Returns:
+        of some rows each, in their order: all tokens' are too many to stay on the device
+        (``logprobs_together``).
     """
     parts = []
     for rows in _some_at_once(logits, _COPIES_OF_LOGPROBS[count < 0]):
@@ -194,15 +201,23 @@ def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> Lo
         chosen = logprobs.gather(-1, token_ids[rows, None])
         ranks = (logprobs >= chosen).sum(dim=-1)
         top, top_ids = logprobs.topk(logits.shape[-1] if count < 0 else count, dim=-1)
+        download = Download()
         parts.append(
-            Logprobs(
-                torch.cat([token_ids[rows, None], top_ids], dim=-1).to(torch.int32).cpu().numpy(),
-                torch.cat([chosen, top], dim=-1).cpu().numpy(),
-                ranks.to(torch.int32).cpu().numpy(),
+            download.of(
+                Logprobs,
+                torch.cat([token_ids[rows, None], top_ids], dim=-1).to(torch.int32),
+                torch.cat([chosen, top], dim=-1),
+                ranks.to(torch.int32),
             )
         )
+        download.send()
         del logprobs, top, top_ids  # before the next ones are made
-    return functools.reduce(Logprobs.followed_by, parts)
+    return parts
+
+
+def logprobs_together(parts: list[Fetched[Logprobs]]) -> Logprobs:
+    """Of all rows; waits for them."""
+    return functools.reduce(Logprobs.followed_by, (part.get() for part in parts))
 
 
 def _some_at_once(logits: torch.Tensor, copies: int = 1) -> Iterator[slice]:

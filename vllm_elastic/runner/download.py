@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Fetched(Generic[T]):
-    """A value whose arrays are still on the device; ``get`` it after ``Download.run``."""
+    """A value on its way; ``get``, after ``Download.send``, waits for it."""
 
     def __init__(self, make: Callable[..., T], arrays: list[Callable[[], Any]]) -> None:
         self._make, self._arrays = make, arrays
@@ -23,32 +23,56 @@ class Fetched(Generic[T]):
 
 
 class Download:
-    """Tensors that are wanted on the host."""
+    """Tensors that are wanted on the host.
+
+    What they are brought over in is this download's own, so any number may be under way.
+    """
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
         self._arrays: list[npt.NDArray[Any]] = []
+        self._arrive: Callable[[], list[npt.NDArray[Any]]] | None = None
 
     def of(self, make: Callable[..., T], *tensors: torch.Tensor | None) -> Fetched[T]:
         """``make`` of the tensors as numpy arrays; None stays None."""
         return Fetched(make, [self._place(tensor) for tensor in tensors])
 
-    def run(self) -> None:
-        """Wait for the device and bring everything over."""
-        tensors = self._tensors
-        if all(tensor.is_cpu for tensor in tensors):
-            self._arrays = [tensor.numpy() for tensor in tensors]
+    def send(self) -> None:
+        """Queue the transfer behind what makes the tensors. The host waits for nothing."""
+        tensors, self._tensors = self._tensors, []
+        if self._is_here(tensors):
+            self._arrive = lambda: [tensor.numpy() for tensor in tensors]
             return
+        forms = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        pieces = flat.cpu().split([tensor.nbytes for tensor in tensors])
-        self._arrays = [
-            piece.clone().view(tensor.dtype).view(tensor.shape).numpy()
-            for piece, tensor in zip(pieces, tensors, strict=True)
-        ]
+        host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=flat.is_cuda)
+        host.copy_(flat, non_blocking=True)
+        copied = torch.cuda.Event() if flat.is_cuda else None
+        if copied is not None:
+            copied.record()
+
+        def arrive() -> list[npt.NDArray[Any]]:
+            if copied is not None:
+                copied.synchronize()
+            pieces = host.split([num_bytes for _, _, num_bytes in forms])
+            return [
+                piece.clone().view(dtype).view(shape).numpy()
+                for piece, (dtype, shape, _) in zip(pieces, forms, strict=True)
+            ]
+
+        self._arrive = arrive
+
+    def _is_here(self, tensors: list[torch.Tensor]) -> bool:
+        return all(tensor.is_cpu for tensor in tensors)
 
     def _place(self, tensor: torch.Tensor | None) -> Callable[[], Any]:
         if tensor is None:
             return lambda: None
         place = len(self._tensors)
         self._tensors.append(tensor)
-        return lambda: self._arrays[place]
+        return lambda: self._array(place)
+
+    def _array(self, place: int) -> npt.NDArray[Any]:
+        if self._arrive is not None:
+            self._arrays, self._arrive = self._arrive(), None
+        return self._arrays[place]

@@ -22,6 +22,7 @@ from vllm_elastic.runner.candidates import (
     most_probable,
     sampled,
 )
+from vllm_elastic.runner.download import Fetched
 from vllm_elastic.runner.upload import Upload
 
 LOGITS_AT_ONCE = 1 << 25
@@ -36,13 +37,13 @@ class Candidates:
     Attributes:
         token_ids: int32 [W]; probabilities: float64 [W]; both on the device.
         entropies: float64 [W] on the device, 0 where not asked for; None: nobody asked.
-        logprobs: of the plans that asked, by their index.
+        logprobs: of the plans that asked, by their index; on their way to the host.
     """
 
     token_ids: torch.Tensor
     probabilities: torch.Tensor
     entropies: torch.Tensor | None
-    logprobs: dict[int, Logprobs]
+    logprobs: dict[int, list[Fetched[Logprobs]]]
 
 
 class Head:
@@ -65,7 +66,7 @@ class Head:
         All ranks take part: each has a part of the vocabulary.
         """
         token_ids, probabilities = [], []
-        logprobs: dict[int, Logprobs] = {}
+        logprobs: dict[int, list[Fetched[Logprobs]]] = {}
         entropies = None
         if any(plan.sampling is not None and plan.sampling.entropies for plan in self._plans):
             entropies = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
@@ -89,7 +90,7 @@ class Head:
         logits: torch.Tensor,
         rows: slice,
         entropies: torch.Tensor | None,
-        logprobs: dict[int, Logprobs],
+        logprobs: dict[int, list[Fetched[Logprobs]]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and probabilities of some of the window rows, from their logits.
 
@@ -125,8 +126,7 @@ class Head:
             if index in raw:
                 assert sampling.num_logprobs is not None
                 found = logprobs_of(raw[index], token_ids[own], sampling.num_logprobs)
-                before = logprobs.get(index)
-                logprobs[index] = found if before is None else before.followed_by(found)
+                logprobs.setdefault(index, []).extend(found)
         return token_ids, confidence
 
     def _wishes(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
