@@ -105,7 +105,7 @@ def check_transfers(
     served: Served, names: list[str], num_requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine: Any = served.engine
-    run, finish, download = engine.runner.run, BatchBuilder.finish, Download.send
+    start, finish, download = engine.runner.start, BatchBuilder.finish, Download.send
     num_plans: list[int] = []
     calls: list[int] = []
     counts: Counter[str] = Counter()
@@ -113,13 +113,13 @@ def check_transfers(
     def counted(plans: Any) -> Any:
         counts.clear()
         with Operators() as seen:
-            results = run(plans)
+            in_flight = start(plans)
         num_plans.append(len(plans))
         # vLLM's attention metadata has two tensors for the host itself.
         assert seen.counts["lift_fresh"] == 2 * calls.pop()
         assert not seen.waits
         assert counts == {"downloads": 1}
-        return results
+        return in_flight
 
     def kept(builder: BatchBuilder) -> None:
         calls.append(len(builder._calls))
@@ -136,7 +136,7 @@ def check_transfers(
         monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
     monkeypatch.setattr(BatchBuilder, "finish", kept)
     monkeypatch.setattr(Download, "send", fetched)
-    monkeypatch.setattr(engine.runner, "run", counted)
+    monkeypatch.setattr(engine.runner, "start", counted)
     requests = [request(index, names[index % len(names)]) for index in range(num_requests)]
     engine.run(requests)
     assert max(num_plans) == num_requests
