@@ -8,7 +8,6 @@ are read only when vLLM asks, after the next pass has written every buffer that 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from hypothesis import given
 from vllm_elastic.decoding import overlap
 from vllm_elastic.runner.in_flight import PassInFlight
 
-from . import test_tensor_parallel as ranks
+from .asynchronous import on_cpus
 from .conftest import Served, make_engine, poison
 from .driver import Driver, assert_nothing_left, prompt_of
 from .schedules import Schedule, play, schedules
@@ -28,26 +27,6 @@ from .test_batch_invariance import LONG, QUICK, alone, assert_same, assert_valid
 from .test_oracle import CONFIGS, compare, request
 
 pytestmark = pytest.mark.engine
-
-
-@contextlib.contextmanager
-def on_cpus() -> Iterator[None]:
-    """vLLM takes the flag back on CPUs; and the models here have few rows."""
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    check = platform.check_and_update_config
-
-    def keep(vllm_config: Any) -> None:
-        scheduler = vllm_config.scheduler_config
-        asked = scheduler.async_scheduling
-        check(vllm_config)
-        scheduler.async_scheduling = asked
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, "check_and_update_config", staticmethod(keep))
-        patch.setattr(overlap, "GROUP_ROWS", 1)
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -298,23 +277,6 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     assert [len(driver.tokens[name]) for name in names[2:]] == [20, 20]
     drain(driver)
     assert_nothing_left(driver)
-
-
-@pytest.mark.long
-def test_two_ranks_equal_oracle(
-    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ranks in processes of their own, which get the next pass while they are at one."""
-    plain = serve("gqa-tied")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", ranks.binding())
-    served = ranks.start(plain.oracle, plain.directory, "gqa-tied", "mp", async_scheduling=True)
-    try:
-        core = served.engine.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
-        assert core.batch_queue is not None
-        ranks.workers(served, ranks.poison_worker)
-        ranks.assert_equals_oracle(served, CONFIGS)
-    finally:
-        ranks.stop(served)
 
 
 @pytest.mark.long
