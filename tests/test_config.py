@@ -50,7 +50,8 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "statistic": ("released", *names("released", "paper")),
     "refresh": (None, [(None, None), *names("next", "replay")[0]], names("next")[1]),
     "interval": (8, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
-    "probes": (4, [(1, 1), (1024, 1024)], [0, 1025]),
+    "probes": (8, [(1, 1), (1024, 1024)], [0, 1025]),
+    "measure_every": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5, MILLION + 1]),
     "block_drift": (0.05, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
@@ -60,6 +61,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "block_length": (32, [(1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "steps": (None, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),
     "grow_by": (None, [(None, None), (0, 0), (32, 32)], [-1, 1.5, MILLION + 1]),
+    "grow_ahead": (0, [(0, 0), (MILLION, MILLION)], [-1, 1.5, None]),
     "remasking": ("low_confidence", *names("low_confidence", "random")),
     "alg": (
         None,

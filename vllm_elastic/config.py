@@ -214,7 +214,15 @@ class ElasticConfig:
         8, _integer(1, _MOST), "of `interval`: denoising steps from one refresh to the next"
     )
     probes: int = _knob(
-        4, _integer(1, 1 << 10), "of `elastic-block`: blocks probed at a step, one position each"
+        8,
+        _integer(1, 1 << 10),
+        "of `elastic-block`: blocks probed at a time, one position each",
+    )
+    measure_every: int = _knob(
+        4,
+        _integer(1, 1 << 10),
+        "of `elastic-block`: denoising steps from one measurement to the next. In between nothing "
+        "is probed and no attention read; a verdict looks so far ahead",
     )
     reach: int | None = _knob(
         None,
@@ -267,10 +275,17 @@ class ElasticConfig:
         None,
         _or_null(_integer(0, _MOST)),
         "positions that an answer grows by: the next ones are appended when all before them are "
-        "committed, and no mask stands behind them until then. 0: all `max_tokens` masks are there "
-        "from the start. null: as the model's authors decode, 32 for iLLaDA and 0 for all others. "
-        "A multiple of `block_length` where text blocks are predicted; infilling and `alg` do not "
-        "grow",
+        "committed (sooner with `grow_ahead`), and no mask stands behind them until then. 0: all "
+        "`max_tokens` masks are there from the start. null: as the model's authors decode, 32 for "
+        "iLLaDA and 0 for all others. A multiple of `block_length` where text blocks are "
+        "predicted; infilling and `alg` do not grow",
+    )
+    grow_ahead: int = _knob(
+        0,
+        _integer(0, _MOST),
+        "of an answer that grows: the next positions are appended as soon as fewer than so many "
+        "stand from the first masked one on. Masks that the text cannot reach yet cost work and "
+        "say little. Not used with `steps`",
     )
     remasking: str = _knob(
         "low_confidence",

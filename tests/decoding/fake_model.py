@@ -104,12 +104,14 @@ def scenarios(
             "refresh": st.sampled_from(refreshes),
             "interval": st.integers(1, 6),
             "probes": st.integers(1, 4),
+            "measure_every": st.integers(1, 3),
             "reach": st.none() | st.integers(0, 3) | st.just(100),
             "block_drift": st.sampled_from([0.0, 0.1, 1.0]),
             "slack": st.sampled_from([0.0, 0.1, 1.0]),
             "hidden_stride": st.sampled_from([1, 2, 3]),
             "granularity": st.none() | st.integers(1, 9),
             "grow_by": st.none() | st.integers(0, 9),
+            "grow_ahead": st.integers(0, 12),
             "record": st.booleans(),
         }
     )

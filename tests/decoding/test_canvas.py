@@ -145,6 +145,18 @@ def test_it_grows_when_all_is_committed() -> None:
     assert canvas.done and canvas.length == 9
 
 
+def test_it_grows_ahead() -> None:
+    """Masks would wait for the last commit before them, or for none at all."""
+    canvas = Canvas([1, 2], 12, MASK, grow_by=3, grow_ahead=4)
+    assert canvas.length == 8, "of the first 3 masks are too few"
+    commit(canvas, {3: 50, 4: 51})
+    assert canvas.length == 8, "6 from the first masked one on"
+    commit(canvas, {2: 52})
+    assert canvas.length == 11, "3 of them only"
+    commit(canvas, {5: 50, 6: 50, 7: 50, 8: 50, 9: 50, 10: 50})
+    assert canvas.length == canvas.capacity == 14
+
+
 @pytest.mark.parametrize("place", [2, 4])
 def test_an_end_stops_growth(place: int) -> None:
     """Also at the last position of what is there."""

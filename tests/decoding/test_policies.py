@@ -129,7 +129,7 @@ def test_interval_refreshes_on_schedule() -> None:
 def test_elastic_block_refreshes_what_costs_most() -> None:
     """A block that nobody attends to, or that stands still, would be recomputed."""
     config = {"policy": "elastic-block", "probes": 2, "block_drift": 0.1, "slack": 0.1, "window": 2}
-    config |= {"reach": 0, "granularity": None}
+    config |= {"reach": 0, "granularity": None, "measure_every": 1}
     request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
     assert request.plan().kind == "first"
     request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
@@ -152,7 +152,7 @@ def test_elastic_block_refreshes_what_costs_most() -> None:
 def test_elastic_block_extrapolates_between_probes() -> None:
     """A block that drifts slowly would never be refreshed, or only when it is probed."""
     config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1, "reach": 0}
-    config["granularity"] = None
+    config |= {"granularity": None, "measure_every": 1}
     request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
     blocks = [0.9, *[0.0] * 5]
     request.finish_pass(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
@@ -164,6 +164,29 @@ def test_elastic_block_extrapolates_between_probes() -> None:
         still = [[0.0, 0.04 * 2**0.6]] if request.plan().probes.size else None
         request.finish_pass(blocks_of(request, blocks, [-1] * 6, still))
     assert "refresh" in kinds and kinds[0] == "window"
+
+
+def test_elastic_block_measures_now_and_then() -> None:
+    """A step between two measurements would compute probes, or a verdict would not last."""
+    config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1, "reach": 0}
+    config |= {"granularity": None, "measure_every": 3}
+    request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
+    blocks, kinds, measured = [0.9, *[0.0] * 5], [], []
+    for nth in range(10):
+        plan = request.plan()
+        kinds.append(plan.kind)
+        if plan.measure is None:
+            assert not plan.probes.size
+            step(request, {})
+            continue
+        measured.append(nth)
+        # 0.04 for the first step since it was computed: in step 0, 4 (a refresh) and 6.
+        drift = [[0.0, 0.04 * {3: 3, 6: 2, 9: 3}[nth] ** 0.6]] if plan.probes.size else None
+        request.finish_pass(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1], drift))
+    assert measured == [0, 3, 6, 9]
+    # In step 3 0.9 * 0.04 * 6**0.6 is expected of step 6, and would be 0.9 * 0.04 * 4**0.6 of the
+    # next; in step 6 0.9 * 0.04 * 5**0.6 of step 9.
+    assert [nth for nth, kind in enumerate(kinds) if kind == "refresh"] == [4]
 
 
 @pytest.mark.parametrize(

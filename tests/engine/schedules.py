@@ -107,6 +107,7 @@ def asks(draw: st.DrawFn) -> Ask:
         # Requests of one batch whose statistics are put together.
         knobs["granularity"] = draw(st.sampled_from([3, 8, 32]))
         knobs["probes"] = draw(st.sampled_from([1, 4]))
+        knobs["measure_every"] = draw(st.sampled_from([1, 2]))
         knobs["attention_stride"] = draw(st.sampled_from([1, 4]))
     commits = draw(st.sampled_from(["threshold", "rank", "steps", "alg"]))
     if commits == "steps" and max_tokens % BLOCK_LENGTH == 0:

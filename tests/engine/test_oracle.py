@@ -30,7 +30,7 @@ from .conftest import EOS, MASK, RANDOM_MODELS, SHIFTED, Served
 
 pytestmark = pytest.mark.engine
 
-BLOCK = {"policy": "elastic-block", "granularity": 8, "probes": 1}
+BLOCK = {"policy": "elastic-block", "granularity": 8, "probes": 1, "measure_every": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
     "none-topk": {"policy": "none", "tokens_per_step": 3},
@@ -53,6 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "block_drift": 0.1,
         "reach": 0,
         "attention_stride": 1,
+        "measure_every": 1,
     },
     "block-fine": {
         "policy": "elastic-block",
@@ -69,6 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "slack": 0.5,
         "probes": 1,
         "reach": 3,
+        "measure_every": 3,
     },
     "block-replay": {
         "policy": "elastic-block",

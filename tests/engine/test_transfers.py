@@ -180,10 +180,16 @@ def test_nothing_is_waited_for_before_a_pass_is_queued(
 BUDGET = {
     "none": {"first": 278, "full": 276},
     "dual-cache": {"first": 278, "window": 276, "full": 276},
-    "elastic-block": {"first": 370, "window": 394, "refresh": 426},
+    "elastic-block": {"first": 370, "window": 269, "refresh": 285, "measuring window": 394},
 }
 """Operators of a pass of one request in a model of 5 layers, its head and statistics included. Keys
 of blocks that are not neighbours take ten more to read."""
+
+
+def kind_of(plan: Any) -> str:
+    """A first pass measures in any case."""
+    measures = plan.measure is not None and plan.kind != "first"
+    return f"measuring {plan.kind}" if measures else plan.kind
 
 
 @pytest.mark.parametrize("policy", BUDGET)
@@ -193,7 +199,7 @@ def test_operators_of_a_pass(
     """On a GPU each is a launch, on a small model their overhead is the time: a change that adds
     some has to say so here."""
     driver = Driver(serve("gqa-tied"))
-    knobs: Any = {"policy": policy, "window": 16, "block_length": 16}
+    knobs: Any = {"policy": policy, "window": 16, "block_length": 16, "granularity": 8}
     # What the upload's buffer has to grow for it has grown for then.
     driver.add(prompt_of(45, 3), 64, **knobs)
     driver.run()
@@ -203,7 +209,8 @@ def test_operators_of_a_pass(
     def counted(plans: Any) -> Any:
         with Operators() as seen:
             results = run(plans)
-        most[plans[0].kind] = max(most[plans[0].kind], seen.counts.total())
+        kind = kind_of(plans[0])
+        most[kind] = max(most[kind], seen.counts.total())
         return results
 
     monkeypatch.setattr(driver.engine.runner, "run", counted)
@@ -212,4 +219,4 @@ def test_operators_of_a_pass(
     driver.take_records()
     assert most.keys() == BUDGET[policy].keys()
     for kind, count in most.items():
-        assert count <= BUDGET[policy][kind], f"{kind}: {count}"
+        assert count <= BUDGET[policy][kind], most

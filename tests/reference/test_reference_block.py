@@ -23,7 +23,7 @@ def test_replaying_everything_is_no_cache(endless, shape, shift):
     for prompt in ([3, 1], [7, 7, 20, 11, 5]):
         options = ElasticBlockOptions(
             window=5, threshold=0.4, granularity=96, probes=1, block_drift=0.0, slack=0.0,
-            refresh="replay",
+            refresh="replay", measure_every=1,
         )  # fmt: skip
         block = elastic_block(model, prompt, 13, options)
         none = decode(model, prompt, 13, DecodingOptions(window=5, threshold=0.4))
@@ -34,13 +34,16 @@ def test_replaying_everything_is_no_cache(endless, shape, shift):
         assert later[1::2] == [("replay", len(none.canvas_ids))] * (none.denoising_steps - 1)
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_rows_of_a_step(endless, monkeypatch, shift):
-    """The window's rows, what was committed with its neighbours, and the probes."""
+def test_rows_of_a_step(endless, monkeypatch, shift, every):
+    """The window's rows, what was committed with its neighbours, and in every so manyth step
+    the probes."""
     model = endless("gqa", vocab=40, shift=shift)
     options = ElasticBlockOptions(
-        window=6, threshold=0.5, granularity=4, probes=2, reach=1, block_drift=9.0
-    )
+        window=6, threshold=0.5, granularity=4, probes=2, reach=1, block_drift=9.0,
+        measure_every=every,
+    )  # fmt: skip
     canvas = Canvas(model, [3, 1, 4], 20)
     decoder = ElasticBlock(model, canvas, options)
     decoder.step()
@@ -53,15 +56,18 @@ def test_rows_of_a_step(endless, monkeypatch, shift):
     while len(window := canvas.window(6)):
         near = {p + by for p in decoder.committed for by in (-1, 0, 1)} & set(range(23))
         predicting = [p - shift for p in window.tolist()]
-        rows = {*predicting, *near, *decoder.probes}
         passes = len(decoder.result.steps)
+        probes = [] if passes % every else decoder.next_probes
+        rows = {*predicting, *near, *probes}
         decoder.step()
         (made,) = decoder.result.steps[passes:]
         assert (made["kind"], made["rows"]) == ("window", len(rows))
         assert computed.pop() == (rows, predicting)
         assert set(made["committed"]) <= set(window.tolist())
-        # Nobody watches what was computed for its own sake.
-        assert not set(decoder.probes) & rows
+        if passes % every == 0:
+            assert probes, "nothing is probed"
+            # Nobody watches what was computed for its own sake.
+            assert not set(decoder.next_probes) & rows
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -70,4 +76,4 @@ def test_first_step_watches_all_but_the_windows_rows(endless, shift):
     canvas = Canvas(model, [3], 6)
     decoder = ElasticBlock(model, canvas, ElasticBlockOptions(window=4, granularity=1, probes=99))
     decoder.step()  # predicts 1 to 4
-    assert decoder.probes == [p for p in range(7) if not 1 - shift <= p <= 4 - shift]
+    assert decoder.next_probes == [p for p in range(7) if not 1 - shift <= p <= 4 - shift]

@@ -29,8 +29,9 @@ def merged(length: int, *sets: Positions) -> Positions:
 class Canvas:
     """P prompt tokens, then N positions that start as the mask and are each committed once.
 
-    A canvas that grows starts with the first ``grow_by`` of the N positions. When all positions are
-    committed and none of them ends the answer, the next ones are appended.
+    A canvas that grows starts with the first ``grow_by`` of the N positions. While fewer than
+    ``grow_ahead`` stand from the first masked one on (or none, of which every canvas is short) and
+    none of them ends the answer, as many more are appended.
 
     Invariant: a committed position never changes. Positions at or after ``end`` that are still
     masked are dropped: they stay in the canvas as masks and are attended, but are never decoded.
@@ -55,6 +56,7 @@ class Canvas:
         end_token_ids: frozenset[int] = frozenset(),
         answer: Sequence[int] | None = None,
         grow_by: int = 0,
+        grow_ahead: int = 0,
     ) -> None:
         """Args:
         answer: infilling: N token ids, the mask's where a token is to be found. None: all masks.
@@ -72,7 +74,9 @@ class Canvas:
         self._num_emitted = 0
         self._ended = False
         self._grow_by = grow_by or num_new_tokens
-        self._show(min(self.prompt_length + self._grow_by, self.capacity))
+        self._grow_ahead = max(grow_ahead, 1)
+        self._show(self.prompt_length)
+        self._grow()
 
     @property
     def done(self) -> bool:
@@ -99,8 +103,17 @@ class Canvas:
             if token_id in self._end_token_ids:
                 self.end = min(self.end, position + 1)
                 self._ended = True
-        if self.done and not self._ended and self.length < self.capacity:
-            self._show(min(self.length + self._grow_by, self.capacity))
+        self._grow()
+
+    def _grow(self) -> None:
+        """Append what is due."""
+        if self._ended or self.length == self.capacity:
+            return
+        first = self.first_masked(1)
+        start = int(first[0]) if first.size else self.length
+        due = start + self._grow_ahead - self.length
+        if due > 0:
+            self._show(min(self.length + -(-due // self._grow_by) * self._grow_by, self.capacity))
 
     def _show(self, length: int) -> None:
         self.length = self.end = length

@@ -72,6 +72,7 @@ class DenoisingRequest:
             end_token_ids,
             config.canvas,
             growth_of(config, traits.grow_by),
+            0 if config.steps else config.grow_ahead,
         )
         self.validity = BlockValidity(
             self.canvas.length,

@@ -11,8 +11,8 @@ Every decoder is ``decoder(model, prompt_ids, max_tokens, options) -> DecodingRe
 
     decode          DecodingOptions(window=16, threshold=0.9, tokens_per_step=None)
     elastic_cache   ElasticOptions(..., gamma=0.9, track_num=1, statistic="released")
-    elastic_block   ElasticBlockOptions(..., granularity=32, probes=4, reach=4, block_drift=0.05,
-                    slack=0.1, attention_stride=4)
+    elastic_block   ElasticBlockOptions(..., granularity=32, probes=8, measure_every=4,
+                    reach=4, block_drift=0.05, slack=0.1, attention_stride=4)
     interval        IntervalOptions(..., interval=8)
     dual_cache      DualCacheOptions(block_length=32, threshold=0.9, tokens_per_step=None)
     low_confidence  LowConfidenceOptions(steps=128, block_length=32)

@@ -26,6 +26,8 @@ class Canvas:
             of the first commit that has one only (what the released code does).
         grow_by: 0, or the masks that are there at first; as many more are appended whenever none of
             these is open and no EOS has been committed, N in all (iLLaDA's decoder).
+        grow_ahead: they are appended earlier, and more than once if need be, at the start too:
+            whenever the first open position and those behind it are fewer than this (ours).
 
     Raises:
         ValueError: empty prompt or response (with shifted logits the first position has no row that
@@ -40,6 +42,7 @@ class Canvas:
         max_tokens: int,
         drop_after_every_eos: bool = True,
         grow_by: int = 0,
+        grow_ahead: int = 0,
     ) -> None:
         config = model.config
         total = len(prompt_ids) + max_tokens
@@ -61,10 +64,12 @@ class Canvas:
         self.dropped = torch.zeros_like(self.masked)  # (T,) bool
         self._mask_token_id = config.mask_token_id
         self._grow_by, self._to_come = grow_by, max_tokens - first
+        self._grow_ahead = grow_ahead
         self._logits_shift = config.logits_shift
         self._eos_token_id = config.eos_token_id
         self._drop_after_every_eos = drop_after_every_eos
         self._ended = False  # an EOS has been committed
+        self.grow()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,7 +90,10 @@ class Canvas:
     def grow(self) -> Tensor:
         """Append the next masks if it is time for them; (n,) their positions."""
         before = len(self)
-        if len(self.open()) == 0 and not self._ended:
+        while self._to_come and not self._ended:
+            ahead = len(self) - int(self.open()[0]) if len(self.open()) else 0
+            if ahead and ahead >= self._grow_ahead:
+                break
             count = min(self._grow_by, self._to_come)
             self._to_come -= count
             masks = self.tokens.new_full((count,), self._mask_token_id)

@@ -61,7 +61,7 @@ class CommitOptions:
         frontier_threshold, steady_threshold, factor, frechet_margin, relaxed_threshold,
             anchor_radius, entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
-        drop_after_every_eos, grow_by: see ``Canvas``.
+        drop_after_every_eos, grow_by, grow_ahead: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
     """
 
@@ -77,6 +77,7 @@ class CommitOptions:
     tokens_per_step: int | None = None
     drop_after_every_eos: bool = True
     grow_by: int = 0
+    grow_ahead: int = 0
     never: tuple[int, ...] = ()
     unconfident: tuple[int, ...] = ()
 
@@ -85,6 +86,11 @@ class CommitOptions:
             raise ValueError(f"tokens_per_step is {self.tokens_per_step}, must be at least 1")
         if self.commit not in get_args(Rule):
             raise ValueError(f"commit is {self.commit!r}, must be one of {get_args(Rule)}")
+
+    @property
+    def of_canvas(self) -> tuple[bool, int, int]:
+        """What ``Canvas`` is told of these."""
+        return self.drop_after_every_eos, self.grow_by, self.grow_ahead
 
 
 def entropies(logits: Tensor, mask_token_id: int, never: Sequence[int] = ()) -> Tensor:

@@ -70,7 +70,7 @@ def decode(
         ValueError: see ``Canvas``.
     """
     options = options or DecodingOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     result = DecodingResult()
     while len(window := canvas.window(options.window)):
         hidden = model.forward(canvas.tokens)[canvas.rows_predicting(window)]

@@ -43,18 +43,17 @@ def dual_cache(
     positions, all of them, through all layers, over the stored keys and values of the others.
     With shifted logits the position before the block, which predicts its first, is one of its rows.
     A block is done when none of its positions is open; one that is dropped whole takes no step.
+    Positions that the canvas has grown by are computed in the step that sees them first.
 
     Raises:
         ValueError: see ``Canvas``.
     """
     options = options or DualCacheOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     cache = LayerCache(model, len(canvas))
     result = DecodingResult()
     end = canvas.prompt_length + max_tokens
     for start in range(canvas.prompt_length, end, options.block_length):
-        canvas.grow()
-        cache.grow(len(canvas))
         block = canvas.everywhere[start : start + options.block_length]
         block_rows = union(block, canvas.rows_predicting(block))
         rows = canvas.everywhere
@@ -66,5 +65,6 @@ def dual_cache(
             result.record(
                 [(kind, 0, len(rows))], committed.tolist(), model.config.n_layers, len(canvas)
             )
-            rows, kind = block_rows, "window"
+            rows, kind = union(block_rows, canvas.grow()), "window"
+            cache.grow(len(canvas))
     return result.finish(canvas)

@@ -7,9 +7,11 @@ which it is stored, the step in which it was last probed, and its *rate*, one nu
 With shifted logits the window's rows are those that predict it, each the one before its position;
 all else is said of positions.
 
-A step computes, from layer 0 on, the rows of its window, what was just committed with all positions
-within ``reach`` of it, and the *probes*. The positions of stale blocks join at their block's layer.
-Then, in this order:
+A step computes, from layer 0 on, the rows of its window, and what was just committed with all
+positions within ``reach`` of it. The positions of stale blocks join at their block's layer.
+
+A step *measures* if it computes everything or if it is the ``measure_every``-th since the last one
+that did. It computes the *probes* from layer 0 on too. Then, in this order:
 
 * A probe's drift at layer l is ``|new - old| / |old|`` of the hidden state at that layer's input,
   old being what was stored before the step; layer 0 has none. Its block's rate becomes that drift
@@ -18,11 +20,11 @@ Then, in this order:
   put in at layer 0 for its own sake (in a step that computes everything: that are not the
   window's rows), as a share of all, summed over heads and over the last layer and every
   ``attention_stride``-th before it.
-* A block's expected drift in the next step is ``rate * age ** 0.6``, age being the steps since
-  the block was refreshed. Its cost is its attention times that drift, largest layer. If all
-  costs together exceed ``block_drift``, the costliest blocks are stale, as many as are needed
-  to leave at most half of ``block_drift``. A stale block joins at the layer before the first one
-  whose input's expected drift exceeds ``slack`` times the largest.
+* A block's expected drift ``measure_every`` steps from now is ``rate * age ** 0.6``, age being
+  the steps since the block was refreshed. Its cost is its attention times that drift, largest
+  layer. If all costs together exceed ``block_drift``, the costliest blocks are stale, as many as
+  are needed to leave at most half of ``block_drift``. A stale block joins at the layer before the
+  first one whose input's expected drift exceeds ``slack`` times the largest.
 * The next probes: of the blocks with the largest product of attention and steps since they were
   probed, ``probes`` of them, the most attended position.
 
@@ -61,7 +63,8 @@ class ElasticBlockOptions(DecodingOptions):
     """``DecodingOptions`` and the policy's own; see above."""
 
     granularity: int = 32
-    probes: int = 4
+    probes: int = 8
+    measure_every: int = 4
     reach: int = 4
     block_drift: float = 0.05
     slack: float = 0.1
@@ -104,6 +107,8 @@ class ElasticBlock:
         self.computed_at: list[int] = []
         self.committed: list[int] = []
         self.probes: list[int] = []
+        self.next_probes: list[int] = []
+        self.measured_at = 0
         self.stale: dict[int, int] = {}  # block -> the layer at which it joins
         self.result = DecodingResult()
         self.appended: list[int] = []
@@ -174,6 +179,7 @@ class ElasticBlock:
     ) -> dict[int, int]:
         """Learn from a pass; returns the stale blocks and where they join."""
         step, options = self.result.denoising_steps, self.options
+        self.measured_at = step
         for probe, drift in measured.drift.items():
             block = self.blocks[probe // options.granularity]
             age = max(1, step - self.computed_at[probe])
@@ -183,7 +189,8 @@ class ElasticBlock:
         attention = [sum(measured.share[p] for p in positions) for positions in watched]
 
         stale: dict[int, int] = {}
-        cost = [a * max(b.drift(step + 1)) for a, b in zip(attention, self.blocks, strict=True)]
+        ahead = step + options.measure_every
+        cost = [a * max(b.drift(ahead)) for a, b in zip(attention, self.blocks, strict=True)]
         left = sum(cost)
         self.result.close_call(margin.of_threshold([left], options.block_drift))
         if left > options.block_drift:
@@ -191,7 +198,7 @@ class ElasticBlock:
                 if left <= options.block_drift / 2 or cost[index] == 0:
                     break
                 left -= cost[index]
-                drift = self.blocks[index].drift(step + 1)
+                drift = self.blocks[index].drift(ahead)
                 moved = [d > options.slack * max(drift) for d in drift]
                 self.result.close_call(
                     margin.of_threshold([d / max(drift) for d in drift], options.slack)
@@ -211,7 +218,7 @@ class ElasticBlock:
         for index in chosen:
             attended = [measured.share[p] for p in watched[index]]
             self.result.close_call(margin.of_ranking(attended, 1))
-        self.probes = sorted(
+        self.next_probes = sorted(
             max(watched[i], key=lambda p: measured.share[p])
             for i in chosen
             if due[i] > 0 and watched[i]
@@ -236,22 +243,28 @@ class ElasticBlock:
         if len(window) == 0:
             return False
         predicting = self.canvas.rows_predicting(window)
+        measures = self.result.denoising_steps - self.measured_at >= options.measure_every
+        self.probes = self.next_probes if measures else []
         rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
             kind = "full" if self.result.denoising_steps else "first"
         if self.is_everything(join):
-            self.probes, rows = [], predicting.tolist()
+            self.probes, rows, measures = [], predicting.tolist(), True
         passes = [(kind, join)]
         measured = self.run(join, predicting)
-        self.stale = self.judge(measured, join, rows)
+        self.stale = {}
+        if measures:
+            self.stale = self.judge(measured, join, rows)
+        else:
+            self.note_computed(join)
         if self.stale and options.refresh == "replay":
             join = self.joins(rows, min(self.stale.values()))
             passes.append(("replay", join))
-            probes, self.probes = self.probes, []
+            self.probes = []
             measured = self.run(join, predicting)
-            self.probes, self.stale = probes, {}
+            self.stale = {}
             for position in join:
                 self.computed_at[position] = self.result.denoising_steps
         committed = commit_predictions(
@@ -283,7 +296,7 @@ def elastic_block(
         ValueError: see ``Canvas``.
     """
     options = options or ElasticBlockOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     decoder = ElasticBlock(model, canvas, options)
     while decoder.step():
         pass

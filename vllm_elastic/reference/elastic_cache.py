@@ -261,7 +261,7 @@ def elastic_cache(
         ValueError: see ``Canvas``.
     """
     options = options or ElasticOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     decoder = ElasticCache(model, canvas, options)
     while decoder.step():
         pass

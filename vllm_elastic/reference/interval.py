@@ -34,7 +34,7 @@ def interval(
         ValueError: see ``Canvas``.
     """
     options = options or IntervalOptions()
-    canvas = Canvas(model, prompt_ids, max_tokens, options.drop_after_every_eos, options.grow_by)
+    canvas = Canvas(model, prompt_ids, max_tokens, *options.of_canvas)
     cache, result = LayerCache(model, len(canvas)), DecodingResult()
     committed = appended = canvas.everywhere[:0]
     while len(window := canvas.window(options.window)):

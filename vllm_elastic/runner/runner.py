@@ -39,7 +39,7 @@ from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.attention_sums import warm_up
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.statistics import statistics_of
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 
@@ -222,13 +222,14 @@ class ElasticRunner:
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
-        statistics = Statistics(plans, order, self.cache, self._upload)
+        statistics = statistics_of(plans, order, self.cache, self._upload)
         head = Head(plans, self.traits, self._upload)
         builder = BatchBuilder(
             plans, order, self._upload, self._attention_group, self.cache, self.max_chunk_rows
         )
-        saved = statistics.saved
-        rows = builder.lay_out(self.traits.num_layers, saved.tested_positions, saved.query_rows)
+        rows = builder.lay_out(
+            self.traits.num_layers, statistics.tested_positions, statistics.query_rows
+        )
         half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()

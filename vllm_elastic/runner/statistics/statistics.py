@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pass's measurements, in the order in which they are made.
 
-``__init__`` chooses what to keep, ``before`` keeps what the pass overwrites, the pass fills the
-recorder, ``after`` works out the sums of this rank's heads and adds them up over ranks, ``results``
-turns the totals into what the policies asked for.
+``statistics_of`` chooses what to keep, ``before`` keeps what the pass overwrites, the pass fills
+the recorder, ``after`` works out the sums of this rank's heads and adds them up over ranks,
+``results`` turns the totals into what the policies asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_elastic.decoding.measurement import (
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download, Fetched
-from vllm_elastic.runner.row_order import RowOrder
+from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.statistics.attention_sums import attention_sums
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
@@ -33,35 +33,55 @@ from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
 
 
+def statistics_of(
+    plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
+) -> Statistics:
+    """Of a pass over these plans."""
+    if all(plan.measure is None for plan in plans):
+        return Statistics()
+    return MeasuringStatistics(SavedRows(plans, order, upload), cache, upload)
+
+
 class Statistics:
-    """Of one pass.
+    """Of a pass that measures nothing: most passes of most policies, which pay nothing for it.
 
     Attributes:
-        saved: which rows are kept.
-        recorder: filled by the pass; None: no plan measures anything.
+        query_rows, tested_positions: as of ``SavedRows``.
+        recorder: filled by the pass; None: it has nothing to keep.
     """
 
-    def __init__(
-        self, plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
-    ) -> None:
-        self.saved = SavedRows(plans, order, upload)
-        self.recorder: PassRecorder | None = None
-        self._cache = cache
-        owners = self.saved.owners
-        self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, upload)
-        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload)
-        self._attention = attention_sums(self.saved, cache, self._drift, self._blocks, upload)
+    query_rows: IntArray = NO_ROWS
+    tested_positions: IntArray = NO_ROWS
+    recorder: PassRecorder | None = None
 
     def before(self, dtype: torch.dtype) -> None:
         """Once the upload was sent: read what the pass is going to overwrite."""
-        if self.saved.owners:
-            read_layers = self._attention.read_layers
-            self.recorder = PassRecorder(self.saved, self._cache, dtype, read_layers)
 
     def after(self) -> None:
         """Once the pass is over, on every rank: sums over its heads, then over all ranks."""
-        if self.recorder is None:
-            return
+
+    def results(self, download: Download) -> dict[int, Fetched[Measured]]:
+        """What each plan that measures asked for, once the download has arrived."""
+        return {}
+
+
+class MeasuringStatistics(Statistics):
+    """Of a pass in which at least one plan measures."""
+
+    def __init__(self, saved: SavedRows, cache: CacheView, upload: Upload) -> None:
+        self.query_rows, self.tested_positions = saved.query_rows, saved.tested_positions
+        self._saved, self._cache = saved, cache
+        owners = saved.owners
+        self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, upload)
+        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload)
+        self._attention = attention_sums(saved, cache, self._drift, self._blocks, upload)
+
+    def before(self, dtype: torch.dtype) -> None:
+        read_layers = self._attention.read_layers
+        self.recorder = PassRecorder(self._saved, self._cache, dtype, read_layers)
+
+    def after(self) -> None:
+        assert self.recorder is not None
         self._attention.add_to_totals(self.recorder)
         if self.recorder.old_probes is not None:
             self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
@@ -69,7 +89,6 @@ class Statistics:
         self._drift.take_similarities()
 
     def results(self, download: Download) -> dict[int, Fetched[Measured]]:
-        """What each plan that measures asked for, once the download has arrived."""
         fetched: dict[int, Fetched[Measured]] = {}
         similarities = self._drift.similarities()
         for index, best in self._drift.most_attended().items():
@@ -87,7 +106,7 @@ class Statistics:
         for first in range(0, max(1, len(old_probes)), at_once):
             some = slice(first, first + at_once)
             old = old_probes[some].float()
-            new = self._cache.hidden[some, self.saved.probe_slots].float()
+            new = self._cache.hidden[some, self._saved.probe_slots].float()
             # The square of a rounded norm has that norm for its root: one rank's numbers are
             # unchanged.
             sums.append(((new - old).norm(dim=-1).square(), old.norm(dim=-1).square()))
