@@ -43,6 +43,7 @@ FILES_THAT_IMPORT_VLLM = {
     "models/llada_v.py",
     "models/ranks.py",
     "runner/images.py",
+    "runner/in_flight.py",
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
@@ -90,6 +91,7 @@ QUANTIZED = ["bias", "quant_config", "prefix"]
 OVERRIDDEN = [
     ("engine.scheduler:ElasticScheduler.schedule", SCHEDULER),
     ("engine.scheduler:ElasticScheduler.update_from_output", SCHEDULER),
+    ("engine.scheduler:ElasticScheduler._preempt_request", SCHEDULER),
     ("engine.scheduler:ElasticScheduler._free_request", SCHEDULER),
     *(("engine.worker:ElasticWorker.init_device", worker) for worker in WORKERS),
     *(("engine.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
@@ -141,6 +143,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         ["self", "scheduler_output", "model_runner_output"],
         [],
     ),
+    (f"{SCHEDULER}._preempt_request", ["self", "request", "timestamp", "drop_stale_output"], []),
     (f"{SCHEDULER}._free_request", ["self", "request", "delay_free_blocks"], []),
     (f"{KV_MANAGER}.new_step_starts", ["self"], []),
     (f"{KV_MANAGER}.take_new_block_ids", ["self"], []),

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.pretended_card import pretended_card
+from vllm_elastic.engine import engine_config
 
 from .conftest import MASK, ORACLES_DEFAULTS, Served, poison
 from .test_oracle import ask_oracle
@@ -107,6 +109,18 @@ def test_switched_off_with_a_reason(messages: list[str]) -> None:
     for feature in ("prefix caching", "chunked prefill", "async scheduling"):
         (line,) = [m for m in messages if m.startswith(f"{feature} is off: ")]
         assert len(line) > len(feature) + 20, "a reason is given"
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_overlap_where_it_is_asked_for(
+    asked: bool | None, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    """As on a GPU: vLLM's default is on where nobody asked, which never ran there."""
+    monkeypatch.setattr(engine_config, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    scheduler: Any = SimpleNamespace(async_scheduling=asked)
+    engine_config._set_overlap(scheduler)
+    assert scheduler.async_scheduling is bool(asked)
+    assert len([m for m in messages if m.startswith("async scheduling is on: ")]) == bool(asked)
 
 
 def test_defaults_without_any_option(messages: list[str]) -> None:

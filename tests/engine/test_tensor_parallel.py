@@ -17,6 +17,7 @@ from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees
+from .asynchronous import on_cpus
 from .collectives import count_collectives, expected_traffic, take_collectives
 from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random_config
 from .random_families import FAMILIES, save_family
@@ -142,6 +143,22 @@ def test_equals_oracle(served: Served) -> None:
     """Each policy and both statistics, mixed in one batch."""
     workers(served, poison_worker)
     assert_equals_oracle(served, CONFIGS)
+
+
+@pytest.mark.long
+def test_two_passes_in_flight(directory_of: Callable[[str], tuple[LLaDA, Path]]) -> None:
+    """``--async-scheduling``: ranks are sent the next pass while they are at one."""
+    with on_cpus(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+        served = start(*directory_of("gqa-tied"), "gqa-tied", "mp", async_scheduling=True)
+        try:
+            engine: Any = served.engine
+            assert engine.llm.llm_engine.engine_core.engine_core.batch_queue is not None
+            workers(served, poison_worker)
+            names = ["none", "released-high", "paper-low", "next-high", "interval", "block-fine"]
+            assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
+        finally:
+            stop(served)
 
 
 def poison_worker(worker: Any) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,85 @@ def test_growing_ends(make: Any) -> None:
     assert not upload._outgrown
 
 
+class Late:
+    """A device that is always behind: what is queued is done when the host waits for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._queue: list[Callable[[], Any]] = []
+        self._done = 0
+        device, copy = self, torch.Tensor.copy_
+
+        class Event:
+            def record(self) -> None:
+                self._at = device.queued
+
+            def synchronize(self) -> None:
+                device.run(self._at)
+
+        def queued(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+            assert non_blocking
+            device.do(lambda: copy(to, source))
+            return to
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.Tensor, "copy_", queued)
+        monkeypatch.setattr(Upload, "_twin", lambda _, host: torch.zeros_like(host))
+        self.upload = Upload(CPU)
+        self.upload.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def do(self, work: Callable[[], Any]) -> None:
+        self._queue.append(work)
+
+    def run(self, stop: int) -> None:
+        while self._done < stop:
+            self._queue[self._done]()
+            self._done += 1
+
+
+def test_a_pass_in_flight_keeps_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is laid out while another one runs would put its numbers in that one's place, on
+    the host before they are copied, or on the device before they are read."""
+    device = Late(monkeypatch)
+    upload = device.upload
+    read: list[list[int]] = []
+    host_of_vllms, seen_by_vllms = np.zeros(2, dtype=np.int64), []
+    for number in range(4):
+        upload.start()
+        view = upload.put(np.full(3, number))
+        upload.send()
+        host_of_vllms[:] = number  # a metadata builder's
+        device.do(lambda: seen_by_vllms.append(host_of_vllms.tolist()))
+        upload.mark()
+        device.do(lambda view=view: read.append(view.tolist()))  # the pass
+        assert len(read) <= number, "the host waited for this pass"
+    device.run(device.queued)
+    assert read == [[n, n, n] for n in range(4)]
+    assert seen_by_vllms == [[n, n] for n in range(4)]
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def _away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "elsewhere":
+        monkeypatch.setattr(Download, "_is_here", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_away")
 def test_download_brings_each_value_its_own() -> None:
     """Results of one request would be handed to another."""
     download = Download()
     first = download.of(lambda a, b: (a, b), torch.tensor([1, 2]), None)
+    flag = download.of(lambda a: a, torch.tensor([True]))  # no number after it is aligned
     second = download.of(list, torch.tensor([[0.5], [1.5]], dtype=torch.float64))
-    download.run()
+    download.send()
+    later = Download()
+    third = later.of(list, torch.tensor([7, 8]))
+    later.send()
+    assert [int(each) for each in third.get()] == [7, 8]
     ids, nothing = first.get()
     assert ids.tolist() == [1, 2] and nothing is None
+    assert flag.get().tolist() == [True]
     assert [row.tolist() for row in second.get()] == [[0.5], [1.5]]

@@ -36,6 +36,19 @@ def test_a_step_in_vllms_gpu_worker(v2: bool, monkeypatch: pytest.MonkeyPatch) -
     assert output is EMPTY_MODEL_RUNNER_OUTPUT
 
 
+def test_a_pass_that_fails_is_not_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would take the earlier results for this step's, and never see the error."""
+    runner = ElasticRunner.__new__(ElasticRunner)
+    runner._overlaps, runner._queued = True, None
+    step: Any = SimpleNamespace(scheduled_new_reqs=[], elastic_plans=["a plan"])
+    monkeypatch.setattr(runner, "start", lambda plans: plans)
+    assert runner.execute_model(step) is None
+    monkeypatch.setattr(runner, "start", lambda plans: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.execute_model(step)
+    assert runner.sample_tokens(None) is None
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "ieee"), (torch.bfloat16, None)])
 def test_float32_is_multiplied_as_such(
     dtype: torch.dtype, wanted: str | None, monkeypatch: pytest.MonkeyPatch

@@ -49,18 +49,23 @@ class RoundRobin:
         self._last_served.pop(request_id, None)
 
     def take(
-        self, running: Iterable[str], plan_of: Callable[[str], Plan], limits: StepLimits
+        self,
+        running: Iterable[str],
+        plan_of: Callable[[str], Plan],
+        limits: StepLimits,
+        most: int | None = None,
     ) -> list[tuple[str, Plan]]:
         """The next step's requests with their plans, in the order of their turns.
 
         Args:
             running: requests that were added, all that may be served; equals keep this order.
             plan_of: asked in the order of the turns, up to the first plan that does not fit.
+            most: requests that the step may have; None: all.
         """
         self._step += 1
         taken: list[tuple[str, Plan]] = []
         rows, saved_rows = limits.rows, limits.saved_rows
-        for request_id in sorted(running, key=self._last_served.__getitem__):
+        for request_id in sorted(running, key=self._last_served.__getitem__)[:most]:
             plan = plan_of(request_id)
             rows -= plan.num_rows
             saved_rows -= plan.num_saved_rows

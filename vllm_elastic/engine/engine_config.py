@@ -23,7 +23,7 @@ from vllm_elastic.models.registry import traits_of
 from vllm_elastic.runner.executor import GRAPH_ROWS
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
 
 logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 
@@ -75,9 +75,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
                 scheduler.max_num_batched_tokens,
             )
         scheduler.enable_chunked_prefill = False
-        if scheduler.async_scheduling:
-            logger.info("async scheduling is off: every step's plan depends on the last result")
-        scheduler.async_scheduling = False
+        _set_overlap(scheduler)
         if not cache.user_specified_block_size:
             cache.block_size = BLOCK_SIZE
             cache.user_specified_block_size = True
@@ -98,6 +96,20 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         set_request_defaults(vllm_config, elastic.default_max_tokens)
         _find_ends(vllm_config)
         logger.info("%s is decoded with %s", model.architecture, elastic.summary())
+
+
+def _set_overlap(scheduler: SchedulerConfig) -> None:
+    """Only where it is asked for: two groups of requests read the weights twice, and whether a
+    busier host makes that good depends on the card."""
+    if not scheduler.async_scheduling:
+        scheduler.async_scheduling = False
+    elif current_platform.is_cpu():
+        logger.info("async scheduling is off: vLLM has none on CPUs")  # it sees to that itself
+    else:
+        logger.info(
+            "async scheduling is on: while a pass of one group of requests runs, the next one's is "
+            "planned"
+        )
 
 
 def is_served_by_us(vllm_config: VllmConfig) -> bool:

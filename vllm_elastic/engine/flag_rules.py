@@ -249,7 +249,12 @@ GROUPS: tuple[Group, ...] = (
         "no effect",
         "a canvas is admitted and computed as a whole; a log line says so",
     ),
-    Group("--async-scheduling", "no effect", "every plan depends on the last result; logged"),
+    Group(
+        "--async-scheduling",
+        "ours",
+        "on a GPU, and only where it is given: two groups of requests, of which one is planned "
+        "while the other one's pass runs",
+    ),
     Group(
         "--enforce-eager --cudagraph-capture-sizes --max-cudagraph-capture-size",
         "ours",

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.decoding.overlap import PassesInFlight
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
@@ -40,6 +41,11 @@ class ElasticScheduler(Scheduler):
     served longest ago first, up to its ``StepLimits``. A request with more rows than the row budget
     (``max_num_batched_tokens``) runs alone, in row chunks.
 
+    With ``--async-scheduling`` vLLM asks for a step while another one runs
+    (``EngineCore.step_with_batch_queue``). It is of other requests (``PassesInFlight``), or empty.
+    KV blocks of a request that ends or starts over meanwhile are free at once: whose they are next
+    writes them in a later pass, and a device runs passes in order.
+
     Attributes:
         records: finished requests' records, kept only with ``record`` in the config.
     """
@@ -55,6 +61,8 @@ class ElasticScheduler(Scheduler):
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._canvases: dict[str, DenoisingRequest] = {}
         self._round_robin = RoundRobin()
+        self._overlaps = self.vllm_config.max_concurrent_batches > 1
+        self._in_flight = PassesInFlight()
         self._admitted_at: dict[str, float] = {}
         self._first_commit_at: dict[str, float] = {}
         self.records: dict[str, DecodingRecord] = {}
@@ -108,11 +116,14 @@ class ElasticScheduler(Scheduler):
         failed: list[str] = []
         shown: dict[int, list[Logprobs]] = {}
         watched: list[tuple[int, str, list[dict[str, Any]]]] = []
-        for index, result in enumerate(results):
-            request_id = model_runner_output.req_ids[index]
-            canvas = self._canvases.get(request_id)
-            if canvas is None:
-                continue  # aborted while the pass ran
+        plans: list[PassPlan] = scheduler_output.elastic_plans
+        served: list[str] = []
+        for index, (plan, result) in enumerate(zip(plans, results, strict=True)):
+            if not self._in_flight.take(plan):
+                continue  # aborted while the pass ran, or its KV blocks were taken away
+            request_id = plan.request_id
+            canvas = self._canvases[request_id]
+            served.append(request_id)
             try:
                 tokens = canvas.finish_pass(result)
             except NotFiniteError as error:
@@ -141,7 +152,7 @@ class ElasticScheduler(Scheduler):
                 )
         for client, request_id, passes in watched:
             _send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
-        for request_id in scheduler_output.num_scheduled_tokens:
+        for request_id in served:
             request = self.requests.get(request_id)
             if request is not None:
                 # vLLM counts rows as tokens computed; a canvas has no such frontier.
@@ -208,16 +219,20 @@ class ElasticScheduler(Scheduler):
         )
 
     def _plan_step(self) -> list[PassPlan]:
-        taken = self._round_robin.take(
-            [request.request_id for request in self.running],
-            lambda request_id: self._canvases[request_id].plan(),
-            self.limits,
-        )
+        free = [r.request_id for r in self.running if r.request_id not in self._in_flight]
+        most = None
+        if self._overlaps:
+            most = self._in_flight.most_in_next([self._plan_of(each) for each in free])
+        taken = self._round_robin.take(free, self._plan_of, self.limits, most)
         for request_id, plan in taken:
+            self._in_flight.add(plan)
             (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
             # A canvas that grows has blocks for all that it may grow to.
             plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
         return [plan for _, plan in taken]
+
+    def _plan_of(self, request_id: str) -> PassPlan:
+        return self._canvases[request_id].plan()
 
     def _with_images(self, plans: list[PassPlan]) -> list[NewRequestData]:
         """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
@@ -232,11 +247,18 @@ class ElasticScheduler(Scheduler):
 
     # Where vLLM asks.
 
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        self._in_flight.drop(request.request_id)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         canvas = self._canvases.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
+        self._in_flight.drop(request.request_id)
         first_commit = self._seconds_to_commit(request.request_id)
         admitted_at = self._admitted_at.pop(request.request_id, None)
         self._first_commit_at.pop(request.request_id, None)

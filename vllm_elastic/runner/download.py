@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Fetched(Generic[T]):
-    """A value whose arrays are still on the device; ``get`` it after ``Download.run``."""
+    """A value on its way; ``get``, after ``Download.send``, waits for it."""
 
     def __init__(self, make: Callable[..., T], arrays: list[Callable[[], Any]]) -> None:
         self._make, self._arrays = make, arrays
@@ -23,39 +23,65 @@ class Fetched(Generic[T]):
 
 
 class Download:
-    """Tensors that are wanted on the host."""
+    """Tensors that are wanted on the host.
+
+    What they are brought over in is this download's own, so any number may be under way.
+    """
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
         self._arrays: list[npt.NDArray[Any]] = []
+        self._arrive: Callable[[], list[npt.NDArray[Any]]] | None = None
 
     def of(self, make: Callable[..., T], *tensors: torch.Tensor | None) -> Fetched[T]:
         """``make`` of the tensors as numpy arrays; None stays None."""
         return Fetched(make, [self._place(tensor) for tensor in tensors])
 
-    def run(self) -> None:
-        """Wait for the device and bring everything over; what is here already stays as it is."""
-        away = [tensor for tensor in self._tensors if not tensor.is_cpu]
-        fetched = iter(_fetched(away))
-        self._arrays = [
-            tensor.numpy() if tensor.is_cpu else next(fetched) for tensor in self._tensors
-        ]
+    def send(self) -> None:
+        """Queue the transfer behind what makes the tensors. The host waits for nothing.
+
+        What is on the host already stays as it is.
+        """
+        tensors, self._tensors = self._tensors, []
+        away = [tensor for tensor in tensors if not self._is_here(tensor)]
+        forms = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in away]
+        host, copied = _sent(away) if away else (torch.empty(0, dtype=torch.uint8), None)
+
+        def arrive() -> list[npt.NDArray[Any]]:
+            if copied is not None:
+                copied.synchronize()
+            pieces = host.split([num_bytes for _, _, num_bytes in forms])
+            fetched = (
+                # A copy: a piece begins anywhere.
+                piece.clone().view(dtype).view(shape).numpy()
+                for piece, (dtype, shape, _) in zip(pieces, forms, strict=True)
+            )
+            return [t.numpy() if self._is_here(t) else next(fetched) for t in tensors]
+
+        self._arrive = arrive
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cpu
 
     def _place(self, tensor: torch.Tensor | None) -> Callable[[], Any]:
         if tensor is None:
             return lambda: None
         place = len(self._tensors)
         self._tensors.append(tensor)
-        return lambda: self._arrays[place]
+        return lambda: self._array(place)
+
+    def _array(self, place: int) -> npt.NDArray[Any]:
+        if self._arrive is not None:
+            self._arrays, self._arrive = self._arrive(), None
+        return self._arrays[place]
 
 
-def _fetched(tensors: list[torch.Tensor]) -> list[npt.NDArray[Any]]:
-    if not tensors:
-        return []
+def _sent(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Their bytes on the host once the event has come (None: at once)."""
     flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-    pieces = flat.cpu().split([tensor.nbytes for tensor in tensors])
-    return [
-        # A copy: a piece begins anywhere.
-        piece.clone().view(tensor.dtype).view(tensor.shape).numpy()
-        for piece, tensor in zip(pieces, tensors, strict=True)
-    ]
+    host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=flat.is_cuda)
+    host.copy_(flat, non_blocking=True)
+    copied = torch.cuda.Event() if flat.is_cuda else None
+    if copied is not None:
+        copied.record()
+    return host, copied

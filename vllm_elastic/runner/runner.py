@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
+from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.runner.batch import BatchBuilder
@@ -37,6 +36,7 @@ from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import GRAPH_ROWS, EagerExecutor, GraphExecutor, PassExecutor
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
+from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics.attention_sums import warm_up
 from vllm_elastic.runner.statistics.statistics import statistics_of
@@ -44,13 +44,6 @@ from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 
 logger = init_logger("vllm.vllm_elastic.runner")
-
-
-@dataclass
-class ElasticRunnerOutput(ModelRunnerOutput):
-    """vLLM's output with each request's pass result; tokens are the scheduler's to commit."""
-
-    pass_results: list[PassResult] = field(default_factory=list)
 
 
 class ElasticRunner:
@@ -70,6 +63,9 @@ class ElasticRunner:
         self.model: Any = None
         self.kv_caches: dict[str, torch.Tensor] = {}
         self._upload = Upload(device)
+        # Whether vLLM queues a step while another one runs (--async-scheduling).
+        self._overlaps = vllm_config.max_concurrent_batches > 1
+        self._queued: PassInFlight | None = None  # until vLLM asks for its tokens
 
     # Called by the worker at start, in this order.
 
@@ -187,27 +183,42 @@ class ElasticRunner:
     @torch.inference_mode()
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
-    ) -> ModelRunnerOutput:
+    ) -> ModelRunnerOutput | None:
         """Run the plans that the scheduler put on its output (``elastic_plans``).
 
         Beside them it has the images of those whose KV blocks are fresh (``scheduled_new_reqs``).
+        None where steps overlap: ``sample_tokens`` has the pass, which may still be running.
         """
         plans: list[PassPlan] = getattr(scheduler_output, "elastic_plans", [])
         for request in scheduler_output.scheduled_new_reqs:
             store_images(self.model, request, self.cache.block_size, self.device)
-        results = self.run(plans) if plans else None
+        if not plans:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        if self._overlaps:
+            self._queued = None  # a start that fails leaves nothing to hand over
+            self._queued = self.start(plans)
+            return None
+        results = self.run(plans)
         if results is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        req_ids = [plan.request_id for plan in plans]
-        return ElasticRunnerOutput(
-            req_ids=req_ids,
-            req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
-            sampled_token_ids=[[] for _ in plans],
-            pass_results=results,
-        )
+        return ElasticRunnerOutput.of(plans, results)
+
+    def sample_tokens(self, grammar_output: Any) -> PassInFlight | None:
+        """The pass that was started last, to be waited for; None on ranks that do not report."""
+        queued, self._queued = self._queued, None
+        return queued
 
     def run(self, plans: list[PassPlan]) -> list[PassResult] | None:
-        """One forward pass over the rows of all plans; None on the ranks that do not report."""
+        """``start`` a pass and wait for its results."""
+        in_flight = self.start(plans)
+        return None if in_flight is None else in_flight.results()
+
+    def start(self, plans: list[PassPlan]) -> PassInFlight | None:
+        """One forward pass over the rows of all plans; None on the ranks that do not report.
+
+        On a GPU it is queued behind the passes that were started before, and nothing of it is
+        waited for here. So what a pass frees or overwrites, an earlier one has done with.
+        """
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
@@ -223,6 +234,7 @@ class ElasticRunner:
         # On the device.
         self._upload.send()
         builder.finish()
+        self._upload.mark()
         if half_filled is not None:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
@@ -234,25 +246,8 @@ class ElasticRunner:
             return None
         # Back.
         download = Download()
-        found = download.of(
-            _together, candidates.token_ids, candidates.probabilities, candidates.entropies
-        )
-        logprobs = {
-            index: download.of(Logprobs, *parts) for index, parts in candidates.logprobs.items()
-        }
         measured = statistics.results(download)
-        download.run()
-        token_ids, probabilities, entropies = found.get()
-        return [
-            PassResult(
-                token_ids[own],
-                probabilities[own],
-                entropies=None if entropies is None else entropies[own],
-                logprobs=logprobs[index].get() if index in logprobs else None,
-                measured=measured[index].get() if index in measured else None,
-            )
-            for index, own in enumerate(head.slices)
-        ]
+        return PassInFlight(plans, head.slices, candidates, measured, download)
 
     def _half_filled(self, plans: list[PassPlan]) -> torch.Tensor | None:
         """Blocks that canvases begin to fill, in part, and that have to be zeroed; None: none.
@@ -293,9 +288,6 @@ class ElasticRunner:
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
 
-    def sample_tokens(self, grammar_output: Any) -> None:
-        return None
-
     def take_draft_token_ids(self) -> None:
         return None
 
@@ -313,9 +305,3 @@ class ElasticRunner:
 
     def reset_lora_state(self) -> None:
         """Asked by the GPU worker after a weight update: there is none."""
-
-
-def _together(
-    token_ids: np.ndarray, probabilities: np.ndarray, entropies: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    return token_ids, probabilities, entropies

@@ -31,7 +31,9 @@ class Upload:
     Attributes:
         device: where the views are.
 
-    Invariant: what ``put`` returned holds its numbers from ``send`` on, until the next ``start``.
+    Invariant: what ``put`` returned holds its numbers from ``send`` on, until the next ``send``.
+    The device reads them in the order of its stream: a pass that is queued while another one runs
+    overwrites that one's only when it is over.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +45,7 @@ class Upload:
 
     def start(self) -> None:
         """A new pass: what was put before is no longer needed."""
-        if self._sent is not None:  # the copy of the pass before may still be reading
+        if self._sent is not None:  # the copies of the pass before may still be reading
             self._sent.synchronize()
             self._sent = None
         if self._outgrown:
@@ -69,6 +71,13 @@ class Upload:
             return
         for host, on_device in [*self._outgrown, (self._host[: self._used], self._on_device)]:
             on_device[: host.numel()].copy_(host, non_blocking=True)
+        self.mark()
+
+    def mark(self) -> None:
+        """The next ``start`` waits until the device is here.
+
+        For who queued more copies of host memory that the next pass writes anew.
+        """
         if self.device.type == "cuda":
             self._sent = torch.cuda.Event()
             self._sent.record()
