@@ -50,7 +50,9 @@ def random_tokens(folder: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("dataset", [text_of_questions, random_tokens])
+@pytest.mark.parametrize(
+    "dataset", [pytest.param(text_of_questions, marks=pytest.mark.long), random_tokens]
+)
 def test_bench_serve_agrees_with_the_records(client: Client, tmp_path: Path, dataset: Any) -> None:
     """Tokens and requests are equal; seconds are never fewer than the server's own.
 

@@ -17,6 +17,7 @@ from .conftest import MODEL, Client
 from .test_refusals import refusal
 
 
+@pytest.mark.long
 def test_soak_in_short(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the KV cache holds, whole, streamed and left: the same answers as alone."""
     # Often: at the first second the clients of a busy machine may not have begun.

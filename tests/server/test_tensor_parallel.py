@@ -18,6 +18,7 @@ CANVAS = 24
 OPTIONS = {"gamma": 0.8, "window": 12, "commit": "threshold"}
 
 
+@pytest.mark.long  # the ranks' numbers are tests/engine's
 @pytest.mark.timeout(900)  # a server with two ranks takes minutes to start on a busy machine
 def test_two_ranks_answer_as_the_oracle(tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]

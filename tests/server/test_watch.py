@@ -174,6 +174,7 @@ def test_page_says_what_the_server_refuses(page: PageServer) -> None:
             wait_until(lambda said=said: said in texts(driver, "#problem")[0], said)
 
 
+@pytest.mark.long
 def test_demo_serves_a_page_and_ends_with_its_server() -> None:
     """`make demo-ui`: nothing is left behind by Ctrl-C."""
     port = free_port()

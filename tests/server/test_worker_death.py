@@ -53,7 +53,9 @@ def is_busy(metrics: ServerMetrics) -> bool:
     return metrics[RUNNING] == 4 and metrics["vllm:generation_tokens_total"] > 20
 
 
-@pytest.mark.parametrize("title", ["VLLM::Worker", "VLLM::EngineCore"])
+@pytest.mark.parametrize(
+    "title", [pytest.param("VLLM::Worker", marks=pytest.mark.long), "VLLM::EngineCore"]
+)
 def test_clients_are_told_and_the_server_ends(title: str, tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
     options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
