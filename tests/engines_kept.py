@@ -44,3 +44,15 @@ def let_go(engine: Any) -> None:
         module.__dict__.pop("cpu_linear", None)  # vLLM's packed copy of a weight, on CPUs
     runner.kv_caches.clear()
     gc.collect()
+
+
+def end_ranks(engine: Any) -> None:
+    """End the processes of one with several ranks, which would stay beside the next one's.
+
+    Its core is left alone: vLLM's ``engine_core.shutdown`` takes the groups of this process, which
+    are not its own, and every other engine here would fail at its next pass.
+
+    Args:
+        engine: a ``BenchEngine``; it cannot run any more.
+    """
+    engine.llm.llm_engine.engine_core.engine_core.model_executor.shutdown()

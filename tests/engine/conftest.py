@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,16 @@ def make_engine(
 @pytest.fixture(scope="session", autouse=True)
 def _engines_are_kept() -> None:
     keep_engines()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _errors_are_believed() -> Iterator[None]:
+    """vLLM reads a config again, two seconds later, before it believes that it is wrong."""
+    from vllm.transformers_utils import repo_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repo_utils, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines_kept import end_ranks
 from tests.tiny_llada_v import TinyLLaDAV
 
 from .test_images import CONFIGS, Tiny, problems
-from .test_tensor_parallel import binding, start, stop
+from .test_tensor_parallel import start
 
 pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -18,9 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(600)]
 def test_two_ranks_equal_oracle(tmp_path: Path) -> None:
     model = TinyLLaDAV()
     model.save(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(model.oracle, tmp_path, "llada-v", "mp")
+    served = start(model.oracle, tmp_path, "llada-v", "mp")
     try:
         one, _, two, *_ = problems()
         cases = [(problem, name) for problem in (one, two) for name in ("none", "block")]
@@ -29,4 +28,4 @@ def test_two_ranks_equal_oracle(tmp_path: Path) -> None:
         results = served.engine.run(requests)  # type: ignore[attr-defined]
         Tiny(model, served.engine, tmp_path).compare(cases, results)
     finally:
-        stop(served)
+        end_ranks(served.engine)

@@ -144,6 +144,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
 }
 LENGTHS = [1, 7, 16, 33, 20]
+MODELS = [*RANDOM_MODELS, *SHIFTED]
 
 
 def problems(count: int = 32) -> list[tuple[list[int], int]]:
@@ -206,24 +207,34 @@ def request(index: int, name: str) -> dict[str, Any]:
     return {"id": (index, name), "prompt_token_ids": prompt, "max_tokens": max_tokens, **knobs}
 
 
-@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
-def test_batch_of_16_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
+def one_in(count: int) -> list[tuple[int, str]]:
+    """One in ``count`` pairs of prompt and configuration; each of both is in several."""
+    return [(i, name) for i in range(32) for j, name in enumerate(CONFIGS) if (i + j) % count == 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        # The models differ in layers and heads, not in how they are decoded.
+        *((model, 2 if model == MODELS[0] else 4) for model in MODELS),
+        *(pytest.param(model, 1, marks=pytest.mark.long) for model in MODELS),
+    ],
+)
+def test_batch_of_16_equals_oracle(model: str, count: int, serve: Callable[[str], Served]) -> None:
     """All configurations mixed in one batch, joining and leaving as they come and finish."""
     served = serve(model)
-    # All prompts once: the models differ in layers and heads, not in how they are decoded.
-    prompts = range(32) if model == next(iter(RANDOM_MODELS)) else range(0, 32, 2)
-    cases = list(itertools.product(prompts, CONFIGS))
+    cases = one_in(count)
     results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
     compare(served, cases, results)
     kinds = {p["kind"] for result in results for p in result["steps"]}
     assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
-@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
+@pytest.mark.parametrize("model", MODELS)
 def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
-    """The same requests alone in the engine."""
+    """Some of the same requests alone in the engine."""
     served = serve(model)
-    cases = [(i, name) for i in range(32) for j, name in enumerate(CONFIGS) if (i + j) % 4 == 0]
+    cases = one_in(8)
     scheduler = served.engine.scheduler  # type: ignore[attr-defined]
     limit, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
     try:
@@ -283,7 +294,7 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     ]
 
 
-@pytest.mark.parametrize("model", [*RANDOM_MODELS, *SHIFTED])
+@pytest.mark.parametrize("model", MODELS)
 def test_lladas_own_schedule_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """Fixed steps over text blocks, up to the first end token, where vLLM stops."""
     served = serve(model)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engines_kept import end_ranks
 from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA
 
@@ -37,12 +37,6 @@ MODELS: dict[str, Callable[[], LLaDA]] = {
 }
 
 
-def binding() -> str:
-    """A core for each rank; the same one where there is only one."""
-    cores = sorted(os.sched_getaffinity(0))
-    return f"{cores[0]}|{cores[-1]}"
-
-
 @pytest.fixture(scope="module")
 def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[LLaDA, Path]]:
     def save(name: str) -> tuple[LLaDA, Path]:
@@ -64,11 +58,8 @@ def start(
     **options: Any,
 ) -> Served:
     """The scheduler in this process, where its records are; the ranks in theirs."""
-    from vllm import envs
-
     from vllm_elastic.bench.engine import BenchEngine
 
-    envs.disable_envs_cache()  # an engine before this one has fixed what the environment says
     engine = BenchEngine(
         directory,
         batch_size=8,
@@ -83,18 +74,11 @@ def start(
     return Served(name, directory, oracle, engine)
 
 
-def stop(served: Served) -> None:
-    """Ends the ranks now: the session keeps its engines, and these would stay beside the next."""
-    served.engine.llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
 def served(directory_of: Callable[[str], tuple[LLaDA, Path]]) -> Iterator[Served]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(*directory_of("gqa-tied"), "gqa-tied", "mp")
+    served = start(*directory_of("gqa-tied"), "gqa-tied", "mp")
     yield served
-    stop(served)
+    end_ranks(served.engine)
 
 
 def workers(served: Served, function: Callable[..., Any]) -> list[Any]:
@@ -148,8 +132,7 @@ def test_equals_oracle(served: Served) -> None:
 @pytest.mark.long
 def test_two_passes_in_flight(directory_of: Callable[[str], tuple[LLaDA, Path]]) -> None:
     """``--async-scheduling``: ranks are sent the next pass while they are at one."""
-    with on_cpus(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
+    with on_cpus():
         served = start(*directory_of("gqa-tied"), "gqa-tied", "mp", async_scheduling=True)
         try:
             engine: Any = served.engine
@@ -158,7 +141,7 @@ def test_two_passes_in_flight(directory_of: Callable[[str], tuple[LLaDA, Path]])
             names = ["none", "released-high", "paper-low", "next-high", "interval", "block-fine"]
             assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
         finally:
-            stop(served)
+            end_ranks(served.engine)
 
 
 def poison_worker(worker: Any) -> None:
@@ -175,15 +158,13 @@ def test_families_equal_oracle(family: str, tmp_path: Path) -> None:
     """iLLaDA: a tied head whose rows the ranks share. LLaDA-MoE: a share of every expert. Both: one
     KV head for each rank, and answers that grow."""
     oracle = save_family(family, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(oracle, tmp_path, family, "mp")
+    served = start(oracle, tmp_path, family, "mp")
     try:
         workers(served, poison_worker)
         names = ["none", "released-high", "block-topk"]
         assert_equals_oracle(served, {name: CONFIGS[name] | {"grow_by": 8} for name in names})
     finally:
-        stop(served)
+        end_ranks(served.engine)
 
 
 def assert_traffic_follows_the_formula(
@@ -281,22 +262,20 @@ def test_row_chunks_shared_kv_heads_and_every_other_hidden_state(
 ) -> None:
     """A canvas beyond the row budget; fewer KV heads than ranks; inputs of some layers kept."""
     stride = {"hidden_stride": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding())
-        served = start(
-            *directory_of("dream-mqa"),
-            "dream-mqa",
-            "mp",
-            row_budget=ROW_BUDGET,
-            elastic_config=stride,
-        )
+    served = start(
+        *directory_of("dream-mqa"),
+        "dream-mqa",
+        "mp",
+        row_budget=ROW_BUDGET,
+        elastic_config=stride,
+    )
     try:
         names = ["none", "released-high", "paper-low", "block", "next-high"]
         assert_equals_oracle(served, {name: CONFIGS[name] for name in names}, **stride)
         names = ["always", "paper-high", "next-low", "block-fine"]
         assert_traffic_follows_the_formula(served, names, ROW_BUDGET, **stride)
     finally:
-        stop(served)
+        end_ranks(served.engine)
 
 
 @pytest.fixture
@@ -328,4 +307,4 @@ def test_ray_equals_oracle(
         assert executor.uses_ray
         assert_equals_oracle(served, CONFIGS)
     finally:
-        stop(served)
+        end_ranks(served.engine)
