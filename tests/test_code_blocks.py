@@ -167,7 +167,7 @@ print(json.dumps(helps))
 
 @functools.cache
 def helps() -> dict[str, str]:
-    """What each script says to ``--help``. From one process: torch and vLLM take seconds each time."""
+    """What each script says to ``--help``; in one process, since torch takes seconds each time."""
     ran = subprocess.run(
         [sys.executable, "-c", HELP_OF_EACH, *(str(ROOT / script) for script in SCRIPTS)],
         capture_output=True,
