@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from tests.attention import xformers_stand_in
@@ -54,8 +55,11 @@ def operator(request: pytest.FixtureRequest) -> Iterator[str]:
         importlib.import_module("vllm_elastic.engine.engine_config")
         ours = f"{xformers_backend.__name__}.XFormersBackend"
         register_backend(AttentionBackendEnum.CPU_ATTN, ours)
+        # vLLM remembers what it chose for an engine before this one, and would for one behind it.
+        selector._cached_get_attn_backend.cache_clear()
         yield request.param
         AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
 
 
 @pytest.mark.parametrize(
