@@ -67,8 +67,8 @@ def suite() -> list[tuple[list[int], str]]:
     for index, problem in enumerate(problems):
         prompt = tokenizer.apply_chat_template(problem.messages(), add_generation_prompt=True)
         prompt = prompt if isinstance(prompt, list) else prompt["input_ids"]
-        # each short prompt with two configurations, a long one with the cheap ones
-        chosen = (index, index + 1) if index < 8 else (1, 3)
+        # each short prompt with two configurations, a long one with one of the cheap ones
+        chosen = (index, index + 1) if index < 8 else (1 + 2 * (index - 8),)
         cases += [(prompt, names[i % len(names)]) for i in chosen]
     return cases
 
