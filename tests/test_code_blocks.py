@@ -174,7 +174,7 @@ def helps() -> dict[str, str]:
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=200,
+        timeout=500,
     )
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
