@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+# Imported before the kernels are told something else: it reads what they really want.
+from vllm_elastic.engine.engine_config import BLOCK_SIZE
 from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees
@@ -22,13 +24,13 @@ NAMES = ["none", "released-high", "paper-high", "block", "block-fine", "next-low
 def test_equals_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As FlashInfer with --block-size 128: rows would be read from and written to the blocks of
     other requests. vLLM's CPU kernels split nothing by themselves; here they are told to."""
-    sizes = staticmethod(lambda kv_cache_spec=None: [32])
+    sizes = staticmethod(lambda kv_cache_spec=None: [BLOCK_SIZE])
     monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", sizes)
     oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
     oracle.save_pretrained(tmp_path)
-    engine = make_engine(tmp_path, block_size=96)
-    assert engine.runner.cache.block_size == 96
-    assert engine.runner.cache.key_layout.block_size == 32
+    engine = make_engine(tmp_path, block_size=3 * BLOCK_SIZE)
+    assert engine.runner.cache.block_size == 3 * BLOCK_SIZE
+    assert engine.runner.cache.key_layout.block_size == BLOCK_SIZE
     served = Served("gqa-tied", tmp_path, oracle, engine)
     asked = [(*problem, name) for problem in problems(16) for name in NAMES]
     results = engine.run(
