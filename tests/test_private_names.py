@@ -749,6 +749,13 @@ def test_overridden_method_has_vllms_parameters(ours: str, base: str) -> None:
     )
 
 
+def test_nothing_that_vllm_demands_is_missing() -> None:
+    """A release that asks for one more method would fail in the first pass."""
+    from vllm_elastic.runner.in_flight import PassInFlight
+
+    assert not PassInFlight.__abstractmethods__
+
+
 @pytest.mark.parametrize(("ours", "base"), PASSED_ON)
 def test_overriding_method_passes_everything_on(ours: str, base: str) -> None:
     """One that names arguments has to name vLLM's: it belongs to the list above."""

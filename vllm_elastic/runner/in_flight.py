@@ -75,6 +75,10 @@ class PassInFlight(AsyncModelRunnerOutput):
         """vLLM asks once, when it has nothing else to do."""
         return ElasticRunnerOutput.of(self._plans, self.results())
 
+    def get_kv_connector_output(self) -> None:
+        """vLLM 0.33 asks where ``get_output`` failed: there is no connector."""
+        return None
+
 
 def _together(
     token_ids: np.ndarray, probabilities: np.ndarray, entropies: np.ndarray | None
