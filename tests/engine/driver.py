@@ -57,6 +57,11 @@ class Driver:
             if output.finished:
                 self.finished[output.request_id] = output.outputs[0].finish_reason
 
+    def drain(self) -> None:
+        """A pass of a request that was aborted meanwhile may be in flight at the end."""
+        while self.llm_engine.engine_core.engine_core.batch_queue:
+            self.step()
+
     def run(self) -> None:
         while self.llm_engine.has_unfinished_requests():
             self.step()
@@ -76,6 +81,7 @@ class Driver:
 
 
 def assert_nothing_left(driver: Driver) -> None:
+    driver.drain()
     driver.step()  # the step after the last tells the worker who finished
     scheduler = driver.engine.scheduler
     assert scheduler.kv_cache_manager.usage == 0
@@ -83,4 +89,5 @@ def assert_nothing_left(driver: Driver) -> None:
     assert (
         not scheduler._canvases and not len(scheduler._round_robin) and not scheduler._admitted_at
     )
+    assert not len(scheduler._in_flight)
     scheduler.records.clear()

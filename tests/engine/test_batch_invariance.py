@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from .conftest import EOS, Served, poison
 from .driver import Driver, assert_nothing_left
@@ -91,24 +93,25 @@ def assert_valid(arrival: Arrival, outcome: Outcome) -> None:
         assert outcome.tokens in (finished[:length], finished[: length + 1])
 
 
-def check_invariance(serve: Callable[[str], Served], schedule: Schedule) -> None:
-    driver = Driver(serve(schedule.model))
-    poison(driver.engine)
-    outcomes = play(driver, schedule)
-    assert_nothing_left(driver)
-    for arrival, outcome in zip(schedule.arrivals, outcomes, strict=True):
-        assert_same(arrival, outcome, alone(driver, schedule.model, arrival.ask))
+def check(driver: Driver, plain: Driver, schedule: Schedule) -> None:
+    """What becomes of a schedule's requests, against each alone in ``plain``.
 
-
-def check_resets(serve: Callable[[str], Served], schedule: Schedule) -> None:
-    driver = Driver(serve(schedule.model))
+    A restart makes a step a full one, which may change the answer of a cached policy. Without a
+    cache every step is a full one anyway, and the answer has to be the same.
+    """
     poison(driver.engine)
     outcomes = play(driver, schedule)
     assert_nothing_left(driver)
     for arrival, outcome in zip(schedule.arrivals, outcomes, strict=True):
         assert_valid(arrival, outcome)
-        if arrival.ask.policy == "none":
-            assert_same(arrival, outcome, alone(driver, schedule.model, arrival.ask))
+        if not schedule.resets or arrival.ask.policy == "none":
+            assert_same(arrival, outcome, alone(plain, schedule.model, arrival.ask))
+
+
+def in_depth(quick: Callable[..., None], strategy: SearchStrategy[Schedule]) -> Any:
+    """The same test over ever new schedules: ``make test-long``."""
+    test = given(schedule=strategy)(quick.hypothesis.inner_test)  # type: ignore[attr-defined]
+    return pytest.mark.long(pytest.mark.timeout(3600)(LONG(test)))
 
 
 @QUICK
@@ -116,7 +119,8 @@ def check_resets(serve: Callable[[str], Served], schedule: Schedule) -> None:
 def test_answer_does_not_depend_on_the_batch(
     serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
-    check_invariance(serve, schedule)
+    driver = Driver(serve(schedule.model))
+    check(driver, driver, schedule)
 
 
 @QUICK
@@ -124,29 +128,14 @@ def test_answer_does_not_depend_on_the_batch(
 def test_restarts_lose_and_double_nothing(
     serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
-    """All KV blocks are taken from running requests, now and then.
-
-    A restart makes a step a full one, which may change the answer of a cached policy. Without a
-    cache every step is a full one anyway, and the answer has to be the same.
-    """
-    check_resets(serve, schedule)
+    """All KV blocks are taken from running requests, now and then."""
+    driver = Driver(serve(schedule.model))
+    check(driver, driver, schedule)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-@LONG
-@given(schedule=schedules())
-def test_answer_does_not_depend_on_the_batch_long(
-    serve: Callable[[str], Served], schedule: Schedule
-) -> None:
-    check_invariance(serve, schedule)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-@LONG
-@given(schedule=schedules(resets=True))
-def test_restarts_lose_and_double_nothing_long(
-    serve: Callable[[str], Served], schedule: Schedule
-) -> None:
-    check_resets(serve, schedule)
+test_answer_does_not_depend_on_the_batch_long = in_depth(
+    test_answer_does_not_depend_on_the_batch, schedules()
+)
+test_restarts_lose_and_double_nothing_long = in_depth(
+    test_restarts_lose_and_double_nothing, schedules(resets=True)
+)

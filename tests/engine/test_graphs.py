@@ -254,6 +254,18 @@ def _capture(patch: pytest.MonkeyPatch, change: Callable[[GraphedBlock, int], No
     patch.setattr(GraphedBlock, "capture", changed)
 
 
+def _capture_as(patch: pytest.MonkeyPatch, part: str, change: Callable[..., Any]) -> None:
+    """Graphs of another part than the model's."""
+    capture = GraphedBlock.capture
+
+    def captured(block: GraphedBlock, graphs: Any, count: int) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(PreNormBlock, part, change)
+            capture(block, graphs, count)
+
+    patch.setattr(GraphedBlock, "capture", captured)
+
+
 def _another_bucket(patch: pytest.MonkeyPatch) -> None:
     def change(block: GraphedBlock, count: int) -> None:
         more = block._project[COUNTS[min(COUNTS.index(count) + 1, len(COUNTS) - 1)]]
@@ -273,13 +285,7 @@ def _fewer_rows(patch: pytest.MonkeyPatch) -> None:
         finish(block, x[:-8], attended[:-8])
         return x
 
-    def captured(block: GraphedBlock, graphs: Any, count: int) -> None:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(PreNormBlock, "finish", change)
-            capture(block, graphs, count)
-
-    capture = GraphedBlock.capture
-    patch.setattr(GraphedBlock, "capture", captured)
+    _capture_as(patch, "finish", change)
 
 
 def _another_layer(patch: pytest.MonkeyPatch) -> None:
@@ -300,13 +306,7 @@ def _not_static(patch: pytest.MonkeyPatch) -> None:
     def change(block: PreNormBlock, x: torch.Tensor, positions: torch.Tensor) -> Any:
         return project(block, held.setdefault(len(x), x.clone()), positions)
 
-    def captured(block: GraphedBlock, graphs: Any, count: int) -> None:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(PreNormBlock, "project", change)
-            capture(block, graphs, count)
-
-    capture = GraphedBlock.capture
-    patch.setattr(GraphedBlock, "capture", captured)
+    _capture_as(patch, "project", change)
 
 
 def _kept_too_long(patch: pytest.MonkeyPatch) -> None:

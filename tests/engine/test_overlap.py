@@ -22,8 +22,8 @@ from vllm_elastic.runner.in_flight import PassInFlight
 from .asynchronous import on_cpus
 from .conftest import Served, make_engine, poison
 from .driver import Driver, assert_nothing_left, prompt_of
-from .schedules import Schedule, play, schedules
-from .test_batch_invariance import LONG, QUICK, alone, assert_same, assert_valid
+from .schedules import Schedule, schedules
+from .test_batch_invariance import QUICK, check, in_depth
 from .test_oracle import CONFIGS, compare, request
 
 pytestmark = pytest.mark.engine
@@ -48,12 +48,6 @@ def overlapped(serve: Callable[[str], Served]) -> Callable[[str], Served]:
         return loaded[name]
 
     return load
-
-
-def drain(driver: Driver) -> None:
-    """A pass of a request that was aborted meanwhile may be in flight at the end."""
-    while driver.llm_engine.engine_core.engine_core.batch_queue:
-        driver.step()
 
 
 class Watched:
@@ -120,24 +114,7 @@ def test_few_rows_stay_together(
     assert len({tuple(driver.tokens[name]) for name in names}) == 1
     passes = {record.passes for record in driver.take_records().values()}
     assert seen.most == 1 and passes == {seen.passes}
-    drain(driver)
     assert_nothing_left(driver)
-
-
-def check(
-    overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
-) -> None:
-    driver = Driver(overlapped(schedule.model))
-    poison(driver.engine)
-    outcomes = play(driver, schedule)
-    drain(driver)
-    assert_nothing_left(driver)
-    plain = Driver(serve(schedule.model))
-    for arrival, outcome in zip(schedule.arrivals, outcomes, strict=True):
-        if schedule.resets:
-            assert_valid(arrival, outcome)
-        if not schedule.resets or arrival.ask.policy == "none":
-            assert_same(arrival, outcome, alone(plain, schedule.model, arrival.ask))
 
 
 @QUICK
@@ -146,7 +123,7 @@ def test_answer_does_not_depend_on_the_batch(
     overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
     """Random requests, arrivals, limits and aborts, against each alone in an engine without."""
-    check(overlapped, serve, schedule)
+    check(Driver(overlapped(schedule.model)), Driver(serve(schedule.model)), schedule)
 
 
 @QUICK
@@ -155,27 +132,15 @@ def test_restarts_lose_and_double_nothing(
     overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
     """All KV blocks are taken away, also those of passes in flight."""
-    check(overlapped, serve, schedule)
+    check(Driver(overlapped(schedule.model)), Driver(serve(schedule.model)), schedule)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-@LONG
-@given(schedule=schedules())
-def test_answer_does_not_depend_on_the_batch_long(
-    overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
-) -> None:
-    check(overlapped, serve, schedule)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-@LONG
-@given(schedule=schedules(resets=True))
-def test_restarts_lose_and_double_nothing_long(
-    overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
-) -> None:
-    check(overlapped, serve, schedule)
+test_answer_does_not_depend_on_the_batch_long = in_depth(
+    test_answer_does_not_depend_on_the_batch, schedules()
+)
+test_restarts_lose_and_double_nothing_long = in_depth(
+    test_restarts_lose_and_double_nothing, schedules(resets=True)
+)
 
 
 def test_blocks_of_an_aborted_pass_are_used_again(serve: Callable[[str], Served]) -> None:
@@ -219,7 +184,6 @@ def test_blocks_of_an_aborted_pass_are_used_again(serve: Callable[[str], Served]
     driver.run()
     assert reused > 10
     assert {name: driver.tokens[name] for name in kept} == kept
-    drain(driver)
     assert_nothing_left(driver)
 
 
@@ -242,7 +206,7 @@ def test_pause(
         driver.step()
     assert len(driver.engine.scheduler._in_flight)
     core.pause_scheduler("keep", clear_cache=clear)
-    drain(driver)
+    driver.drain()
     assert not len(driver.engine.scheduler._in_flight)
     shown = {name: list(driver.tokens[name]) for name in names}
     for _ in range(3):
@@ -253,7 +217,6 @@ def test_pause(
     core.resume_scheduler()
     driver.run()
     assert [driver.tokens[name] for name in names] == expected
-    drain(driver)
     assert_nothing_left(driver)
 
 
@@ -275,7 +238,6 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     driver.run()
     assert [driver.finished[name] for name in names] == ["length", "error", "length", "length"]
     assert [len(driver.tokens[name]) for name in names[2:]] == [20, 20]
-    drain(driver)
     assert_nothing_left(driver)
 
 

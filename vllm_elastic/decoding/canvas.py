@@ -29,9 +29,9 @@ def merged(length: int, *sets: Positions) -> Positions:
 class Canvas:
     """P prompt tokens, then N positions that start as the mask and are each committed once.
 
-    A canvas that grows starts with the first ``grow_by`` of the N positions. While fewer than
-    ``grow_ahead`` stand from the first masked one on (or none, of which every canvas is short) and
-    none of them ends the answer, as many more are appended.
+    A canvas that grows starts with the first ``grow_by`` of the N positions. When all are committed
+    and none of them ends the answer, as many more are appended; with ``grow_ahead`` sooner: as soon
+    as fewer positions than that stand from the first masked one on.
 
     Invariant: a committed position never changes. Positions at or after ``end`` that are still
     masked are dropped: they stay in the canvas as masks and are attended, but are never decoded.
@@ -61,6 +61,7 @@ class Canvas:
         """Args:
         answer: infilling: N token ids, the mask's where a token is to be found. None: all masks.
         grow_by: 0: all N positions are there from the start.
+        grow_ahead: 0: as 1.
         """
         self.prompt_length = len(prompt_token_ids)
         self.capacity = self.prompt_length + num_new_tokens
