@@ -103,8 +103,8 @@ def test_costs_by_hand_bandwidth_bound() -> None:
     parts, host = seconds_of(device, one_pass(), one_pass())
     assert parts["products"] == pytest.approx([0, 2 * 120 * 2 / 10])
     assert parts["attention"] == pytest.approx([0, 2 * (2 * 2 * 2 * 5) * 2 / 10])
-    # the head's 40 weights, and 4 rows of 10 logits at 3 * 2 + 48 bytes
-    assert parts["candidates"] == pytest.approx([0, (80 + 4 * 10 * 54) / 10])
+    # the head's 40 weights, and 4 rows of 10 logits: written, read twice, 2 bytes each
+    assert parts["candidates"] == pytest.approx([0, (80 + 4 * 10 * 6) / 10])
     assert host == pytest.approx(1 + 2 * 0.5 + 2 * 0.25)
 
 

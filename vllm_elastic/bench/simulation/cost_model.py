@@ -68,9 +68,8 @@ class CostModel:
         )
         written = (2 * shape.key_width + width) * size * rows
         put("cache writes", np.zeros_like(rows), written / self._bandwidth)
-        # Logits are written and read twice (runner/candidate_kernel.py). The 48 bytes are what
-        # torch's operators would move in float64: too much, for the documented runs to stand.
-        logits = window * shape.vocabulary * (3 * size + 48)
+        # Logits are written once and read twice (runner/candidate_kernel.py).
+        logits = window * shape.vocabulary * 3 * size
         put(
             "candidates",
             (shape.head_operations(window) / self._rate)[..., None],
