@@ -25,15 +25,19 @@ from vllm_elastic.bench.simulation import model_shape
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.models.llada_v_config import LLaDAVConfig
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.models.rows import bucket
 from vllm_elastic.reference.config import LLaDAConfig as OracleConfig
 from vllm_elastic.reference.llada import weight_shapes
 from vllm_elastic.runner import candidates, head
+from vllm_elastic.runner.executor import GraphExecutor
+from vllm_elastic.runner.graphed_block import StaticRows, Tensors
 from vllm_elastic.runner.statistics import memory
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_llada" / "checkpoint"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Shared KV heads, fewer of them than four ranks; a vocabulary to be padded; tied and untied ends.
 GROUPED: dict[str, Any] = dict(
@@ -277,6 +281,7 @@ def test_left_is_filled_with_whole_canvases(plan: Any) -> None:
     # the statistics' 2^26 numbers four times, which are more than 1,024 rows take.
     kept = 32 * (4000 * 2048 + 1000 * 2048) * 2 + 32 * 64 * 1000 * 4
     assert rank["step"] == kept + 2**26 * 16
+    assert rank["graphs"] == 0  # of several ranks
     assert rank["left"] == int(80 * GIB * 0.9) - rank["weights"] - rank["step"]
     blocks = rank["left"] // (32 * 389_120) - 1
     assert rank["positions"] == 32 * blocks
@@ -320,7 +325,7 @@ def test_step_is_what_the_trial_run_holds(
     words |= {"--window": 16, "--max-window": 16} | changes
     planned = plan("--model", directory, *(word for pair in words.items() for word in pair)).json
     (rank,) = planned["ranks"]
-    built, config = one_of_several_ranks(directory, 1, 0, 1, device="cpu")
+    built, config = one_of_several_ranks(directory, 1, 0, 1, device=DEVICE.type)
     limits = StepLimits.of(
         *(planned[name] for name in ("row_budget", "seats", "window", "max_window", "canvas"))
     )
@@ -328,12 +333,55 @@ def test_step_is_what_the_trial_run_holds(
     with torch.inference_mode():
         for parameter in built.parameters():
             parameter.zero_()
-        process_weights_after_loading(built, config.model_config, torch.device("cpu"))
-        upload = Upload(torch.device("cpu"))
+        process_weights_after_loading(built, config.model_config, DEVICE)
+        upload = Upload(DEVICE)
         with LiveBytes() as live:
             trial_run(built, traits, limits, planned["seats"], planned["canvas"], upload)
     # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
     assert 0.99 <= live.peak / rank["step"] <= (1.25 if phase in ("layer", "chunks") else 1.02)
+
+
+class LargestPool:
+    """Runs what would be captured; counts what the graph that makes the most has alive."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def capture(self, work: Callable[[], Tensors]) -> Any:
+        with LiveBytes() as live:
+            work()
+        self.peak = max(self.peak, live.peak)
+        return None
+
+
+@pytest.mark.parametrize("mlp", [768, 64], ids=["finish", "project"])
+@pytest.mark.parametrize("most", [None, 40])
+def test_graphs_are_what_the_executor_holds(
+    plan: Any, model: Any, one_of_several_ranks: Any, mlp: int, most: int | None
+) -> None:
+    """What the graphs read, and beside it what the largest of them makes."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    directory = model(GROUPED | dict(n_layers=2, mlp_hidden_size=mlp))
+    words = ["--model", directory, "--memory", 80, "--row-budget", 512]
+    words += ["--max-cudagraph-capture-size", most] if most else []
+    planned = plan(*words).json
+    (rank,) = planned["ranks"]
+    (without,) = plan(*words, "--enforce-eager").json["ranks"]
+    assert (without["graphs"], without["left"] - rank["left"]) == (0, rank["graphs"])
+    assert planned["graph_rows"] == bucket(most or 512)
+    built, config = one_of_several_ranks(directory, 1, 0, 1, device=DEVICE.type)
+    executor, pool = GraphExecutor(built), LargestPool()
+    process_weights_after_loading(built, config.model_config, DEVICE)
+    with LiveBytes() as held, torch.inference_mode():
+        static = StaticRows(planned["graph_rows"], built)
+    rows = static.x, static.positions, static.attended
+    assert sum(held.sizes.values()) == bytes_of(rows)
+    with torch.inference_mode():
+        executor.capture(pool, sorted({bucket(n) for n in range(1, planned["graph_rows"] + 1)}))
+    held_by_code = (bytes_of(rows) + pool.peak) / rank["graphs"]
+    # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
+    assert 0.98 <= held_by_code <= (1.25 if mlp == 768 else 1.02)
 
 
 def test_table_and_file_say_the_same(plan: Any) -> None:
@@ -342,11 +390,12 @@ def test_table_and_file_say_the_same(plan: Any) -> None:
     rows = [row.strip("|").split("|") for row in ran.out.splitlines() if row.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["1", "2", "8"]
     for row, rank in zip(rows, ran.json["ranks"], strict=True):
-        weights, step, left = (float(cell) for cell in row[1:4])
+        weights, step, graphs, left = (float(cell) for cell in row[1:5])
+        assert graphs == pytest.approx(rank["graphs"] / GIB, rel=0.05)
         assert weights == pytest.approx(rank["weights"] / GIB, rel=0.01)
         assert step == pytest.approx(rank["step"] / GIB, rel=0.01)
         assert left == pytest.approx(rank["left"] / GIB, rel=0.01)
-        exact = [int(cell.replace(",", "")) for cell in row[4:7]]
+        exact = [int(cell.replace(",", "")) for cell in row[5:8]]
         assert exact == [rank["position"], rank["positions"], rank["canvases"]]
 
 
@@ -388,7 +437,7 @@ def test_least_remedies(plan: Any) -> None:
 
 def test_says_what_is_missing(plan: Any) -> None:
     ran = plan("--model", "llada-8b", "--memory", 16)
-    assert "1 rank: no canvas of 4,096 fits; weights and step take" in ran.out
+    assert "1 rank: no canvas of 4,096 fits; weights, step and graphs take" in ran.out
     ran = plan("--model", "llada-8b", "--memory", 20, "--max-num-seqs", 16)
     assert "1 rank: no canvas of 4,096 fits; it takes 2.97 GiB and" in ran.out
 

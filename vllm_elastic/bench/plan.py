@@ -29,24 +29,27 @@ LLADA_V = "llada-v"
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 
 DESCRIPTION = """\
-How much of a rank's memory a model's weights take, how much a step, and how many canvases fit in
-the rest, for every family that is served. It is arithmetic; nothing of it was measured on a GPU.
+How much of a rank's memory a model's weights take, how much a step and CUDA graphs, and how many
+canvases fit in the rest, for every family that is served. It is arithmetic; nothing of it was
+measured on a GPU.
 
-  left = memory * gpu-memory-utilization - weights - step
+  left = memory * gpu-memory-utilization - weights - step - graphs
   step = saved rows * layers * (d_model / ranks) * b           kept for attention statistics
          + max-num-seqs * canvas * layers * 4                  their totals
          + the largest of
              rows * (3 * d_model + (d_model + 3 * mlp) / ranks) * b      a layer
              rows * d_model * b + 2^25 * (2 * b + 8)                     candidates
              2^26 * 16                                                   attention statistics
+  graphs = graph rows * ((3 * d_model + 3 * mlp) * b + 8)       with one rank; else 0
 
-with b bytes a number, rows the row budget, and saved rows 4 * max-window (or canvas, if that is
-less), or 2 * max-num-seqs * window if that is more, of which the row budget is the most. Long
-canvases, worked on in chunks of the row budget, and several ranks take somewhat more. It is what
-a trial run at start allocates, by which vLLM sizes the cache. Not counted is what CUDA, its graphs,
-NCCL and attention kernels take; it comes out of what is left, so leave some. With experts, those
-that a row takes stand for the MLP: each makes max(2 * mlp / ranks, d_model) + mlp / ranks numbers
-of it.
+with b bytes a number, rows the row budget, graph rows the same but at most 512 or
+--max-cudagraph-capture-size, and saved rows 4 * max-window (or canvas, if that is less), or 2 *
+max-num-seqs * window if that is more, of which the row budget is the most. Long canvases, worked on
+in chunks of the row budget, and several ranks take somewhat more. It is what a trial run at start
+allocates, by which vLLM sizes the cache. Not counted is what CUDA takes, for itself and for each
+graph, and what NCCL and attention kernels take; it comes out of what is left, so leave some. With
+experts, those that a row takes stand for the MLP: each makes max(2 * mlp / ranks, d_model) + mlp /
+ranks numbers of it.
 
 The weights of a model that takes images are counted with its tower and projector, whole on every
 rank; of a position it keeps the input of layer 0 too.
@@ -135,6 +138,14 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="requests at a time (default: %(default)s; vLLM's own default depends on the device)",
     )
+    parser.add_argument(
+        "--max-cudagraph-capture-size",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="the most rows that a CUDA graph works on (default: 512)",
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; so on CPUs")
     add_json(parser)
     parser.set_defaults(function=partial(main, fail=parser.error))
 
@@ -188,14 +199,15 @@ def main(args: argparse.Namespace, fail: Fail) -> None:
         "an estimate, nothing was run.\n"
     )
     print(
-        "| ranks | weights, GiB | step, GiB | left, GiB | bytes a position | positions | "
-        f"canvases of {setting.canvas:,} |"
+        "| ranks | weights, GiB | step, GiB | graphs, GiB | left, GiB | bytes a position | "
+        f"positions | canvases of {setting.canvas:,} |"
     )
-    print("|---" * 7 + "|")
+    print("|---" * 8 + "|")
     for each in found:
         print(
             f"| {each.ranks} | {each.weights / GIB:.3g} | {each.step / GIB:.3g} | "
-            f"{each.left / GIB:.3g} | {each.position:,} | {each.positions:,} | {each.canvases:,} |"
+            f"{each.graphs / GIB:.2g} | {each.left / GIB:.3g} | {each.position:,} | "
+            f"{each.positions:,} | {each.canvases:,} |"
         )
     for each, changes in zip(found, advice, strict=True):
         if changes:
@@ -220,7 +232,7 @@ def _shortage(each: RankMemory, setting: Setting) -> str:
     what = f"{each.ranks} rank{'s' * (each.ranks > 1)}: no canvas of {setting.canvas:,} fits;"
     if each.left < 0:
         excess = f"{-each.left / GIB:.3g} GiB more than {_available(setting)}"
-        return f"{what} weights and step take {excess}."
+        return f"{what} weights, step and graphs take {excess}."
     needed = setting.canvas * each.position / GIB
     return f"{what} it takes {needed:.3g} GiB and {each.left / GIB:.3g} GiB are left."
 
@@ -253,7 +265,9 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
     from vllm_elastic.engine.engine_config import BLOCK_SIZE
+    from vllm_elastic.engine.graph_flags import most_rows
     from vllm_elastic.models.llada_config import undivided_by
+    from vllm_elastic.models.rows import bucket
 
     def shareable(ranks: int) -> bool:
         return not undivided_by(config, ranks)
@@ -286,6 +300,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
             f"argument --row-budget: {args.row_budget} rows are fewer than the {args.max_num_seqs} "
             "requests of --max-num-seqs, which vLLM refuses; raise it or lower the other"
         )
+    graph_rows = bucket(most_rows(args.max_cudagraph_capture_size, args.row_budget))
     base = Setting(
         shape=ModelShape.of(config, BYTES_PER_NUMBER[args.dtype]),
         kv_heads=config.num_key_value_heads,
@@ -299,5 +314,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         window=args.window,
         max_window=args.max_window,
         block_size=BLOCK_SIZE,
+        graph_rows=0 if args.enforce_eager else graph_rows,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

@@ -31,6 +31,7 @@ class Setting:
         row_budget: rows of a step. seats: requests at a time. window: positions that each
             predicts where it does not say otherwise. max_window: that any may predict.
         block_size: positions of a KV block.
+        graph_rows: the most rows that a CUDA graph works on; 0: there are none.
     """
 
     shape: ModelShape
@@ -45,6 +46,7 @@ class Setting:
     window: int
     max_window: int
     block_size: int
+    graph_rows: int
 
     @property
     def blocks_of_canvas(self) -> int:
@@ -58,7 +60,8 @@ class RankMemory:
 
     Attributes:
         step: what a step needs beside weights and cache, at its peak.
-        left: for canvases; negative if weights and step alone are too much.
+        graphs: what CUDA graphs hold, without CUDA's own part of them.
+        left: for canvases; negative if all that is too much.
         keys_values_of_position, hidden_states_of_position: of one canvas position.
         positions: that fit, in whole KV blocks. canvases: full ones that fit.
     """
@@ -66,6 +69,7 @@ class RankMemory:
     ranks: int
     weights: int
     step: int
+    graphs: int
     left: int
     keys_values_of_position: int
     hidden_states_of_position: int
@@ -82,7 +86,8 @@ def rank_memory(setting: Setting) -> RankMemory:
     """What one rank holds; all ranks hold the same."""
     shape, ranks = setting.shape, setting.ranks
     weights, step = weight_bytes(shape, setting.kv_heads, ranks), step_bytes(setting)
-    left = int(setting.memory * setting.utilization) - weights - step
+    graphs = graph_bytes(setting)
+    left = int(setting.memory * setting.utilization) - weights - step - graphs
     parts = position_bytes(shape, setting.kv_heads, ranks, setting.hidden_stride)
     # vLLM keeps one KV block for itself.
     blocks = max(0, left // (setting.block_size * sum(parts)) - 1)
@@ -90,6 +95,7 @@ def rank_memory(setting: Setting) -> RankMemory:
         ranks=ranks,
         weights=weights,
         step=step,
+        graphs=graphs,
         left=left,
         keys_values_of_position=parts[0],
         hidden_states_of_position=parts[1],
@@ -128,6 +134,13 @@ def position_bytes(
 
 def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
     return max(1, kv_heads // ranks) * (shape.width // shape.heads)
+
+
+def graph_bytes(setting: Setting) -> int:
+    """Bytes that one rank's graphs hold; several ranks capture none (``engine.graph_flags``)."""
+    if setting.ranks > 1:
+        return 0
+    return setting.shape.graph_bytes(setting.graph_rows)
 
 
 def step_bytes(setting: Setting) -> int:
@@ -182,5 +195,7 @@ def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
         found.append(f"--canvas {parts.positions}")
     # Whole gibibytes: an estimate deserves no more digits.
     blocks = setting.blocks_of_canvas + 1
-    needed = parts.weights + parts.step + blocks * setting.block_size * parts.position
+    needed = (
+        parts.weights + parts.step + parts.graphs + blocks * setting.block_size * parts.position
+    )
     return [*found, f"--memory {int(needed / setting.utilization / GIB) + 1}"]

@@ -20,6 +20,15 @@ MOST_ROWS = 512
 """vLLM's own default. A pass of more rows computes for longer than it takes to launch."""
 
 
+def most_rows(limit: int | None, row_budget: int) -> int:
+    """The largest pass that a graph is captured for, where no sizes are named.
+
+    Args:
+        limit: ``--max-cudagraph-capture-size``; None: the operator left it open.
+    """
+    return min(MOST_ROWS if limit is None else limit, row_budget)
+
+
 def graph_rows(vllm_config: VllmConfig) -> list[int]:
     """Numbers of rows, ascending; none: every pass is eager.
 
@@ -36,8 +45,8 @@ def graph_rows(vllm_config: VllmConfig) -> list[int]:
     limit = compilation.max_cudagraph_capture_size
     sizes = compilation.cudagraph_capture_sizes
     if sizes is None:
-        most = MOST_ROWS if limit is None else limit
-        sizes = list(range(1, min(most, vllm_config.scheduler_config.max_num_batched_tokens) + 1))
+        row_budget = vllm_config.scheduler_config.max_num_batched_tokens
+        sizes = list(range(1, most_rows(limit, row_budget) + 1))
     counts = sorted({bucket(size) for size in sizes if limit is None or size <= limit})
     if counts and parallel.tensor_parallel_size > 1:
         logger.info("CUDA graphs are off: what ranks exchange in a pass was not captured yet")
