@@ -30,17 +30,19 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ],
         ["oracle-none", "batch 1, canvas 256, prompts of 140", "answer tokens a second"],
     ),
-    "step": (
+    "card": (
         [
             {
                 "pass": "window",
+                "canvas": 400,
                 "batch_size": 16,
-                "floor_milliseconds": 2.0,
+                "milliseconds": 3.0,
+                "gap_milliseconds": 1.0,
                 "times_floor": 1.5,
                 "shares": {"products": 0.6, "other": 0.4},
             }
         ],
-        ["window, 16", "products", "multiples of the floor"],
+        ["window, 400 x 16", "products", "multiples of the floor"],
     ),
     "drift": (
         [

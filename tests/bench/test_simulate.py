@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.decoding.fake_model import Scenario, drive
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.model_config import shape_of
+from vllm_elastic.bench.simulation.batch import Capacity, Job
 from vllm_elastic.bench.simulation.calibration import (
     Timed,
     fit,
@@ -28,7 +29,7 @@ from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import DEVICES, PARTS, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import Recording
-from vllm_elastic.bench.simulation.replica import Capacity, Job, Replica
+from vllm_elastic.bench.simulation.replica import Replica
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import POLICIES

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import compare, gamma, plan, plot, report, run, simulate, step, tune
+from vllm_elastic.bench import card, compare, gamma, plan, plot, report, run, simulate, tune
 from vllm_elastic.config import ConfigError
 
 
@@ -15,10 +15,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_elastic.bench",
         description="Run a masked diffusion model on prompts of your own and see what it costs; "
-        "COMMAND --help says more. run, gamma, compare, tune and step load it in this process.",
+        "COMMAND --help says more. run, gamma, compare and tune load it in this process.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, tune, step, simulate, plan, plot, report):
+    for command in (run, gamma, compare, tune, card, simulate, plan, plot, report):
         command.add_parser(commands)
     return parser
 

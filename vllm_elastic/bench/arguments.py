@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 
@@ -33,3 +33,10 @@ def add_engine(parser: ArgumentParser, batch_size: int | None = None) -> None:
 def add_json(parser: ArgumentParser) -> None:
     """``--json``: a file for the figures that are printed."""
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+
+
+def positive(text: str) -> int:
+    """A type of argument: a whole number from 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)

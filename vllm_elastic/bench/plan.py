@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_elastic.bench.arguments import add_json
+from vllm_elastic.bench.arguments import add_json, positive
+from vllm_elastic.bench.dummy_model import BYTES_PER_NUMBER
 from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
 from vllm_elastic.bench.model_config import read_config
 from vllm_elastic.bench.rank_memory import (
@@ -26,7 +27,6 @@ from vllm_elastic.config import ConfigError, ElasticConfig
 
 LLADA_8B = "llada-8b"
 LLADA_V = "llada-v"
-BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 
 DESCRIPTION = """\
 How much of a rank's memory a model's weights take, how much a step and CUDA graphs, and how many
@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> None:
         "--tp",
         "--tensor-parallel-size",
         nargs="+",
-        type=_count,
+        type=positive,
         default=[1],
         metavar="N",
         help="ranks that share the model; a row of the table for each number (default: 1)",
@@ -96,21 +96,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", choices=list(BYTES_PER_NUMBER), default="bfloat16")
     parser.add_argument(
         "--hidden-stride",
-        type=_count,
+        type=positive,
         default=ElasticConfig().hidden_stride,
         metavar="S",
         help="the knob hidden_stride (default: %(default)s)",
     )
     parser.add_argument(
         "--window",
-        type=_count,
+        type=positive,
         default=ElasticConfig().window,
         metavar="N",
         help="the knob window (default: %(default)s)",
     )
     parser.add_argument(
         "--max-window",
-        type=_count,
+        type=positive,
         default=ElasticConfig().max_window,
         metavar="N",
         help="the knob max_window (default: %(default)s)",
@@ -118,7 +118,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--canvas",
         "--max-model-len",
-        type=_count,
+        type=positive,
         default=None,
         metavar="T",
         help="positions of a canvas, prompt and answer (default: what the model was made for)",
@@ -126,21 +126,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--row-budget",
         "--max-num-batched-tokens",
-        type=_count,
+        type=positive,
         default=DEFAULT_ROW_BUDGET,
         metavar="N",
         help="rows of a step (default: %(default)s)",
     )
     parser.add_argument(
         "--max-num-seqs",
-        type=_count,
+        type=positive,
         default=256,
         metavar="N",
         help="requests at a time (default: %(default)s; vLLM's own default depends on the device)",
     )
     parser.add_argument(
         "--max-cudagraph-capture-size",
-        type=_count,
+        type=positive,
         default=None,
         metavar="N",
         help="the most rows that a CUDA graph works on (default: 512)",
@@ -148,12 +148,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; so on CPUs")
     add_json(parser)
     parser.set_defaults(function=partial(main, fail=parser.error))
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _memory(text: str) -> int:

@@ -18,10 +18,10 @@ def add_parser(commands: Any) -> None:
     """Add ``plot`` to the command line."""
     parser = commands.add_parser(
         "plot",
-        help="a picture of what gamma, compare, step or drift wrote with --json",
+        help="a picture of what gamma, compare, card or drift wrote with --json",
         description="Draws accuracy against work (gamma), tokens per second (compare), where a "
-        "pass's time goes (step) or drift by layer (drift); which one, the file says. Needs "
-        "matplotlib.",
+        "pass's time goes (card --parts) or drift by layer (drift); which one, the file says. "
+        "Needs matplotlib.",
     )
     parser.add_argument("file", type=Path, help="what --json wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".svg or .png")
@@ -32,12 +32,14 @@ def add_parser(commands: Any) -> None:
 def main(args: argparse.Namespace) -> None:
     """Choose the picture by what the rows hold."""
     try:
-        rows: Rows = json.loads(args.file.read_text())
+        rows: Any = json.loads(args.file.read_text())
     except ValueError:
         rows = []
+    if isinstance(rows, dict):
+        rows = rows.get("passes")
     draw = picture_of(rows)
     if draw is None:
-        raise SystemExit(f"{args.file}: not the --json of gamma, compare, step or drift")
+        raise SystemExit(f"{args.file}: not the --json of gamma, compare, card --parts or drift")
     try:
         import matplotlib
     except ImportError:
@@ -62,7 +64,7 @@ def picture_of(rows: Any) -> Callable[[Any, Rows], None] | None:
     pictures: dict[str, Callable[[Any, Rows], None]] = {
         "by_task": accuracy_and_work,
         "tokens_per_second": speed,
-        "floor_milliseconds": parts_of_a_pass,
+        "shares": parts_of_a_pass,
         "region": drift_by_layer,
     }
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
@@ -117,17 +119,23 @@ def _setting(row: dict[str, Any]) -> tuple[int, bool, int]:
 
 
 def parts_of_a_pass(axes: Any, rows: Rows) -> None:
-    """Stacked bars of ``step``: multiples of the floor, by where the time goes."""
-    names = [f"{row['pass']}, {row['batch_size']}" for row in rows]
+    """Stacked bars of ``card``: multiples of the floor, by where the time goes."""
+    names = [f"{row['pass']}, {row['canvas']} x {row['batch_size']}" for row in rows]
     bottom = [0.0] * len(rows)
     for part in rows[0]["shares"]:
-        heights = [row["times_floor"] * row["shares"][part] for row in rows]
+        heights = [_step_to_floor(row) * row["shares"][part] for row in rows]
         axes.bar(names, heights, 0.7, bottom=bottom, label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_ylabel("multiples of the floor")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.legend(fontsize=8)
+
+
+def _step_to_floor(row: dict[str, Any]) -> float:
+    """Of the pass and of what the host adds."""
+    step = row["milliseconds"] + row["gap_milliseconds"]
+    return float(row["times_floor"] * step / row["milliseconds"])
 
 
 def drift_by_layer(axes: Any, rows: Rows) -> None:

@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_elastic.bench.arguments import positive
 from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
 from vllm_elastic.bench.model_config import shape_of
+from vllm_elastic.bench.simulation.batch import Capacity
 from vllm_elastic.bench.simulation.cluster import ROUTERS, Outcome, closed_loop, open_loop
 from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
-from vllm_elastic.bench.simulation.replica import Capacity, Replica
+from vllm_elastic.bench.simulation.replica import Replica
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 
@@ -45,15 +47,15 @@ def add_parser(commands: Any) -> None:
     load.add_argument(
         "--batch-size",
         nargs="+",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="N",
         help="requests at a time of a replica (default: 1 16 256; with --calibrate 1 4 16)",
     )
-    load.add_argument("--replicas", nargs="+", type=_positive, default=[1], metavar="N")
+    load.add_argument("--replicas", nargs="+", type=positive, default=[1], metavar="N")
     load.add_argument(
         "--requests",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="N",
         help="of each replica (default: 8 batches, at least 64)",
@@ -69,7 +71,7 @@ def add_parser(commands: Any) -> None:
     load.add_argument("--router", choices=ROUTERS, default="least-outstanding")
     load.add_argument(
         "--sample",
-        type=_positive,
+        type=positive,
         default=16,
         metavar="N",
         help="simulate at most so many replicas, for all of them (default: %(default)s)",
@@ -84,7 +86,7 @@ def add_parser(commands: Any) -> None:
         help="of any family that is served (default: LLaDA-8B)",
     )
     model.add_argument("--max-num-batched-tokens", type=int, default=DEFAULT_ROW_BUDGET)
-    model.add_argument("--block-size", type=_positive, default=16, help="positions of a KV block")
+    model.add_argument("--block-size", type=positive, default=16, help="positions of a KV block")
     device = parser.add_argument_group("device (predictions, untested)")
     device.add_argument("--device", choices=list(DEVICES), default="h100")
     device.add_argument("--tflops", type=float, help="dense bfloat16")
@@ -104,8 +106,8 @@ def add_parser(commands: Any) -> None:
     check = parser.add_argument_group("check against this machine")
     check.add_argument("--calibrate", action="store_true")
     check.add_argument("--model", type=Path, metavar="DIR", help="checkpoint with a heldout.py")
-    check.add_argument("--problems", type=_positive, default=32, metavar="N")
-    check.add_argument("--repeats", type=_positive, default=3, metavar="N")
+    check.add_argument("--problems", type=positive, default=32, metavar="N")
+    check.add_argument("--repeats", type=positive, default=3, metavar="N")
     check.add_argument(
         "--clock",
         choices=["wall", "cpu"],
@@ -113,13 +115,6 @@ def add_parser(commands: Any) -> None:
         help="cpu: this process's processor time, for a rough figure on a machine that is shared",
     )
     parser.set_defaults(function=main)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _rate(text: str) -> float:

@@ -17,12 +17,13 @@ import numpy as np
 from vllm_elastic.bench.compare import load_problems
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.model_config import shape_of
+from vllm_elastic.bench.simulation.batch import Capacity
 from vllm_elastic.bench.simulation.cluster import run_closed
 from vllm_elastic.bench.simulation.cost_model import CostModel
 from vllm_elastic.bench.simulation.device import PARTS, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import Floats, Recording
-from vllm_elastic.bench.simulation.replica import Capacity, Replica
+from vllm_elastic.bench.simulation.replica import Replica
 
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from vllm_elastic.bench.simulation.batch import Job
 from vllm_elastic.bench.simulation.cost_model import BOUNDS
 from vllm_elastic.bench.simulation.device import PARTS
 from vllm_elastic.bench.simulation.recording import KINDS, RecordedRequest, Recording
-from vllm_elastic.bench.simulation.replica import Busy, Job, Replica
+from vllm_elastic.bench.simulation.replica import Busy, Replica
 
 ROUTERS = ("round-robin", "least-outstanding")
 

@@ -45,7 +45,7 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
     """A Hopper GPU (SXM).
 
     Peaks are the vendor's: dense bfloat16, plain float32. Nothing here was measured on a GPU. The
-    scheduler's time for a pass is what ``bench step`` measures on a CPU core; efficiency and the
+    scheduler's time for a pass is what ``bench card`` measures on a CPU core; efficiency and the
     other overheads are guesses. The runner launches its kernels one by one from Python, about 15
     a layer and 20 for the statistics of a request that tests its drift, at some 5 microseconds
     each.

@@ -45,6 +45,23 @@ class RecordedRequest:
     passes: list[RecordedPass]
 
 
+def at_depth(join_layer: int, recorded_layers: int, layers: int) -> int:
+    """A recorded join layer at the same relative depth of a model of ``layers`` layers."""
+    return min(round(join_layer * layers / recorded_layers), layers - 1)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Requests of a file that ``bench run`` wrote.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("a line is no JSON object")
+    return records
+
+
 class Columns:
     """Where a pass's work stands in a row of numbers, so that a step's work is their sum.
 
@@ -112,9 +129,7 @@ class Recording:
             SystemExit: it holds something else; names the file.
         """
         try:
-            records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            if not all(isinstance(record, dict) for record in records):
-                raise ValueError("a line is no JSON object")
+            records = read_records(path)
             recording = cls(path.stem, records, layers)
         except ValueError as error:
             raise SystemExit(f"{path}: {error}") from None
@@ -131,7 +146,7 @@ class Recording:
         columns, layers = self.columns, self.layers
         work = np.zeros(columns.count)
         for join_layer, count in entry["segments"]:
-            work[columns.rows][round(join_layer * layers / recorded_layers) :] += count
+            work[columns.rows][at_depth(join_layer, recorded_layers, layers) :] += count
         rows = work[columns.rows]
         active = rows > 0
         work[columns.projected] = rows + entry["tested"] * active

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's part in a pass of each kind, made up: half of its canvas is prompt, half masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.canvas import NO_POSITIONS
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
+from vllm_elastic.decoding.plan import PassPlan, Segment
+
+TRACKED = 4  # tracked and just committed rows beside the window
+
+KINDS = {
+    "full": "none",
+    "window": "dual-cache",
+    "window, elastic": "elastic",
+    "window, elastic-block": "elastic-block",
+    "refresh": "dual-cache",
+}
+"""Passes, and a policy whose scheduling is counted with each. Windows that are named after a policy
+measure what it wants; a refresh computes the whole canvas from a layer on."""
+
+
+@dataclass(frozen=True)
+class PlanMaker:
+    """Attributes:
+    canvas, window: positions; refresh_from: the layer; vocabulary: tokens.
+    block_size: positions of a KV block.
+    """
+
+    canvas: int
+    window: int
+    refresh_from: int
+    vocabulary: int
+    block_size: int
+
+    @property
+    def blocks_of_canvas(self) -> int:
+        return -(-self.canvas // self.block_size)
+
+    def plan(self, kind: str, index: int) -> PassPlan:
+        """Of request ``index``, which has KV blocks of its own; ``kind``: of ``KINDS``."""
+        everyone = np.arange(self.canvas, dtype=np.int32)
+        masked = everyone >= self.canvas // 2
+        window = everyone[masked][: self.window]
+        stride = max(1, self.canvas // 2 // TRACKED)
+        tracked = everyone[: self.canvas // 2 : stride][:TRACKED]
+        segment = {
+            "full": Segment(0, everyone),
+            "refresh": Segment(self.refresh_from, everyone),
+        }.get(kind, Segment(0, np.union1d(window, tracked).astype(np.int32)))
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, self.vocabulary - 2, self.canvas, dtype=np.int32)
+        tokens[masked] = self.vocabulary - 1
+        first = 1 + index * self.blocks_of_canvas
+        return PassPlan(
+            request_id=str(index),
+            kind=kind,
+            denoising_step=0,
+            segments=[segment],
+            tokens=tokens,
+            window=window,
+            measure=self._measure(kind, tracked, segment.positions, ~masked),
+            block_ids=list(range(first, first + self.blocks_of_canvas)),
+        )
+
+    def _measure(
+        self, kind: str, tracked: np.ndarray, computed: np.ndarray, trackable: np.ndarray
+    ) -> Measure | None:
+        policy = kind.removeprefix("window, ")
+        if policy == "elastic":
+            return DriftTest(
+                tested=tracked if tracked.size else NO_POSITIONS,
+                tested_layers=None,
+                trackable=trackable,
+                track_num=1,
+                statistic="released",
+            )
+        if policy == "elastic-block":
+            knobs = ElasticConfig(policy=policy)
+            return BlockProbe(
+                probes=tracked[: knobs.probes],
+                watched=~np.isin(np.arange(self.canvas), computed),
+                block_size=knobs.granularity or self.block_size,
+                attention_stride=knobs.attention_stride,
+            )
+        return None
