@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import card, compare, gamma, plan, plot, report, run, simulate, tune
+from vllm_elastic.bench import card, compare, gamma, plan, plot, replay, report, run, simulate, tune
 from vllm_elastic.config import ConfigError
 
 
@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "COMMAND --help says more. run, gamma, compare and tune load it in this process.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, tune, card, simulate, plan, plot, report):
+    for command in (run, gamma, compare, tune, card, replay, simulate, plan, plot, report):
         command.add_parser(commands)
     return parser
 

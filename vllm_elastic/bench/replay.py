@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench replay``: recorded requests once more, through passes of a model of another size."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_elastic.bench import machine
+from vllm_elastic.bench.arguments import positive
+from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_sizes
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.recorded_plans import plans_of
+from vllm_elastic.bench.scheduler_time import scheduler_seconds
+from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job
+from vllm_elastic.bench.simulation.recording import KINDS, RecordedRequest, Recording, read_records
+from vllm_elastic.decoding.plan import PassPlan
+
+DESCRIPTION = """\
+Replays files of `bench run` through real passes of a LLaDA with random weights: each recorded
+request's passes in order, with as many rows at the same relative depth, as large a window, and what
+was measured; put together to steps by the scheduler's own code, as many requests at a time as the
+batch has. Tokens are those of the recorded answers. What `bench simulate` predicts, this measures.
+The time is that of the passes, and of each step's scheduling as measured on requests of the same
+policy. Run it on a machine that does nothing else.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``replay`` to the command line."""
+    parser = commands.add_parser(
+        "replay",
+        help="tokens/s of recorded runs through real passes of a larger model",
+        description=DESCRIPTION,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="files of `bench run`")
+    parser.add_argument("--batch-size", nargs="+", type=positive, default=[1, 16, 64], metavar="N")
+    parser.add_argument(
+        "--requests",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="the recorded ones over and over (default: 4 batches, at least 16)",
+    )
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_sizes(parser)
+    parser.set_defaults(function=main)
+
+
+@dataclass
+class Run:
+    """A file of ``bench run``.
+
+    Attributes:
+        policy: of its requests. plans: of every pass, in the order of the recording's ``work``.
+    """
+
+    recording: Recording
+    policy: str
+    plans: list[PassPlan]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        records: Sequence[dict[str, Any]],
+        *,
+        layers: int,
+        vocabulary: int,
+        block_size: int,
+    ) -> Run:
+        """Raises: ValueError: what the file has cannot be replayed; says why."""
+        recording = Recording(name, records, layers)
+        plans = [
+            plan for record in records for plan in plans_of(record, layers, vocabulary, block_size)
+        ]
+        return cls(recording, records[0]["policy"], plans)
+
+    @property
+    def longest(self) -> int:
+        """Positions of its longest canvas."""
+        return max(request.canvas for request in self.recording.requests)
+
+
+@dataclass
+class Outcome:
+    """What a replay took.
+
+    Attributes:
+        tokens: of the recorded answers. steps: passes of the engine; passes: of requests.
+        seconds: of all passes; kinds: of these, a step's in proportion to its passes' row-layers.
+        row_layers: of all passes.
+    """
+
+    tokens: int
+    steps: int
+    passes: int
+    seconds: float
+    row_layers: int
+    kinds: dict[str, float]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print a row for each run and batch size.
+
+    Raises:
+        SystemExit: a file cannot be replayed; names it.
+    """
+    shape = shape_of_sizes(args)
+    records = {path: _read(path) for path in args.runs}
+    longest = max(record["canvas"] for found in records.values() for record in found)
+    engine = dummy_engine(shape, args, args.batch_size, longest)
+    runs = []
+    for path, found in records.items():
+        sizes = {"layers": shape.layers, "vocabulary": shape.vocabulary}
+        try:
+            run = Run.of(path.stem, found, block_size=engine.runner.cache.block_size, **sizes)
+        except ValueError as error:
+            raise SystemExit(f"{path}: {error}") from None
+        runs.append(run)
+    print(
+        "| run | policy | batch | requests | tokens | steps | passes | row-layers a token | "
+        f"tokens/s | {', '.join(KINDS)} | scheduling |"
+    )
+    print("|---" * 11 + "|", flush=True)
+    rows = [
+        _row(engine, run, batch, args) for batch, run in itertools.product(args.batch_size, runs)
+    ]
+    found = machine.machine() | {"dtype": args.dtype}
+    print(f"\n{machine.sentence(found)}, {args.dtype}; {shape.layers} layers of {shape.width}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": found, "runs": rows}, indent=1) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = read_records(path)
+        Recording(path.stem, records, 1)  # says what a record lacks
+        policies = sorted({record["policy"] for record in records})
+        if len(policies) > 1:
+            raise ValueError(f"its requests have several policies: {', '.join(policies)}")
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    return records
+
+
+def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Replay a run at one batch size; prints its row."""
+    count = args.requests or max(16, 4 * batch)
+    capacity = capacity_of(engine, batch)
+    replay(engine.runner, run, capacity, run.recording.requests[:1])  # a warm-up
+    requests = itertools.islice(itertools.cycle(run.recording.requests), count)
+    outcome = replay(engine.runner, run, capacity, list(requests))
+    scheduling = outcome.steps * scheduler_seconds(engine, run.policy, batch, run.longest)
+    whole = outcome.seconds + scheduling
+    row = {
+        "run": run.recording.name,
+        "policy": run.policy,
+        "batch_size": batch,
+        "requests": count,
+        **asdict(outcome),
+        "scheduling_seconds": scheduling,
+        "tokens_per_second": outcome.tokens / whole,
+    }
+    kinds = ", ".join(f"{outcome.kinds[kind] / whole:.0%}" for kind in KINDS)
+    print(
+        f"| {run.recording.name} | {run.policy} | {batch} | {count} | {outcome.tokens} | "
+        f"{outcome.steps} | {outcome.passes} | {outcome.row_layers / max(1, outcome.tokens):.0f} | "
+        f"{row['tokens_per_second']:.1f} | {kinds} | {scheduling / whole:.0%} |",
+        flush=True,
+    )
+    return row
+
+
+def capacity_of(engine: BenchEngine, seats: int) -> Capacity:
+    """The engine's, for a batch of so many."""
+    scheduler = engine.scheduler
+    blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is no request's
+    return Capacity(seats, blocks, scheduler.block_size, scheduler.limits)
+
+
+def replay(
+    runner: Any, run: Run, capacity: Capacity, requests: Sequence[RecordedRequest]
+) -> Outcome:
+    """Serve the requests, all there at the start, through passes of the runner.
+
+    The end, when the batch empties, is part of it.
+    """
+    import torch
+
+    batch = Batch(capacity)
+    for request in requests:
+        batch.submit(Job(request, 0.0))
+    places = _Places(capacity)
+    columns = run.recording.columns
+    kinds = dict.fromkeys(KINDS, 0.0)
+    outcome = Outcome(sum(request.tokens for request in requests), 0, 0, 0.0, 0, kinds)
+    with torch.inference_mode():
+        while batch.take_step(outcome.seconds):
+            plans = [
+                replace(
+                    run.plans[each.index],
+                    request_id=name,
+                    block_ids=places.of(name, batch.running[name].request.canvas),
+                )
+                for name, each in batch.current
+            ]
+            started = time.perf_counter()
+            runner.run(plans)  # waits for its results
+            seconds = time.perf_counter() - started
+            work = run.recording.work[[each.index for _, each in batch.current]].sum(axis=0)
+            of_kinds = work[columns.kinds]
+            for kind, share in zip(KINDS, of_kinds / of_kinds.sum(), strict=True):
+                kinds[kind] += float(share) * seconds
+            outcome.row_layers += sum(plan.row_layers(run.recording.layers) for plan in plans)
+            outcome.seconds += seconds
+            outcome.steps += 1
+            outcome.passes += len(plans)
+            served = {name for name, _ in batch.current}
+            batch.end_step(outcome.seconds)
+            places.free(served - batch.running.keys())
+    return outcome
+
+
+class _Places:
+    """KV blocks of the requests that run; block 0 is nobody's."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        self._capacity = capacity
+        self._free = list(range(capacity.blocks, 0, -1))
+        self._taken: dict[str, list[int]] = {}
+
+    def of(self, name: str, canvas: int) -> list[int]:
+        if name not in self._taken:
+            count = self._capacity.blocks_of(canvas)
+            self._taken[name] = [self._free.pop() for _ in range(count)]
+        return self._taken[name]
+
+    def free(self, names: set[str]) -> None:
+        for name in names:
+            self._free += self._taken.pop(name)
