@@ -34,7 +34,7 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
         self.layer_name = layer_name
         self.num_heads = 1
         self.dtype = vllm_config.model_config.dtype
-        self.kv_cache = torch.tensor([])
+        self.kv_cache = torch.empty(0, device="cpu")
         context = vllm_config.compilation_config.static_forward_context
         if layer_name in context:
             raise ValueError(f"duplicate layer name: {layer_name}")
