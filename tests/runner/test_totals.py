@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device import DEVICE
 from vllm_elastic.attention import naive
 from vllm_elastic.decoding.canvas import NO_POSITIONS
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
@@ -20,7 +21,6 @@ from vllm_elastic.runner.upload import Upload
 
 LAYERS = 4
 CACHE: Any = SimpleNamespace(num_layers=LAYERS, hidden_stride=2, num_heads=2)
-DEVICE = torch.device("cpu")
 
 
 def own(length: int, measure: Measure, start: int = 0) -> Any:
@@ -47,13 +47,15 @@ def tracking(length: int, track_num: int, seed: int, start: int = 0) -> Any:
 
 
 def places_of(owners: dict[int, Any], indices: list[int]) -> torch.Tensor:
-    return torch.tensor([list(owners).index(index) for index in indices])
+    return torch.tensor([list(owners).index(index) for index in indices], device=DEVICE)
 
 
 def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """Totals of three requests, and the mass [layers, T] that each was given."""
     owners = {0: probing(5, 3, [1, 4], 1), 4: probing(16, 4, [2], 4), 7: probing(13, 3, [], 5)}
-    totals, masses = BlockTotals(owners, CACHE, Upload(DEVICE)), {}
+    upload, masses = Upload(DEVICE), {}
+    totals = BlockTotals(owners, CACHE, upload)
+    upload.send()
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([0], 4), ([7, 4], 2)):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -62,14 +64,16 @@ def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(places_of(owners, indices), mass)
+        totals.add_mass(places_of(owners, indices), mass.to(DEVICE))
     return totals, owners, masses
 
 
 def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """The same of requests that track."""
     owners = {1: tracking(9, 3, 2), 3: tracking(7, 1, 3, start=2), 5: tracking(13, 2, 6)}
-    totals, masses = DriftTotals(owners, CACHE, Upload(DEVICE)), {}
+    upload, masses = Upload(DEVICE), {}
+    totals = DriftTotals(owners, CACHE, upload)
+    upload.send()
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([1, 5], range(4)), ([3], range(2, 4))):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -78,7 +82,7 @@ def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.T
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(places_of(owners, indices), layers, mass)
+        totals.add_mass(places_of(owners, indices), layers, mass.to(DEVICE))
     return totals, owners, masses
 
 
@@ -91,7 +95,7 @@ def check_blocks(
         measure = owners[index].measure
         watched = torch.from_numpy(measure.watched)
         expected, positions = naive.attended_blocks(share, watched, measure.block_size)
-        torch.testing.assert_close(mass, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(mass.cpu(), expected, rtol=1e-6, atol=0)
         assert best.tolist() == positions.tolist()
 
 
@@ -116,9 +120,9 @@ def test_each_request_has_its_own_probes() -> None:
     """Two probes of the first request, one of the second, none of the third."""
     totals, _, _ = blocks()
     change, before = torch.rand(2, 1, 3, generator=torch.Generator().manual_seed(1))
-    totals.add_probes(change, before)
+    totals.add_probes(change.to(DEVICE), before.to(DEVICE))
     expected = (change.sqrt() / before.sqrt())[0]
-    found = totals.probe_drift()
+    found = {index: part.cpu() for index, part in totals.probe_drift().items()}
     assert {index: len(part) for index, part in found.items()} == {0: 2, 4: 1}
     torch.testing.assert_close(found[0][:, 2], expected[:2], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[4][:, 2], expected[2:], rtol=1e-6, atol=0)
@@ -127,15 +131,16 @@ def test_each_request_has_its_own_probes() -> None:
 
 def test_a_request_that_is_not_a_number_stays_alone() -> None:
     """One request's NaN would reach those that share its tensors."""
+    first = torch.tensor([0], device=DEVICE)
     expected, _, _ = blocks()
     totals, _, _ = blocks()
-    totals.add_mass(torch.tensor([0]), torch.full((4, 1, 5), torch.nan))
+    totals.add_mass(first, torch.full((4, 1, 5), torch.nan, device=DEVICE))
     for index in (4, 7):
         for got, wanted in zip(totals.blocks()[index], expected.blocks()[index], strict=True):
             assert torch.equal(got, wanted)
     expected_drift, _, _ = drift()
     totals_drift, _, _ = drift()
-    totals_drift.add_mass(torch.tensor([0]), range(4), torch.full((4, 1, 9), torch.nan))
+    totals_drift.add_mass(first, range(4), torch.full((4, 1, 9), torch.nan, device=DEVICE))
     for index in (3, 5):
         wanted = expected_drift.most_attended()[index]
         assert torch.equal(totals_drift.most_attended()[index], wanted)

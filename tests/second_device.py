@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device beside the CPU, on a CPU: its tensors and the host's do not mix.
+
+Each of its tensors is a wrapper of a CPU tensor, and operators run on that.
+As with a card: a CPU tensor with dimensions in one operator with a device's is an error, and so is
+reading one's numbers by ``numpy``. A CPU tensor's transfer there is a copy, a pinned buffer plain
+memory, and work is done when it is queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+SECOND = torch.device("privateuseone", 0)
+
+_TRANSFERS = ("_to_copy", "copy_", "_local_scalar_dense")
+"""What may have operands on both, or a result on the other."""
+
+
+class OnSecond(torch.Tensor):
+    """A tensor of the second device."""
+
+    kept: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, kept: torch.Tensor) -> OnSecond:
+        tensor: OnSecond = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            kept.size(),
+            strides=kept.stride(),
+            storage_offset=kept.storage_offset(),
+            dtype=kept.dtype,
+            device=SECOND,
+        )
+        tensor.kept = kept
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    # What torch does beneath the dispatcher.
+
+    def tolist(self) -> Any:
+        return self.kept.tolist()
+
+    def data_ptr(self) -> int:
+        return self.kept.data_ptr()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("a tensor of the second device has to be brought to the host first")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnSecond({self.kept!r})"
+
+
+class _Mode(TorchDispatchMode):
+    """For what has no operand there: a factory that names the device, a transfer to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _FromHost(TorchFunctionMode):
+    """What torch fills on the host with the dispatcher switched off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and _is_second(kwargs.get("device")):
+            del kwargs["device"]
+            return func(*args, **kwargs, device="cpu").to(SECOND)
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func.overloadpacket.__name__
+    given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    there = any(isinstance(each, OnSecond) for each in given)
+    if there and name not in _TRANSFERS:
+        # A number without dimensions may come from the host.
+        strangers = [each for each in given if not isinstance(each, OnSecond) and each.ndim]
+        assert not strangers, f"{func}: operands on the host and on the second device"
+    device = kwargs.get("device")
+    result_there = there if device is None else _is_second(device)
+    if device is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    own_args, own_kwargs = pytree.tree_map(_kept, (args, kwargs))
+    result = func(*own_args, **own_kwargs)
+    # What was changed in place is returned as it came.
+    known = {id(_kept(each)): each for each in given}
+
+    def placed(each: Any) -> Any:
+        if not isinstance(each, torch.Tensor):
+            return each
+        if id(each) in known:
+            return known[id(each)]
+        return OnSecond(each) if result_there else each
+
+    return pytree.tree_map(placed, result)
+
+
+def _is_second(device: Any) -> bool:
+    return device is not None and torch.device(device).type == SECOND.type
+
+
+def _kept(value: Any) -> Any:
+    return value.kept if isinstance(value, OnSecond) else value
+
+
+@contextlib.contextmanager
+def second_device() -> Iterator[None]:
+    """While it is open, tensors can be made there. torch knows the device from then on."""
+    if not hasattr(torch, SECOND.type):
+        _setup_privateuseone_for_python_backend()
+    with _FromHost(), _Mode():
+        yield
