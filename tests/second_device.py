@@ -32,14 +32,15 @@ class OnSecond(torch.Tensor):
 
     @staticmethod
     def __new__(cls, kept: torch.Tensor) -> OnSecond:
-        tensor: OnSecond = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            kept.size(),
-            strides=kept.stride(),
-            storage_offset=kept.storage_offset(),
-            dtype=kept.dtype,
-            device=SECOND,
-        )
+        with torch.inference_mode(False):  # a view of a tensor is of the tensor's kind
+            tensor: OnSecond = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                kept.size(),
+                strides=kept.stride(),
+                storage_offset=kept.storage_offset(),
+                dtype=kept.dtype,
+                device=SECOND,
+            )
         tensor.kept = kept
         return tensor
 

@@ -7,13 +7,17 @@ Without one it is on the CPU, which no test on a CPU sees and every pass on a GP
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-PACKAGE = Path(__file__).parent.parent / "vllm_elastic"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vllm_elastic"
 FOLDERS = ["attention", "engine", "models", "reference", "runner"]
 
 CONSTRUCTORS = {function.__name__ for function in _device_constructors()}
@@ -78,3 +82,31 @@ def test_torch_lists_what_is_used() -> None:
     assert {"arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"} <= CONSTRUCTORS
     with torch.device("meta"):
         assert torch.arange(3).is_meta and torch.tensor([1]).is_meta
+
+
+ON_SECOND_DEVICE = {
+    "parts": [
+        f"tests/runner/test_{name}.py"
+        for name in ("totals", "batch", "head", "candidates", "upload")
+    ],
+    "oracles": [f"tests/reference/test_reference_{name}.py" for name in ("devices", "diffusion")],
+    "engine": ["tests/engine/test_second_device.py"],
+}
+
+
+@pytest.mark.parametrize("files", ON_SECOND_DEVICE)
+def test_on_a_device_that_is_not_the_cpu(files: str) -> None:
+    """What the host has and what the device has would meet in one operator, numbers would be read
+    that were not fetched, or be used before they are sent: ``tests/second_device.py``.
+
+    In a process of its own: torch is told of the device once and for all.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *ON_SECOND_DEVICE[files]],
+        cwd=ROOT,
+        env=os.environ | {"ON_SECOND_DEVICE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]

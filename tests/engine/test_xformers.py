@@ -14,10 +14,10 @@ import pytest
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from tests.attention import xformers_stand_in
-from tests.qwen2_oracle import Qwen2Oracle
 from tests import triton_interpreter  # noqa: F401
+from tests.attention import xformers_stand_in
 from tests.device import ON_CARD
+from tests.qwen2_oracle import Qwen2Oracle
 from vllm_elastic.attention import xformers_backend
 from vllm_elastic.reference import LLaDA
 

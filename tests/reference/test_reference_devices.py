@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.device import DEVICE
 from vllm_elastic.reference import (
     DecodingOptions,
     DiffusionOptions,
@@ -60,6 +61,17 @@ def test_random_weights_are_the_same_anywhere(llada):
         there = LLaDA.random(config, seed=4)
     assert there.device == here.device
     assert all(torch.equal(here.weights[name], there.weights[name]) for name in here.weights)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="of two devices, and there is one")
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_model_elsewhere_decodes_the_same(llada, name):
+    decoder, options = DECODERS[name]
+    model = llada("gqa", vocab=30)
+    elsewhere = LLaDA(model.config, {k: w.to(DEVICE) for k, w in model.weights.items()})
+    assert elsewhere.device.type == DEVICE.type
+    here, there = (decoder(each, [3, 1, 4], 16, options) for each in (model, elsewhere))
+    assert (there.token_ids, there.steps) == (here.token_ids, here.steps)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -45,7 +45,8 @@ class Download:
         tensors, self._tensors = self._tensors, []
         away = [tensor for tensor in tensors if not self._is_here(tensor)]
         forms = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in away]
-        host, copied = _sent(away) if away else (torch.empty(0, dtype=torch.uint8, device="cpu"), None)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        host, copied = _sent(away) if away else (nothing, None)
 
         def arrive() -> list[npt.NDArray[Any]]:
             if copied is not None:
