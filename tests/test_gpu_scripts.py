@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "gpu" / "test.sh"
+SETUP = ROOT / "scripts" / "gpu" / "setup.sh"
 
 STAGES = ["kernels", "oracle", "trained", "batches", "graphs", "ranks"]
 
@@ -112,3 +113,35 @@ def test_all_paths_are_there() -> None:
     paths = re.findall(r"tests/[\w/.]+", SCRIPT.read_text())
     assert len(paths) > 12
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "installs"),
+    [
+        ([], "install --quiet --group card-tests -e .[cuda]"),
+        (["BUNDLE"], "install --quiet --no-index --find-links BUNDLE --requirement BUNDLE/"),
+    ],
+    ids=["network", "bundle"],
+)
+def test_an_environment_without_a_card_is_told(
+    arguments: list[str], installs: str, tmp_path: Path
+) -> None:
+    """What is asked of pip; and a torch that finds no card would run all tests on the CPU."""
+    environment = tmp_path / "venv" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "pip").write_text("")
+    (environment / "python").write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\ncase "$1" in -c) echo no card; exit 1;; esac\n'
+    )
+    for path in environment.iterdir():
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SETUP), *arguments],
+        env=os.environ | {"VENV": str(environment.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "no card" in done.stdout
+    assert "make gpu-test" not in done.stdout
+    assert installs in (tmp_path / "asked").read_text()

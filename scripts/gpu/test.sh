@@ -30,6 +30,9 @@ stages=(
 )
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# Ranks are on this machine, which may have no other interface.
+export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 # Whatever else the machine's pytest would load.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
