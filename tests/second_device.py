@@ -21,7 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 SECOND = torch.device("privateuseone", 0)
 
-_TRANSFERS = ("_to_copy", "copy_", "_local_scalar_dense")
+_TRANSFERS = ("_to_copy", "to", "copy_", "_local_scalar_dense")
 """What may have operands on both, or a result on the other."""
 
 
@@ -89,10 +89,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # A number without dimensions may come from the host.
         strangers = [each for each in given if not isinstance(each, OnSecond) and each.ndim]
         assert not strangers, f"{func}: operands on the host and on the second device"
-    device = kwargs.get("device")
-    result_there = there if device is None else _is_second(device)
-    if device is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+    named = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)]
+    result_there = _is_second(named[0]) if named else there
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     own_args, own_kwargs = pytree.tree_map(_kept, (args, kwargs))
@@ -103,8 +101,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def placed(each: Any) -> Any:
         if not isinstance(each, torch.Tensor):
             return each
-        if id(each) in known:
-            return known[id(each)]
+        same = known.get(id(each))
+        if same is not None and isinstance(same, OnSecond) == result_there:
+            return same
+        if same is not None:  # a transfer that had nothing to do
+            each = each.clone()
         return OnSecond(each) if result_there else each
 
     return pytree.tree_map(placed, result)
@@ -115,7 +116,9 @@ def _is_second(device: Any) -> bool:
 
 
 def _kept(value: Any) -> Any:
-    return value.kept if isinstance(value, OnSecond) else value
+    if isinstance(value, OnSecond):
+        return value.kept
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ command -v "$python" >/dev/null || {
 
 # Name, seconds, tests.
 stages=(
-    "kernels  300 tests/attention tests/runner"
+    "kernels  420 tests/attention tests/runner"
     "oracle   300 tests/engine/test_oracle.py tests/engine/test_families.py tests/engine/test_dream.py
                   tests/engine/test_sampling.py tests/reference/test_reference_devices.py"
     "trained  240 tests/engine/test_tiny_llada.py tests/engine/test_accuracy.py"

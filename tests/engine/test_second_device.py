@@ -21,6 +21,8 @@ from vllm_elastic.runner.upload import Upload
 
 from .conftest import Served, poison
 from .driver import Driver, prompt_of
+from .test_images import Tiny, problems
+from .test_images import tiny as tiny  # a fixture
 from .test_oracle import CONFIGS, compare, request
 
 pytestmark = [
@@ -84,7 +86,8 @@ def move(runner: Any) -> None:
             module.cpu_linear = linear_on_host(module.cpu_linear)
     for layer in runner.model.attention_layers:
         layer.impl = AttentionOnHost(layer.impl)
-    for layer in [*runner.model.attention_layers, *runner.model.hidden_states]:
+    stores = [*runner.model.hidden_states, runner.model.input_states]
+    for layer in [*runner.model.attention_layers, *filter(None, stores)]:
         layer.kv_cache = there(layer.kv_cache)
     runner.kv_caches = {name: there(cache) for name, cache in runner.kv_caches.items()}
     cache = runner.cache
@@ -115,3 +118,12 @@ def test_every_policy_equals_the_oracle(model: str, serve: Callable[[str], Serve
     driver.run()
     driver.take_records()
     assert all(driver.tokens[name] for name in names)
+
+
+def test_images(tiny: Tiny) -> None:
+    """They come from the host, pass through the tower, and are stored for the canvas's rows."""
+    move(tiny.engine.runner)
+    poison(tiny.engine)
+    cases = [(problem, name) for problem in problems() for name in ("none", "block")]
+    asked = [problem.request(CONFIGS[name], logits_eos_inf=True) for problem, name in cases]
+    tiny.compare(cases, tiny.engine.run(asked))
