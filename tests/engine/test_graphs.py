@@ -190,7 +190,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 BUDGET = {
     "none": {"first": 149, "full": 147},
     "dual-cache": {"first": 149, "window": 147, "full": 147},
-    "elastic-block": {"first": 252, "window": 147, "refresh": 169, "measuring window": 276},
+    "elastic-block": {"first": 221, "window": 147, "refresh": 169, "measuring window": 244},
 }
 """As that of ``test_transfers``, with a replay for one operator: what is in a graph costs the host
 nothing. So 23 operators of each layer are in its two graphs."""

@@ -161,6 +161,8 @@ def test_download_brings_each_value_its_own() -> None:
     download = Download()
     first = download.of(lambda a, b: (a, b), there([1, 2]), None)
     flag = download.of(lambda a: a, there([True]))  # no number after it is aligned
+    # A piece of one number, whose strides are those of what it was cut from.
+    alone = download.of(lambda a: a, there([[2.0, 3.0, 4.0]]).T.contiguous()[1:2])
     second = download.of(list, there([[0.5], [1.5]], dtype=torch.float64))
     download.send()
     later = Download()
@@ -170,4 +172,5 @@ def test_download_brings_each_value_its_own() -> None:
     ids, nothing = first.get()
     assert ids.tolist() == [1, 2] and nothing is None
     assert flag.get().tolist() == [True]
+    assert alone.get().tolist() == [[3.0]]
     assert [row.tolist() for row in second.get()] == [[0.5], [1.5]]

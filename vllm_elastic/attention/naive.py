@@ -49,18 +49,6 @@ def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -
     return torch.tensor(rows, device=mass.device)
 
 
-def attended_blocks(
-    mass: torch.Tensor, watched: torch.Tensor, granularity: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass and most attended position of each block, one position after the other."""
-    sums, best = [], []
-    for start in range(0, len(mass), granularity):
-        block = [p for p in range(start, min(start + granularity, len(mass))) if bool(watched[p])]
-        sums.append(sum((float(mass[p]) for p in block), 0.0))
-        best.append(max(block, key=lambda p: float(mass[p]), default=-1))
-    return torch.tensor(sums, device=mass.device), torch.tensor(best, device=mass.device)
-
-
 def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
     """Mean cosine, one pair of vectors at a time."""
 

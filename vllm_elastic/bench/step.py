@@ -205,7 +205,6 @@ def make_plan(
         plan.measure = BlockProbe(
             probes=tracked[: knobs.probes],
             watched=~np.isin(everyone, plan.segments[0].positions),
-            block_size=knobs.granularity or block_size,
             attention_stride=knobs.attention_stride,
         )
     else:

@@ -53,7 +53,7 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         """Stored rows [R, d] at slots [R] (int64), gathered from all ranks."""
-        return ranks.gather_columns(self.rows()[slots])
+        return ranks.gather_columns(self.rows().index_select(0, slots))
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Store this rank's columns of rows [R, d] at slots [R] (int64), none of them twice."""

@@ -79,10 +79,15 @@ class Download:
 
 def _sent(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     """Their bytes on the host once the event has come (None: at once)."""
-    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+    flat = torch.cat([_as_bytes(tensor.contiguous()) for tensor in tensors])
     host = torch.empty(flat.shape, dtype=torch.uint8, device="cpu", pin_memory=flat.is_cuda)
     host.copy_(flat, non_blocking=True)
     copied = torch.cuda.Event() if flat.is_cuda else None
     if copied is not None:
         copied.record()
     return host, copied
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A view, [bytes]. A single number may keep any stride, and is contiguous all the same."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
