@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device beside the CPU, on a CPU: its tensors and the host's do not mix.
 
-Each of its tensors is a wrapper of a CPU tensor, and operators run on that.
-As with a card: a CPU tensor with dimensions in one operator with a device's is an error, and so is
-reading one's numbers by ``numpy``. A CPU tensor's transfer there is a copy, a pinned buffer plain
-memory, and work is done when it is queued.
+Each of its tensors is a wrapper of a CPU tensor, and operators run on that. As on a card, a CPU
+tensor with dimensions beside one of the device in an operator is an error, and so is reading the
+device's numbers by ``numpy``. A transfer is a copy. Unlike on a card, pinned memory is plain, work
+is done when it is queued, and indexing by a list or by the host's tensor is refused.
 """
 
 from __future__ import annotations
