@@ -8,6 +8,7 @@ MINUTES ?= 30
 REQUESTS ?= 5000
 WORKERS ?= 2
 VERSION ?= 0.33.0
+STAGES ?=
 
 RUN := $(VENV)/bin/python -m
 
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long test-next xformers-test cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
+.PHONY: help setup test test-long test-next xformers-test gpu-test gpu-bench cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +40,12 @@ xformers-test: setup ## the attention backend on xformers, in Triton's interpret
 	bash scripts/xformers.sh $(VENV) out/xformers
 	PYTHONPATH=$(CURDIR)/out/xformers:$(CURDIR) $(RUN) pytest tests/attention/test_xformers_backend.py \
 		tests/attention/test_xformers_ahead_of_time.py tests/engine/test_xformers.py $(PYTEST_ARGS)
+
+gpu-test: ## kernels, engines, graphs and ranks on a card: VENV=.venv-cuda make gpu-test (docs/recipe-gpu.md)
+	PYTHON=$(VENV)/bin/python bash scripts/gpu/test.sh $(STAGES)
+
+gpu-bench: ## passes by kind, and tokens/s of recorded runs, on a card: VENV=.venv-cuda make gpu-bench
+	PYTHON=$(VENV)/bin/python bash scripts/gpu/bench.sh
 
 cluster-test: setup ## two Ray nodes, two engines, two replicas, and what happens when one dies
 	$(RUN) pytest -m cluster tests/cluster $(PYTEST_ARGS)

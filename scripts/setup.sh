@@ -35,6 +35,9 @@ quiet=()
 [ -t 1 ] || quiet=(--quiet --quiet)
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+if nvidia-smi -L >/dev/null 2>&1; then
+    echo "setup: this is vLLM's CPU build, which leaves the GPU alone; for one: bash scripts/gpu/setup.sh"
+fi
 echo "setup: installing into $venv, which takes a few minutes the first time"
 pip install "${quiet[@]}" 'pip>=25.1' # the first to know --group
 pip install "${quiet[@]}" -c "$constraints" --group dev -e '.[cpu,ray,serve]' ./patches/vllm-command ||

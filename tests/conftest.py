@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -13,5 +16,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # By itself each vLLM binds its workers to the first cores: all servers of all test processes to the
 # same ones.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-if not Path("/dev/nvidiactl").exists():
+# Asked by the driver's library, CUDA need not be started here, and workers may be forked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+from tests.device import ON_CARD, ON_SECOND
+
+if not ON_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _second_device() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if ON_SECOND:
+            from tests.second_device import second_device
+
+            stack.enter_context(second_device())
+        yield

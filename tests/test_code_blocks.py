@@ -50,6 +50,8 @@ EXCUSED = {
     "uv pip": "installs packages, by a tool that is not here",
     "ray": "Ray's: tests/cluster/test_two_nodes.py",
     "serve run": "Ray Serve's: tests/cluster/test_ray_serve.py",
+    "bash scripts/gpu/setup.sh": "installs gigabytes of packages",
+    "bash scripts/gpu/bundle.sh": "downloads them",
     "docker": "no container runtime was at hand: tests/test_container.py reads the files",
     "kubectl": "no cluster was at hand: tests/test_kubernetes.py reads the manifests",
     "prometheus": "tests/server/test_monitoring.py",

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+from tests.device import ON_CARD
 
 triton = pytest.importorskip("triton")
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def mend_bfloat16() -> None:
@@ -33,5 +32,5 @@ def mend_bfloat16() -> None:
     InterpreterBuilder.create_dot = mended
 
 
-if DEVICE.type == "cpu":
+if not ON_CARD:
     mend_bfloat16()

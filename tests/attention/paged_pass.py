@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.triton_interpreter import DEVICE
+from tests import triton_interpreter  # noqa: F401
+from tests.device import DEVICE
 from vllm_elastic.attention import naive
 from vllm_elastic.attention.key_layout import KeyLayout
 from vllm_elastic.attention.paged_statistics import (

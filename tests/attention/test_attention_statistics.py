@@ -190,15 +190,3 @@ def test_released_statistic_by_hand() -> None:
     paper = fast.drift_similarity(old, new, "paper")
     assert_close("released", released, torch.tensor([sum(across_heads) / 2]), 1e-6)
     assert_close("paper", paper, torch.tensor([across_keys]), 1e-6)
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
-@settings(deadline=None)
-def test_attended_blocks(length: int, granularity: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    mass = torch.randint(0, 5, (length,), generator=generator) / 8  # ties, and zeros
-    watched = torch.rand(length, generator=generator) < 0.7
-    sums, best = fast.attended_blocks(mass, watched, granularity)
-    slow_sums, slow_best = naive.attended_blocks(mass, watched, granularity)
-    torch.testing.assert_close(sums, slow_sums)
-    assert best.tolist() == slow_best.tolist()

@@ -12,7 +12,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.closeness import assert_close
-from tests.triton_interpreter import DEVICE
+from tests.device import DEVICE, ON_CARD
 from vllm_elastic.attention.paged_statistics import PAPER, RELEASED
 
 from .paged_pass import PagedPass, Plan, Shape
@@ -210,7 +210,7 @@ def test_a_plan_without_rows_pays_nothing() -> None:
     assert not masses_of(made, [(0, 2)])[0][:, 1].any()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by Triton's interpreter")
+@pytest.mark.skipif(ON_CARD, reason="counted by Triton's interpreter")
 @pytest.mark.parametrize("kind", ["gpu-keys-beside-values", "shuffled"])
 def test_keys_are_read_once_and_looked_at_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/design.md says of the bytes that statistics move."""

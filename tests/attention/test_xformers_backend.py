@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from tests.triton_interpreter import DEVICE as GPU_OR_CPU
+from tests import triton_interpreter  # noqa: F401
+from tests.device import DEVICE
 from vllm_elastic.attention import naive, xformers_backend
 from vllm_elastic.attention.key_layout import KeyLayout
 from vllm_elastic.attention.xformers_backend import XFormersBackend
@@ -42,7 +43,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     lacking = xformers_backend.missing()
     if lacking is not None:
         pytest.skip(f"{lacking}; make xformers-test has it")
-    return GPU_OR_CPU
+    return DEVICE
 
 
 class Layer:

@@ -49,8 +49,8 @@ def test_plans_have_the_recorded_rows(policy: str, records: Any) -> None:
     measured: Counter[str] = Counter()
     for record in records[policy]:
         layers = record["layers"]
-        plans = plans_of(record, layers, 300, 32)
-        deeper = plans_of(record, 2 * layers, 300, 32)
+        plans = plans_of(record, layers, 300)
+        deeper = plans_of(record, 2 * layers, 300)
         assert len(plans) == len(record["steps"]) == record["passes"]
         assert sum(plan.row_layers(layers) for plan in plans) == record["row_layers"]
         assert sum(plan.row_layers(2 * layers) for plan in deeper) == 2 * record["row_layers"]

@@ -20,8 +20,8 @@ from vllm_elastic.decoding.measurement import (
     BlockProbe,
     DriftTest,
     Measured,
-    MeasuredBlocks,
     MeasuredDrift,
+    MeasuredProbes,
 )
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies import POLICIES
@@ -180,18 +180,12 @@ class FakeModel:
         similarities[self.not_stored] = np.nan
         return MeasuredDrift(most_attended, similarities[: measure.tested_layers])
 
-    def _blocks(self, measure: BlockProbe, length: int) -> MeasuredBlocks:
+    def _blocks(self, measure: BlockProbe, length: int) -> MeasuredProbes:
         scenario, rng = self.scenario, self.rng
-        blocks = np.arange(length) // measure.block_size
-        found = MeasuredBlocks(
-            np.zeros(blocks[-1] + 1, dtype=np.float32),
-            np.full(blocks[-1] + 1, -1, dtype=np.int32),
-        )
-        for block in range(blocks[-1] + 1):
-            watched = np.flatnonzero((blocks == block) & measure.watched)
-            if watched.size:
-                found.mass[block] = rng.random()
-                found.most_attended[block] = rng.choice(watched)
+        attention = rng.random(length)
+        if rng.random() < 0.5:  # ties, and blocks that nobody looks at
+            attention = rng.choice([0.0, 0.0, 0.5, 1.0], length)
+        found = MeasuredProbes((attention / max(attention.sum(), 1.0)).astype("f4"))
         if measure.probes.size:
             shape = (measure.probes.size, scenario.num_layers)
             found.probe_drift = (2 * scenario.drift_rate * rng.random(shape)).astype("f4")

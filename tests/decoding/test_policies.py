@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.decoding.fake_model import END_TOKENS, CheckedCache, Scenario, drive, quiet
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.measurement import DriftTest, MeasuredBlocks, MeasuredDrift
-from vllm_elastic.decoding.plan import PassResult
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift, MeasuredProbes
+from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies import POLICIES, RefreshPolicy, make_policy
+from vllm_elastic.decoding.policies.elastic_block import attention_of_blocks
 from vllm_elastic.decoding.request import DenoisingRequest
 
 
@@ -47,23 +50,41 @@ def step(request: DenoisingRequest, tokens: dict[int, int]) -> None:
     )
 
 
-def blocks_of(
+def probed(
     request: DenoisingRequest,
-    mass: list[float],
-    probes: list[int],
+    attention: dict[int, float],
     drift: list[list[float]] | None = None,
 ) -> PassResult:
     """A pass that commits nothing but the first position, with these attention statistics."""
     count = len(request.plan().window)
+    paid = np.zeros(request.canvas.length, dtype=np.float32)
+    paid[list(attention)] = list(attention.values())
     return PassResult(
         np.zeros(count, dtype=np.int32),
         np.array([0.5] + [0.0] * (count - 1)),
-        measured=MeasuredBlocks(
-            np.array(mass, dtype=np.float32),
-            np.array(probes, dtype=np.int32),
-            None if drift is None else np.array(drift, dtype=np.float32),
-        ),
+        measured=MeasuredProbes(paid, None if drift is None else np.array(drift, dtype=np.float32)),
     )
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_attention_of_blocks(length: int, block_size: int, seed: int) -> None:
+    """Against a loop over the definition, with ties and zeros."""
+    rng = np.random.default_rng(seed)
+    attention = (rng.integers(0, 5, length) / 8).astype(np.float32)
+    watched = rng.random(length) < 0.7
+    sums, best = attention_of_blocks(attention, watched, block_size)
+    for block, start in enumerate(range(0, length, block_size)):
+        members = [p for p in range(start, min(start + block_size, length)) if watched[p]]
+        assert sums[block] == sum(attention[p] for p in members)  # eighths: no rounding
+        assert best[block] == max(members, key=lambda p: attention[p], default=-1)
+    assert len(sums) == len(best) == block + 1
+
+
+def first_watched(plan: PassPlan) -> int:
+    """The first position whose attention counts."""
+    assert isinstance(plan.measure, BlockProbe)
+    return int(plan.measure.watched.argmax())
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -132,20 +153,20 @@ def test_elastic_block_refreshes_what_costs_most() -> None:
     config |= {"reach": 0, "granularity": None, "measure_every": 1}
     request = quiet(config, prompt_length=8, max_tokens=8, num_layers=4).make_request()
     assert request.plan().kind == "first"
-    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 10, 15]))
+    request.finish_pass(probed(request, {1: 0.5, 5: 0.2, 10: 0.1, 15: 0.1}))
     plan = request.plan()
     assert plan.kind == "window"
     assert plan.probes.tolist() == [1, 5], "the two most attended blocks"
     assert plan.segments[0].positions.tolist() == [1, 5, 8, 9, 10]
     # Block 0 stands still; block 1 drifts from layer 2 on.
     drift = [[0.0, 0.01, 0.01, 0.01], [0.0, 0.01, 0.6, 0.8]]
-    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [2, 6, 11, 14], drift))
+    request.finish_pass(probed(request, {2: 0.5, 6: 0.2, 11: 0.1, 14: 0.1}, drift))
     plan = request.plan()
     assert plan.kind == "refresh"
     joins = {s.join_layer: s.positions.tolist() for s in plan.segments}
     # Layer 1 is the last whose input has not drifted; position 5 is no row of the window pass.
     assert joins[1] == [4, 5, 7] and 6 in joins[0] and 4 not in joins[0]
-    request.finish_pass(blocks_of(request, [0.5, 0.2, 0.1, 0.1], [1, 5, 12, 13], [[0.0] * 4] * 2))
+    request.finish_pass(probed(request, {3: 0.5, 7: 0.2, 12: 0.1, 13: 0.1}, [[0.0] * 4] * 2))
     assert request.plan().kind == "window", "it has been refreshed"
 
 
@@ -153,17 +174,23 @@ def test_elastic_block_extrapolates_between_probes() -> None:
     """A block that drifts slowly would never be refreshed, or only when it is probed."""
     config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1, "reach": 0}
     config |= {"granularity": None, "measure_every": 1}
-    request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
-    blocks = [0.9, *[0.0] * 5]
-    request.finish_pass(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1]))
-    assert request.plan().probes.tolist() == [0]
-    request.finish_pass(blocks_of(request, blocks, [1, -1, -1, -1, -1, -1], [[0.0, 0.04]]))
-    kinds = []
-    for _ in range(8):
-        kinds.append(request.plan().kind)
-        still = [[0.0, 0.04 * 2**0.6]] if request.plan().probes.size else None
-        request.finish_pass(blocks_of(request, blocks, [-1] * 6, still))
-    assert "refresh" in kinds and kinds[0] == "window"
+    request = quiet(config, prompt_length=8, max_tokens=20, num_layers=2).make_request()
+    kinds, probed_blocks, computed = [], [], {0}
+    for nth in range(5):
+        plan = request.plan()
+        kinds.append(plan.kind)
+        # Block 0 drifts by 0.13 in a step, block 1 does not. Both are attended to, so the one probe
+        # is in either by turns, each time at a position that is as old as the canvas.
+        drift = None
+        if plan.probes.size:
+            probed_blocks.append(int(plan.probes[0]) // 4)
+            drift = [[0.0, 0.13 * nth**0.6 if probed_blocks[-1] == 0 else 0.0]]
+            computed.update(plan.segments[0].positions.tolist())
+        old = set(range(8)) - computed
+        request.finish_pass(probed(request, {min(old): 0.45, max(old): 0.45}, drift))
+    assert probed_blocks == [0, 1, 0, 1]
+    # In step 2, which probes block 1, block 0's cost at the next is 0.45 * 0.13 * 3**0.6 > 0.1.
+    assert kinds == ["first", "window", "window", "refresh", "window"]
 
 
 def test_elastic_block_measures_now_and_then() -> None:
@@ -171,7 +198,7 @@ def test_elastic_block_measures_now_and_then() -> None:
     config = {"policy": "elastic-block", "probes": 1, "block_drift": 0.1, "window": 1, "reach": 0}
     config |= {"granularity": None, "measure_every": 3}
     request = quiet(config, prompt_length=4, max_tokens=20, num_layers=2).make_request()
-    blocks, kinds, measured = [0.9, *[0.0] * 5], [], []
+    kinds, measured = [], []
     for nth in range(10):
         plan = request.plan()
         kinds.append(plan.kind)
@@ -180,9 +207,9 @@ def test_elastic_block_measures_now_and_then() -> None:
             step(request, {})
             continue
         measured.append(nth)
-        # 0.04 for the first step since it was computed: in step 0, 4 (a refresh) and 6.
-        drift = [[0.0, 0.04 * {3: 3, 6: 2, 9: 3}[nth] ** 0.6]] if plan.probes.size else None
-        request.finish_pass(blocks_of(request, blocks, [0, -1, -1, -1, -1, -1], drift))
+        # 0.04 for the first step since the probe was computed: in step 0, and 4 (a refresh).
+        drift = [[0.0, 0.04 * {3: 3, 6: 2, 9: 5}[nth] ** 0.6]] if plan.probes.size else None
+        request.finish_pass(probed(request, {first_watched(plan): 0.9}, drift))
     assert measured == [0, 3, 6, 9]
     # In step 3 0.9 * 0.04 * 6**0.6 is expected of step 6, and would be 0.9 * 0.04 * 4**0.6 of the
     # next; in step 6 0.9 * 0.04 * 5**0.6 of step 9.
@@ -198,7 +225,7 @@ def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: 
     config = {"policy": "elastic-block", "window": 2, "reach": reach}
     config["granularity"] = 4
     request = quiet(config, prompt_length=7, max_tokens=5, num_layers=2).make_request()
-    result = blocks_of(request, [0.5, 0.5, 0.0], [-1, -1, -1])
+    result = probed(request, {})
     result.probabilities[1] = 0.1  # position 7 is committed, 8 is not
     request.finish_pass(result)
     assert request.just_committed.tolist() == [7]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from tests.triton_interpreter import DEVICE
+from tests import triton_interpreter  # noqa: F401
+from tests.device import ON_CARD
 from vllm_elastic.attention import paged_kernels
 from vllm_elastic.attention.key_layout import KeyLayout
 from vllm_elastic.reference import LLaDA
@@ -27,7 +28,7 @@ from .test_oracle import CONFIGS, ask_oracle, problems
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(DEVICE.type == "cuda", reason="the engine's own tests use the kernels"),
+    pytest.mark.skipif(ON_CARD, reason="all tests of engines use the kernels there"),
 ]
 
 KERNELS = ["mass_kernel", "fold_kernel", "released_kernel", "paper_kernel"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.device import NUM_CARDS, ON_CARD
 from tests.engines_kept import end_ranks
 from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA
@@ -23,9 +24,14 @@ from .conftest import EOS, MASK, ORACLES_DEFAULTS, RANDOM_MODELS, Served, random
 from .random_families import FAMILIES, save_family
 from .test_oracle import CONFIGS, ask_oracle
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-
 RANKS = 2
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(ON_CARD and NUM_CARDS < RANKS, reason="a card for each of two ranks"),
+]
+
 ROW_BUDGET = 24  # less than a canvas of the problems below
 DREAM = small_config(hidden_size=128, num_attention_heads=4)
 MODELS: dict[str, Callable[[], LLaDA]] = {

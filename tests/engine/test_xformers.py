@@ -14,9 +14,10 @@ import pytest
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from tests import triton_interpreter  # noqa: F401
 from tests.attention import xformers_stand_in
+from tests.device import ON_CARD
 from tests.qwen2_oracle import Qwen2Oracle
-from tests.triton_interpreter import DEVICE
 from vllm_elastic.attention import xformers_backend
 from vllm_elastic.reference import LLaDA
 
@@ -26,7 +27,7 @@ from .test_oracle import CONFIGS, ask_oracle, problems
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(DEVICE.type == "cuda", reason="xformers' kernel takes no float32 on GPUs"),
+    pytest.mark.skipif(ON_CARD, reason="xformers' kernel takes no float32 there"),
 ]
 
 STAND_IN, XFORMERS = "stand-in", "xformers"

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.device import DEVICE
 from tests.golden import fixed_steps
 from vllm_elastic.reference import (
     DecodingOptions,
@@ -78,19 +79,20 @@ def test_options_out_of_range_are_refused(options):
 class AsGiven:
     """A model whose confidences are the golden file's, whatever the canvas holds."""
 
-    device = torch.device("cpu")
+    device = DEVICE
     config = SimpleNamespace(
         mask_token_id=1, eos_token_id=None, logits_shift=0,
         max_sequence_length=99, embedding_size=2, n_layers=1,
     )  # fmt: skip
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.arange(len(tokens))
+        return torch.arange(len(tokens), device=DEVICE)
 
     def head(self, positions: torch.Tensor) -> torch.Tensor:
         """Token 0 has the position's confidence, 2 to 5 share the rest, 1 is the mask."""
-        confidence = [fixed_steps.CONFIDENCE[p - fixed_steps.PROMPT_LENGTH] for p in positions]
-        p = torch.tensor(confidence, dtype=torch.float64)
+        answer = (positions - fixed_steps.PROMPT_LENGTH).tolist()
+        confidence = [fixed_steps.CONFIDENCE[p] for p in answer]
+        p = torch.tensor(confidence, dtype=torch.float64, device=DEVICE)
         other = (1 - p) / 4
         return torch.stack([p, torch.ones_like(p), *[other] * 4], dim=1).log()
 

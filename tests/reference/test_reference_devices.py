@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.device import DEVICE
 from vllm_elastic.reference import (
     DecodingOptions,
+    DiffusionOptions,
     DualCacheOptions,
     ElasticBlockOptions,
     ElasticOptions,
@@ -15,6 +17,7 @@ from vllm_elastic.reference import (
     LLaDA,
     LowConfidenceOptions,
     decode,
+    diffusion,
     dual_cache,
     elastic_block,
     elastic_cache,
@@ -32,6 +35,9 @@ DECODERS = {
     "elastic-block": (elastic_block, ElasticBlockOptions(window=6, **BLOCK)),
     "elastic-block-replay": (elastic_block, ElasticBlockOptions(refresh="replay", **BLOCK)),
     "fixed-steps": (low_confidence, LowConfidenceOptions(steps=8, block_length=4)),
+    "dream-sure": (diffusion, DiffusionOptions(steps=6, alg="maskgit_plus")),
+    "dream-margin": (diffusion, DiffusionOptions(steps=6, alg="topk_margin")),
+    "dream-entropy": (diffusion, DiffusionOptions(steps=6, alg="entropy")),
 }
 
 
@@ -42,8 +48,30 @@ def test_tensors_are_made_where_the_model_is(llada, name):
     model = llada("gqa", vocab=30)
     here = decoder(model, [3, 1, 4], 16, options)
     with torch.device("meta"):
-        there = decoder(model, [3, 1, 4], 16, options)
+        same = LLaDA(model.config, model.weights)
+        assert same.device == model.device
+        there = decoder(same, [3, 1, 4], 16, options)
     assert there == here
+
+
+def test_random_weights_are_the_same_anywhere(llada):
+    config = llada("gqa").config
+    here = LLaDA.random(config, seed=4)
+    with torch.device("meta"):
+        there = LLaDA.random(config, seed=4)
+    assert there.device == here.device
+    assert all(torch.equal(here.weights[name], there.weights[name]) for name in here.weights)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="of two devices, and there is one")
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_model_elsewhere_decodes_the_same(llada, name):
+    decoder, options = DECODERS[name]
+    model = llada("gqa", vocab=30)
+    elsewhere = LLaDA(model.config, {k: w.to(DEVICE) for k, w in model.weights.items()})
+    assert elsewhere.device.type == DEVICE.type
+    here, there = (decoder(each, [3, 1, 4], 16, options) for each in (model, elsewhere))
+    assert (there.token_ids, there.steps) == (here.token_ids, here.steps)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.device import DEVICE
 from tests.golden import dream_steps
 from vllm_elastic.reference import DiffusionOptions, diffusion
 from vllm_elastic.reference.diffusion import confidences, gumbel, shaped
@@ -22,19 +23,20 @@ class AsGiven:
     Its vocabulary: three tokens with odds, and the mask.
     """
 
-    device = torch.device("cpu")
+    device = DEVICE
     config = SimpleNamespace(
         mask_token_id=3, eos_token_id=None, logits_shift=1,
         max_sequence_length=99, embedding_size=4, n_layers=1,
     )  # fmt: skip
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.arange(len(tokens))
+        return torch.arange(len(tokens), device=DEVICE)
 
     def head(self, rows: torch.Tensor) -> torch.Tensor:
         first = len(PROMPT) - 1  # the row that the first mask is read from
         odds = [dream_steps.ODDS[(row - first) % 4] for row in rows.tolist()]
-        return torch.tensor([[*row, 1000] for row in odds], dtype=torch.float64).log()
+        rows = [[*row, 1000] for row in odds]
+        return torch.tensor(rows, dtype=torch.float64, device=DEVICE).log()
 
 
 def commits(tokens: int, options: DiffusionOptions, random=None) -> list[list[int]]:
@@ -77,7 +79,8 @@ class Numbers:
     """0.75 at even canvas positions, 0.25 at odd ones; in step 2 the other way round."""
 
     def of_positions(self, step, count):
-        return torch.tensor([(0.75, 0.25)[(p + (step == 2)) % 2] for p in range(count)]).double()
+        numbers = [(0.75, 0.25)[(p + (step == 2)) % 2] for p in range(count)]
+        return torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
 
 
 def test_origin_by_hand():

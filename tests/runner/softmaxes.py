@@ -10,8 +10,8 @@ import torch
 
 
 def _random(scale: float, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(vocab)
-    return (scale * torch.randn(16, vocab, generator=generator)).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(vocab)
+    return (scale * torch.randn(16, vocab, generator=generator, device="cpu")).to(dtype)
 
 
 def _above(margin: float, vocab: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ CASES: dict[str, Callable[[], torch.Tensor]] = {
     "all but sure": lambda: _above(28.0, 2049),
     "surer than float64 can say": lambda: _above(50.0, 4096),
     "almost all forbidden": lambda: _random(1.0, 3000).index_fill_(
-        -1, torch.arange(5, 3000), float("-inf")
+        -1, torch.arange(5, 3000, device="cpu"), float("-inf")
     ),
 }
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from tests.device import DEVICE
 from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.models.rows import PassRows, bucket
 from vllm_elastic.runner.batch import BatchBuilder
@@ -56,7 +56,7 @@ def plans() -> list[PassPlan]:
 def build(chunk: int = 1000, tested: int = 0) -> tuple[PassRows, RowOrder]:
     cache: Any = SimpleNamespace(block_size=BLOCK, kernel_blocks=lambda blocks: blocks)
     asked = plans()
-    order, upload = RowOrder.of(asked, BLOCK), Upload(torch.device("cpu"))
+    order, upload = RowOrder.of(asked, BLOCK), Upload(DEVICE)
     builder = BatchBuilder(asked, order, upload, Kernels(), cache, chunk)  # type: ignore[arg-type]
     positions = np.arange(tested, dtype=np.int64) + 90
     rows = builder.lay_out(LAYERS, positions, NO_ROWS)

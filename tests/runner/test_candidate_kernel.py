@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.triton_interpreter import DEVICE
+from tests import triton_interpreter  # noqa: F401
+from tests.device import DEVICE
 from vllm_elastic.runner.candidate_kernel import most_probable_by_kernel
 from vllm_elastic.runner.candidates import most_probable
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.device import DEVICE
 from tests.golden import dream_steps, end_options
 from vllm_elastic.decoding.plan import Logprobs
 from vllm_elastic.decoding.sampling import Sampling
@@ -28,9 +30,16 @@ from . import softmaxes
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _made_on_the_device() -> Iterator[None]:
+    """What these tests make, that is: the engine names the device wherever it makes a tensor."""
+    with DEVICE:
+        yield
+
+
 def constrained(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> Constraints:
     """Applied to the logits, in place."""
-    upload = Upload(torch.device("cpu"))
+    upload = Upload(DEVICE)
     constraints = Constraints(sampling, logits.shape[-1], upload)
     upload.send()
     constraints.apply(logits, positions)
@@ -38,7 +47,8 @@ def constrained(logits: torch.Tensor, sampling: Sampling, positions: torch.Tenso
 
 
 def logits_of(rows: int, vocab: int = 11, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(rows, vocab, generator=generator, device="cpu") * 2).to(DEVICE)
 
 
 def test_splitmix_matches_the_published_sequence() -> None:
@@ -182,7 +192,7 @@ def test_lladas_end_options_by_hand(
 
 def test_confidence_of_a_sampled_token_is_without_noise_and_ends() -> None:
     rows, tokens, expected = zip(*end_options.SAMPLED, strict=True)
-    logits = torch.tensor(end_options.ODDS).log()[list(rows)]
+    logits = torch.tensor(end_options.ODDS).log()[torch.tensor(rows)]
     kept = logits.clone()
     confidence = torch.full((len(rows),), 0.5, dtype=torch.float64)
     leave_out_of_confidence(confidence, torch.tensor(tokens), logits, torch.tensor(ENDS))
@@ -211,8 +221,8 @@ def test_ends_that_are_all_there_is_or_not_there() -> None:
 
 def test_logprobs_are_of_the_token_and_the_best() -> None:
     logits = logits_of(3)
-    chosen = torch.tensor([logits[0].argmax(), logits[1].argmin(), 5])
-    report = Logprobs(*(part.numpy() for part in logprobs_of(logits, chosen, 2)))
+    chosen = torch.tensor([int(logits[0].argmax()), int(logits[1].argmin()), 5])
+    report = Logprobs(*(part.cpu().numpy() for part in logprobs_of(logits, chosen, 2)))
     wanted = logits.log_softmax(-1)
     assert report.token_ids[:, 0].tolist() == chosen.tolist()
     assert report.ranks.tolist()[:2] == [1, 11]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device import DEVICE
 from vllm_elastic.decoding.plan import Logprobs, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
@@ -42,7 +43,7 @@ def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
     monkeypatch.setattr(module.ranks, "reports", lambda: True)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows_at_once * VOCABULARY)
     plans = [plan(10 + i, n, w) for i, (n, w) in enumerate(zip(ROWS, WISHES, strict=True))]
-    upload = Upload(torch.device("cpu"))
+    upload = Upload(DEVICE)
     head = Head(plans, TRAITS, upload)
     upload.send()
     calls: list[int] = []
@@ -53,11 +54,12 @@ def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
 
     logits = torch.randn(sum(ROWS), VOCABULARY, generator=torch.Generator().manual_seed(4))
     logits[:, [MASK, NEVER]] = 50.0  # what may not be chosen is what the model would choose
-    return head.predict(SimpleNamespace(compute_logits=compute_logits), logits), head, calls
+    model = SimpleNamespace(compute_logits=compute_logits)
+    return head.predict(model, logits.to(DEVICE)), head, calls
 
 
 def of_host(parts: tuple[torch.Tensor, ...]) -> Logprobs:
-    return Logprobs(*(part.numpy() for part in parts))
+    return Logprobs(*(part.cpu().numpy() for part in parts))
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 7, 24])

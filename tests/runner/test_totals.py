@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device import DEVICE
 from vllm_elastic.attention import naive
 from vllm_elastic.decoding.canvas import NO_POSITIONS
-from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
+from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure, MeasuredProbes
 from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
 from vllm_elastic.runner.upload import Upload
 
 LAYERS = 4
 CACHE: Any = SimpleNamespace(num_layers=LAYERS, hidden_stride=2, num_heads=2)
-DEVICE = torch.device("cpu")
 
 
 def own(length: int, measure: Measure, start: int = 0) -> Any:
@@ -36,9 +37,9 @@ def flags(length: int, seed: int) -> Any:
     return np.random.default_rng(seed).random(length) < 0.6
 
 
-def probing(length: int, block_size: int, probes: list[int], seed: int) -> Any:
-    watched, rows = flags(length, seed), np.array(probes, dtype=np.int32)
-    return own(length, BlockProbe(rows, watched, block_size))
+def probing(length: int, probes: list[int], seed: int) -> Any:
+    rows = np.array(probes, dtype=np.int32)
+    return own(length, BlockProbe(rows, flags(length, seed)))
 
 
 def tracking(length: int, track_num: int, seed: int, start: int = 0) -> Any:
@@ -47,13 +48,13 @@ def tracking(length: int, track_num: int, seed: int, start: int = 0) -> Any:
 
 
 def places_of(owners: dict[int, Any], indices: list[int]) -> torch.Tensor:
-    return torch.tensor([list(owners).index(index) for index in indices])
+    return torch.tensor([list(owners).index(index) for index in indices], device=DEVICE)
 
 
 def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """Totals of three requests, and the mass [layers, T] that each was given."""
-    owners = {0: probing(5, 3, [1, 4], 1), 4: probing(16, 4, [2], 4), 7: probing(13, 3, [], 5)}
-    totals, masses = BlockTotals(owners, CACHE, Upload(DEVICE)), {}
+    owners = {0: probing(5, [1, 4], 1), 4: probing(16, [2], 4), 7: probing(13, [], 5)}
+    totals, masses = BlockTotals(owners, CACHE, DEVICE), {}
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([0], 4), ([7, 4], 2)):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -62,14 +63,16 @@ def blocks(seed: int = 0) -> tuple[BlockTotals, dict[int, Any], dict[int, torch.
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(places_of(owners, indices), mass)
+        totals.add_mass(places_of(owners, indices), mass.to(DEVICE))
     return totals, owners, masses
 
 
 def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.Tensor]]:
     """The same of requests that track."""
     owners = {1: tracking(9, 3, 2), 3: tracking(7, 1, 3, start=2), 5: tracking(13, 2, 6)}
-    totals, masses = DriftTotals(owners, CACHE, Upload(DEVICE)), {}
+    upload, masses = Upload(DEVICE), {}
+    totals = DriftTotals(owners, CACHE, upload)
+    upload.send()
     generator = torch.Generator().manual_seed(seed)
     for indices, layers in (([1, 5], range(4)), ([3], range(2, 4))):
         longest = max(len(owners[index].plan.tokens) for index in indices)
@@ -78,27 +81,42 @@ def drift(seed: int = 0) -> tuple[DriftTotals, dict[int, Any], dict[int, torch.T
             length = len(owners[index].plan.tokens)
             mass[:, nth, length:] = 0
             masses[index] = mass[:, nth, :length].clone()
-        totals.add_mass(places_of(owners, indices), layers, mass)
+        totals.add_mass(places_of(owners, indices), layers, mass.to(DEVICE))
     return totals, owners, masses
 
 
-def check_blocks(
-    found: dict[int, Any], owners: dict[int, Any], masses: dict[int, torch.Tensor]
-) -> None:
+def measured(totals: BlockTotals) -> dict[int, MeasuredProbes]:
+    """What the host gets of it."""
+    download = Download()
+    fetched = totals.results(download)
+    download.send()
+    found = {index: each.get() for index, each in fetched.items()}
+    assert all(isinstance(each, MeasuredProbes) for each in found.values())
+    return found  # type: ignore[return-value]
+
+
+def test_each_request_has_its_own_attention() -> None:
+    """Another request's canvas would be used, or its attention."""
+    totals, _, masses = blocks()
+    found = measured(totals)
     assert found.keys() == masses.keys()
-    for index, (mass, best) in found.items():
+    for index, each in found.items():
         share = masses[index].sum(dim=0) / masses[index].sum()
-        measure = owners[index].measure
-        watched = torch.from_numpy(measure.watched)
-        expected, positions = naive.attended_blocks(share, watched, measure.block_size)
-        torch.testing.assert_close(mass, expected, rtol=1e-6, atol=0)
-        assert best.tolist() == positions.tolist()
+        torch.testing.assert_close(torch.from_numpy(each.attention), share, rtol=1e-6, atol=0)
 
 
-def test_each_request_has_its_own_blocks() -> None:
-    """Another request's length, block size or watched positions would be used."""
-    totals, owners, masses = blocks()
-    check_blocks(totals.blocks(), owners, masses)
+@pytest.mark.parametrize("length", range(40, 440, 50))
+def test_attention_is_the_same_to_the_bit_in_any_batch(length: int) -> None:
+    """What fills a canvas up to another one's length would change how a sum is rounded."""
+    mass = torch.rand(1, 1, length, generator=torch.Generator().manual_seed(length))
+    found = []
+    for others in ({}, {1: probing(length + 31, [], 1)}):
+        totals = BlockTotals({0: probing(length, [], 0), **others}, CACHE, DEVICE)
+        totals.add_mass(torch.tensor([0], device=DEVICE), mass.to(DEVICE))
+        rest = torch.arange(1, 1 + len(others), device=DEVICE)
+        totals.add_mass(rest, torch.ones(1, len(others), length, device=DEVICE))
+        found.append(measured(totals)[0].attention.tolist())
+    assert found[0] == found[1]
 
 
 def test_each_request_has_its_own_tracked_positions() -> None:
@@ -116,26 +134,28 @@ def test_each_request_has_its_own_probes() -> None:
     """Two probes of the first request, one of the second, none of the third."""
     totals, _, _ = blocks()
     change, before = torch.rand(2, 1, 3, generator=torch.Generator().manual_seed(1))
-    totals.add_probes(change, before)
+    totals.add_probes(change.to(DEVICE), before.to(DEVICE))
     expected = (change.sqrt() / before.sqrt())[0]
-    found = totals.probe_drift()
-    assert {index: len(part) for index, part in found.items()} == {0: 2, 4: 1}
-    torch.testing.assert_close(found[0][:, 2], expected[:2], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[4][:, 2], expected[2:], rtol=1e-6, atol=0)
-    assert not found[0][:, [0, 1, 3]].any(), "layers whose input is not stored"
+    found = {index: each.probe_drift for index, each in measured(totals).items()}
+    assert found[7] is None
+    for index, probes in ((0, slice(2)), (4, slice(2, 3))):
+        drift = torch.from_numpy(found[index])
+        torch.testing.assert_close(drift[:, 2], expected[probes], rtol=1e-6, atol=0)
+        assert not drift[:, [0, 1, 3]].any(), "layers whose input is not stored"
 
 
 def test_a_request_that_is_not_a_number_stays_alone() -> None:
     """One request's NaN would reach those that share its tensors."""
+    first = torch.tensor([0], device=DEVICE)
     expected, _, _ = blocks()
     totals, _, _ = blocks()
-    totals.add_mass(torch.tensor([0]), torch.full((4, 1, 5), torch.nan))
+    totals.add_mass(first, torch.full((4, 1, 5), torch.nan, device=DEVICE))
     for index in (4, 7):
-        for got, wanted in zip(totals.blocks()[index], expected.blocks()[index], strict=True):
-            assert torch.equal(got, wanted)
+        wanted_attention = measured(expected)[index].attention
+        assert (measured(totals)[index].attention == wanted_attention).all()
     expected_drift, _, _ = drift()
     totals_drift, _, _ = drift()
-    totals_drift.add_mass(torch.tensor([0]), range(4), torch.full((4, 1, 9), torch.nan))
+    totals_drift.add_mass(first, range(4), torch.full((4, 1, 9), torch.nan, device=DEVICE))
     for index in (3, 5):
         wanted = expected_drift.most_attended()[index]
         assert torch.equal(totals_drift.most_attended()[index], wanted)

@@ -58,28 +58,6 @@ def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -
     return torch.nn.functional.pad(best, (0, track_num - best.shape[-1]), value=-1)
 
 
-def attended_blocks(
-    mass: torch.Tensor, watched: torch.Tensor, granularity: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by blocks of ``granularity`` positions, of watched positions alone.
-
-    Args:
-        mass: [..., T]; watched: bool [..., T].
-
-    Returns:
-        [..., blocks] the watched positions' mass, and int64 [..., blocks] the most attended one of
-        each block, the smaller position on a tie, -1 where none is watched.
-    """
-    granularity = min(granularity, mass.shape[-1])
-    num_blocks = -(-mass.shape[-1] // granularity)
-    padding = (0, num_blocks * granularity - mass.shape[-1])
-    blocks = torch.nn.functional.pad(mass.masked_fill(~watched, -1.0), padding, value=-1.0)
-    largest, best = blocks.unflatten(-1, (num_blocks, granularity)).max(dim=-1)
-    starts = torch.arange(num_blocks, device=mass.device) * granularity
-    sums = blocks.clamp_min(0).unflatten(-1, (num_blocks, granularity)).sum(dim=-1)
-    return sums, torch.where(largest >= 0, starts + best, -1)
-
-
 def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
     """How alike the tested rows' attention is before and after an update; 1 = no drift.
 

@@ -12,7 +12,7 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
     """Scaled scores, one query and one head at a time."""
     num_layers, num_rows, num_heads, _ = queries.shape
     group = num_heads // keys.shape[1]
-    out = torch.empty(num_layers, num_heads, num_rows, keys.shape[-1])
+    out = torch.empty(num_layers, num_heads, num_rows, keys.shape[-1], device=keys.device)
     for layer in range(num_layers):
         for head in range(num_heads):
             for row in range(num_rows):
@@ -31,7 +31,7 @@ def attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.
 def attention_mass(attention: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Attention summed over heads and over the rows that count."""
     num_layers, num_heads, num_rows, num_keys = attention.shape
-    mass = torch.zeros(num_layers, num_keys)
+    mass = torch.zeros(num_layers, num_keys, device=attention.device)
     for head in range(num_heads):
         for row in range(num_rows):
             mass += weights[row] * attention[:, head, row]
@@ -46,19 +46,7 @@ def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -
             (p for p, ok in enumerate(trackable.tolist()) if ok), key=lambda p: -layer[p]
         )
         rows.append((ranked + [-1] * track_num)[:track_num])
-    return torch.tensor(rows)
-
-
-def attended_blocks(
-    mass: torch.Tensor, watched: torch.Tensor, granularity: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass and most attended position of each block, one position after the other."""
-    sums, best = [], []
-    for start in range(0, len(mass), granularity):
-        block = [p for p in range(start, min(start + granularity, len(mass))) if bool(watched[p])]
-        sums.append(sum((float(mass[p]) for p in block), 0.0))
-        best.append(max(block, key=lambda p: float(mass[p]), default=-1))
-    return torch.tensor(sums), torch.tensor(best)
+    return torch.tensor(rows, device=mass.device)
 
 
 def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
@@ -79,4 +67,4 @@ def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> to
         else:
             values = [cosine(a[h, m], b[h, m]) for h in range(num_heads) for m in range(num_rows)]
         result.append(sum(values) / len(values))
-    return torch.tensor(result)
+    return torch.tensor(result, device=new.device)

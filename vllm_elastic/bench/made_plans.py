@@ -85,7 +85,6 @@ class PlanMaker:
             return BlockProbe(
                 probes=tracked[: knobs.probes],
                 watched=~np.isin(np.arange(self.canvas), computed),
-                block_size=knobs.granularity or self.block_size,
                 attention_stride=knobs.attention_stride,
             )
         return None

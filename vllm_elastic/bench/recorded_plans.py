@@ -20,15 +20,12 @@ from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
 from vllm_elastic.decoding.plan import PassPlan, Segment
 
 
-def plans_of(
-    record: dict[str, Any], layers: int, vocabulary: int, block_size: int
-) -> list[PassPlan]:
+def plans_of(record: dict[str, Any], layers: int, vocabulary: int) -> list[PassPlan]:
     """All passes of one request, without its name and its KV blocks.
 
     Args:
         record: with what ``simulation.recording`` asks for, and ``prompt_tokens``.
         layers, vocabulary: of the model that runs them; its last token is the mask.
-        block_size: positions of its KV blocks.
 
     Raises:
         ValueError: a pass has fewer rows at its first join layer than its window.
@@ -48,7 +45,7 @@ def plans_of(
                 segments=segments,
                 tokens=np.where(masked, np.int32(vocabulary - 1), tokens),
                 window=window,
-                measure=_measure(record["policy"], entry, segments[0], window, masked, block_size),
+                measure=_measure(record["policy"], entry, segments[0], window, masked),
                 num_written=canvas if number else 0,
             )
         )
@@ -94,7 +91,6 @@ def _measure(
     first: Segment,
     window: Positions,
     masked: np.ndarray,
-    block_size: int,
 ) -> Measure | None:
     """As many rows as were measured; what the record does not say is the policy's default."""
     if not entry["queries"]:
@@ -106,7 +102,6 @@ def _measure(
         return BlockProbe(
             probes=np.concatenate([beside, window])[:probes],
             watched=~np.isin(np.arange(len(masked)), first.positions),
-            block_size=knobs.granularity or block_size,
             attention_stride=entry["attention_stride"],
         )
     # Some of the tested rows may be the window's: `queries` counts each once.

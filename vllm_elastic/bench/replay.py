@@ -73,13 +73,10 @@ class Run:
         *,
         layers: int,
         vocabulary: int,
-        block_size: int,
     ) -> Run:
         """Raises: ValueError: what the file has cannot be replayed; says why."""
         recording = Recording(name, records, layers)
-        plans = [
-            plan for record in records for plan in plans_of(record, layers, vocabulary, block_size)
-        ]
+        plans = [plan for record in records for plan in plans_of(record, layers, vocabulary)]
         return cls(recording, records[0]["policy"], plans)
 
     @property
@@ -120,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     for path, found in records.items():
         sizes = {"layers": shape.layers, "vocabulary": shape.vocabulary}
         try:
-            run = Run.of(path.stem, found, block_size=engine.runner.cache.block_size, **sizes)
+            run = Run.of(path.stem, found, **sizes)
         except ValueError as error:
             raise SystemExit(f"{path}: {error}") from None
         runs.append(run)

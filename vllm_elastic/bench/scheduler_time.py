@@ -16,8 +16,8 @@ from vllm_elastic.decoding.measurement import (
     BlockProbe,
     DriftTest,
     Measured,
-    MeasuredBlocks,
     MeasuredDrift,
+    MeasuredProbes,
 )
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 
@@ -84,11 +84,10 @@ def _result(
             np.ones(tested, dtype=np.float32) if measure.tested.size else None,
         )
     elif isinstance(measure, BlockProbe):
-        blocks, probes = -(-len(plan.tokens) // measure.block_size), len(measure.probes)
+        length, probes = len(plan.tokens), len(measure.probes)
         drift = (generator.random((probes, num_layers)) / 100).astype(np.float32)
-        measured = MeasuredBlocks(
-            np.full(blocks, 1 / blocks, dtype=np.float32),
-            np.arange(blocks, dtype=np.int32) * measure.block_size,
+        measured = MeasuredProbes(
+            np.full(length, 1 / length, dtype=np.float32),
             drift if probes else None,
         )
     predicted = np.full(count, word, dtype=np.int32)

@@ -50,36 +50,33 @@ class MeasuredDrift:
 
 @dataclass(frozen=True, slots=True)
 class BlockProbe:
-    """``elastic-block``'s: the attention that blocks are paid, and how far probes have drifted.
+    """``elastic-block``'s: the attention that positions are paid, and how far probes have drifted.
 
     Attributes:
         probes: rows of the first segment whose stored hidden states are compared with the new.
-        watched: bool [T], positions whose attention counts for their block.
-        block_size: positions a block has.
+        watched: bool [T], positions whose attention the policy is going to count.
         attention_stride: attention is read in the last layer and every so manyth before it.
     """
 
     probes: Positions
     watched: npt.NDArray[np.bool_]
-    block_size: int
     attention_stride: int = 1
 
 
 @dataclass(slots=True)
-class MeasuredBlocks:
+class MeasuredProbes:
     """What a ``BlockProbe`` finds.
 
     Attributes:
-        mass: float32 [blocks], share of the window's attention, mean over heads and read layers.
-        most_attended: int32 [blocks], the most attended watched position of each; -1: none.
+        attention: float32 [T], each position's share of the window's attention, mean over heads
+            and read layers, watched or not.
         probe_drift: float32 [probes, L], relative change of each layer's input (0 in layer 0,
             whose input is the embedding, and where it is not stored); None: no probes.
     """
 
-    mass: npt.NDArray[np.float32]
-    most_attended: npt.NDArray[np.int32]
+    attention: npt.NDArray[np.float32]
     probe_drift: npt.NDArray[np.float32] | None = None
 
 
 Measure = DriftTest | BlockProbe
-Measured = MeasuredDrift | MeasuredBlocks
+Measured = MeasuredDrift | MeasuredProbes

@@ -34,7 +34,7 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
         self.layer_name = layer_name
         self.num_heads = 1
         self.dtype = vllm_config.model_config.dtype
-        self.kv_cache = torch.tensor([])
+        self.kv_cache = torch.empty(0, device="cpu")
         context = vllm_config.compilation_config.static_forward_context
         if layer_name in context:
             raise ValueError(f"duplicate layer name: {layer_name}")
@@ -53,7 +53,7 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         """Stored rows [R, d] at slots [R] (int64), gathered from all ranks."""
-        return ranks.gather_columns(self.rows()[slots])
+        return ranks.gather_columns(self.rows().index_select(0, slots))
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Store this rank's columns of rows [R, d] at slots [R] (int64), none of them twice."""

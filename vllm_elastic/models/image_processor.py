@@ -138,7 +138,8 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
             made = self._tiles(images=asked, return_tensors="pt")["pixel_values"][0]
             tiles.append(made.to(self.info.ctx.model_config.dtype))
             sizes.append(size)
-        return BatchFeature({"pixel_values": tiles, "image_size": torch.tensor(sizes)})
+        image_size = torch.tensor(sizes, device="cpu")
+        return BatchFeature({"pixel_values": tiles, "image_size": image_size})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

@@ -63,8 +63,9 @@ class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
     def largest_image(self) -> dict[str, torch.Tensor]:
         """Of ``embed_multimodal``, arguments that take the most memory."""
         rules = self.images.rules
-        tiles = torch.zeros(rules.most_tiles, 3, rules.tile, rules.tile)
-        return {"pixel_values": tiles, "image_size": torch.tensor(max(rules.grids, key=math.prod))}
+        tiles = torch.zeros(rules.most_tiles, 3, rules.tile, rules.tile, device="cpu")
+        size = torch.tensor(max(rules.grids, key=math.prod), device="cpu")
+        return {"pixel_values": tiles, "image_size": size}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load LLaDA-V's tensor names; returns the parameters that were filled.

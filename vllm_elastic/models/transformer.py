@@ -148,7 +148,7 @@ class DiffusionTransformer(nn.Module):
                 if layer:
                     x = self._store_and_join(layer, x, before, now)
                 projected = self._with_old(layer, x, now, recorder)
-                positions = _first(now.positions, len(projected))
+                positions = _first(now.positions, projected.shape[0])
                 q, k, v = _project(block, projected, positions, now.calls)
                 del projected
                 if recorder is not None:
@@ -157,7 +157,8 @@ class DiffusionTransformer(nn.Module):
                 before, calls = now, now.calls
                 if layer == self.num_layers - 1:
                     x, q, calls = x[rows.window.rows], q[rows.window.rows], rows.window.calls
-                q, k, v = (_first(rows_of, len(x)) for rows_of in (q, k, v))
+                count = x.shape[0]
+                q, k, v = _first(q, count), _first(k, count), _first(v, count)
                 attended = _attend(block, q, k, v, calls)
                 del q, k, v  # the MLP needs the room
                 x = _finish(block, x, attended, calls)
@@ -322,7 +323,8 @@ class DiffusionTransformer(nn.Module):
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The first so many rows; no operator where they are all."""
-    return rows if len(rows) == count else rows[:count]
+    # Not by len(), which is several calls of Python's for a tensor.
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _project(
@@ -338,7 +340,7 @@ def _project(
 
 def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """Put keys and values [P, Hkv, D] into their slots [>= P] of the paged cache."""
-    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, _first(slots, len(k)))
+    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, _first(slots, k.shape[0]))
 
 
 def _attend(
@@ -361,7 +363,7 @@ def _attend(
             attn.impl.forward(
                 attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
             )
-    return output.view(len(q), -1)
+    return output.view(q.shape[0], -1)
 
 
 def _finish(

@@ -74,7 +74,7 @@ def confidences(probabilities: Tensor, token_ids: Tensor, alg: str) -> Tensor:
         return ranked[:, 0] - ranked[:, 1]
     if alg == "entropy":
         return (probabilities * (probabilities + 1e-10).log()).sum(dim=-1)
-    return probabilities[torch.arange(len(token_ids)), token_ids]
+    return probabilities.gather(-1, token_ids[:, None])[:, 0]
 
 
 def gumbel(uniform: Tensor) -> Tensor:
@@ -103,7 +103,9 @@ def diffusion(
         ValueError: see ``Canvas``.
     """
     canvas = Canvas(model, prompt_ids, max_tokens)
-    times = torch.linspace(1.0, options.eps, options.steps + 1, dtype=torch.float64).tolist()
+    times = torch.linspace(
+        1.0, options.eps, options.steps + 1, dtype=torch.float64, device="cpu"
+    ).tolist()
     result = DecodingResult()
     for step in range(options.steps):
         left = canvas.masked.nonzero().flatten()

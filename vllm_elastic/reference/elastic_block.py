@@ -130,7 +130,8 @@ class ElasticBlock:
     def run(self, join: dict[int, int], predicting: Tensor) -> Measured:
         """All layers for positions that join at the layers given, (W,) of them the window's."""
         model, cache = self.model, self.cache
-        old = cache.hidden[:, self.probes].float()
+        probes = self.positions(self.probes)
+        old = cache.hidden[:, probes].float()
         first = min(join.values())
         mass = torch.zeros(len(self.canvas), device=model.device)
         active, hidden = self.positions([]), cache.hidden[0, :0]
@@ -148,7 +149,7 @@ class ElasticBlock:
                 mass += model.attention_rows(q[:, in_window], cache.keys[layer]).sum(dim=(0, 1))
             attended = model.attend(q, cache.keys[layer], cache.values[layer])
             hidden = model.finish(layer, hidden, attended)
-        new = cache.hidden[:, self.probes].float()
+        new = cache.hidden[:, probes].float()
         change = (new - old).norm(dim=-1) / old.norm(dim=-1)
         for layer in range(self.layers):
             if layer == 0 or layer % self.options.hidden_stride:

@@ -61,10 +61,11 @@ class LLaDA:
         # Detached: nothing here is trained, and no graph is to grow over a decoding.
         self.weights = {name: weights[name].detach() for name in weight_shapes(config)}
         # RoPE's angles are float32 whatever the weights are (LLaDA: rope_full_precision).
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        positions = torch.arange(config.max_sequence_length, dtype=torch.float32)
+        size, length, device = config.head_dim, config.max_sequence_length, self.device
+        half = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+        positions = torch.arange(length, dtype=torch.float32, device=device)
         angles = positions[:, None] / config.rope_theta**half  # (max_sequence_length, D/2)
-        angles = torch.cat([angles, angles], dim=-1).to(self.device)
+        angles = torch.cat([angles, angles], dim=-1)
         self._cos, self._sin = angles.cos(), angles.sin()
 
     @property
@@ -111,10 +112,10 @@ class LLaDA:
         changing layers, and confidences 0.1 to 0.7. Norm weights are spread around 1, so that a
         mixed-up norm shows.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         weights = {}
         for name, shape in weight_shapes(config).items():
-            drawn = torch.randn(shape, generator=generator)
+            drawn = torch.randn(shape, generator=generator, device="cpu")
             if len(shape) == 1:
                 drawn = 1 + 0.1 * drawn
             elif name != EMBEDDING or config.weight_tying:

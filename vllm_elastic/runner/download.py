@@ -45,7 +45,8 @@ class Download:
         tensors, self._tensors = self._tensors, []
         away = [tensor for tensor in tensors if not self._is_here(tensor)]
         forms = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in away]
-        host, copied = _sent(away) if away else (torch.empty(0, dtype=torch.uint8), None)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        host, copied = _sent(away) if away else (nothing, None)
 
         def arrive() -> list[npt.NDArray[Any]]:
             if copied is not None:
@@ -78,10 +79,15 @@ class Download:
 
 def _sent(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     """Their bytes on the host once the event has come (None: at once)."""
-    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-    host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=flat.is_cuda)
+    flat = torch.cat([_as_bytes(tensor.contiguous()) for tensor in tensors])
+    host = torch.empty(flat.shape, dtype=torch.uint8, device="cpu", pin_memory=flat.is_cuda)
     host.copy_(flat, non_blocking=True)
     copied = torch.cuda.Event() if flat.is_cuda else None
     if copied is not None:
         copied.record()
     return host, copied
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A view, [bytes]. A single number may keep any stride, and is contiguous all the same."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

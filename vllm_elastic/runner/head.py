@@ -23,6 +23,7 @@ from vllm_elastic.runner.candidates import (
     sampled,
 )
 from vllm_elastic.runner.constraints import Constraints
+from vllm_elastic.runner.ragged import joined
 from vllm_elastic.runner.upload import Upload
 
 LOGITS_AT_ONCE = 1 << 25
@@ -88,11 +89,11 @@ class Head:
         if not ranks.reports():
             return None
         return Candidates(
-            _joined(token_ids).to(torch.int32),
-            _joined(probabilities),
+            joined(token_ids).to(torch.int32),
+            joined(probabilities),
             entropies,
             {
-                index: tuple(map(_joined, zip(*parts, strict=True)))
+                index: tuple(map(joined, zip(*parts, strict=True)))
                 for index, parts in logprobs.items()
             },
         )
@@ -151,8 +152,3 @@ class Head:
             if self._plans[index].sampling is not None and first < last:
                 here = slice(first - rows.start, last - rows.start)
                 yield index, here, slice(first, last)
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """No operator where there is one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

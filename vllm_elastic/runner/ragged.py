@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of their own lengths as one array."""
+"""Rows in pieces, or of their own lengths, as one array."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 
 def filled_up(rows: Sequence[Any], length: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -16,3 +17,8 @@ def filled_up(rows: Sequence[Any], length: int, dtype: npt.DTypeLike) -> npt.NDA
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = row
     return filled
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Parts one behind the other; no operator where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -90,7 +90,8 @@ class Upload:
 
     def _allocate(self, num_bytes: int) -> None:
         pinned = self.device.type == "cuda"
-        self._host = torch.zeros(_aligned(num_bytes), dtype=torch.uint8, pin_memory=pinned)
+        size = _aligned(num_bytes)
+        self._host = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._host_np = self._host.numpy()
         self._on_device = self._twin(self._host)
         # A slice of one of these is one operator, a slice seen as another type is two.

@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
-from vllm_elastic.decoding.measurement import BlockProbe, Measured, MeasuredBlocks
+from vllm_elastic.decoding.measurement import BlockProbe, Measured, MeasuredProbes
 from vllm_elastic.decoding.plan import PassPlan, StepState
 from vllm_elastic.decoding.policies.base import RefreshPolicy, Stale
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
     from vllm_elastic.decoding.request import DenoisingRequest
+
+Shares = npt.NDArray[np.float32]
 
 GROWTH = 0.6
 """Drift grows with this power of the steps since the state was stored: measured (docs/drift.md)."""
@@ -78,7 +80,6 @@ class ElasticBlock(RefreshPolicy):
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
             watched=watched,
-            block_size=request.validity.block_size,
             attention_stride=self.config.attention_stride,
         )
 
@@ -86,17 +87,20 @@ class ElasticBlock(RefreshPolicy):
         return min(canvas, self.config.most_predicted) + min(canvas, self.config.probes)
 
     def judge(self, request: DenoisingRequest, plan: PassPlan, measured: Measured) -> Stale | None:
-        assert isinstance(measured, MeasuredBlocks)
+        assert isinstance(measured, MeasuredProbes) and isinstance(plan.measure, BlockProbe)
         step = plan.denoising_step
         self._measured_at = step
         if plan.computes_everything:
             self._start_over(request, step)
         self._take_probes(request, plan, measured, step)
-        stale = self._verdict(request, step + self.config.measure_every, measured.mass)
+        mass, most_attended = attention_of_blocks(
+            measured.attention, plan.measure.watched, request.validity.block_size
+        )
+        stale = self._verdict(request, step + self.config.measure_every, mass)
         if stale is not None:
             refreshed = stale < request.num_layers
             self._refreshed_at[refreshed] = step + (request.refresh == "next")
-        self._choose_probes(measured, step)
+        self._choose_probes(mass, most_attended, step)
         return stale
 
     def judged_by(self) -> dict[str, list[float]]:
@@ -131,7 +135,7 @@ class ElasticBlock(RefreshPolicy):
             self._rate = np.zeros((blocks, request.num_layers), dtype=np.float32)
 
     def _take_probes(
-        self, request: DenoisingRequest, plan: PassPlan, measured: MeasuredBlocks, step: int
+        self, request: DenoisingRequest, plan: PassPlan, measured: MeasuredProbes, step: int
     ) -> None:
         """Drift of a block per step^GROWTH, from the change since its probe was stored."""
         if measured.probe_drift is None:
@@ -143,7 +147,7 @@ class ElasticBlock(RefreshPolicy):
         self._probed_at[blocks] = step
 
     def _verdict(
-        self, request: DenoisingRequest, step: int, mass: npt.NDArray[np.float32]
+        self, request: DenoisingRequest, step: int, mass: Shares
     ) -> npt.NDArray[np.int16] | None:
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
         assert self._rate is not None
@@ -166,10 +170,30 @@ class ElasticBlock(RefreshPolicy):
             stale[block] = max(0, first - 1)
         return stale
 
-    def _choose_probes(self, measured: MeasuredBlocks, step: int) -> None:
+    def _choose_probes(self, mass: Shares, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        known = measured.most_attended >= 0
-        due = measured.mass * np.maximum(step + 1 - self._probed_at, 0) * known
+        due = mass * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
         ranked = np.argsort(-due, kind="stable")[: self.config.probes]
-        chosen = measured.most_attended[ranked[due[ranked] > 0]]
-        self._next_probes = np.sort(chosen).astype(np.int32)
+        self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
+
+
+def attention_of_blocks(
+    attention: Shares, watched: npt.NDArray[np.bool_], block_size: int
+) -> tuple[Shares, Positions]:
+    """Attention by blocks of ``block_size`` positions, of watched positions alone.
+
+    Args:
+        attention: float32 [T]; watched: bool [T].
+
+    Returns:
+        float32 [blocks] the watched positions' attention, and int32 [blocks] the most attended one
+        of each block, the smaller position on a tie, -1 where none is watched.
+    """
+    num_blocks = -(-len(attention) // block_size)
+    by_position = np.full(num_blocks * block_size, -1.0, dtype=np.float32)
+    np.copyto(by_position[: len(attention)], attention, where=watched)
+    paid = by_position.reshape(num_blocks, block_size)
+    best = paid.argmax(axis=1)
+    seen = paid.max(axis=1) >= 0
+    most_attended = np.where(seen, best + np.arange(num_blocks) * block_size, -1)
+    return np.maximum(paid, 0).sum(axis=1), most_attended.astype(np.int32)

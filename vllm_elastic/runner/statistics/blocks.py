@@ -1,43 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes of ``BlockProbe``: attention by blocks, and how far probes have drifted."""
+"""What comes of ``BlockProbe``: the attention paid to positions, and how far probes drifted."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from vllm_elastic.attention import attention_statistics as ops
-from vllm_elastic.decoding.measurement import BlockProbe
+from vllm_elastic.attention.attention_statistics import NORM_FLOOR
+from vllm_elastic.decoding.measurement import BlockProbe, Measured, MeasuredProbes
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.ragged import filled_up
+from vllm_elastic.runner.download import Download, Fetched
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
-from vllm_elastic.runner.upload import Upload
+
+Floats = npt.NDArray[np.float32]
 
 
 class BlockTotals:
     """Of all plans with a ``BlockProbe``, filled in on every rank and added up once.
 
-    The plans share one tensor, with canvases of the longest one's length, so that the blocks of
-    all of them are found together.
+    The plans share one tensor, with canvases of the longest one's length. What their shares and
+    blocks are is worked out on the host, each plan by itself: a handful of numbers that would take
+    twenty operators, and whose rounding must not depend on how long another canvas is.
 
     Attributes:
         owners: the plans, by their index; their order is that of their places.
         mass: float32 [plans, longest T], the attention that each position is paid.
     """
 
-    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, upload: Upload) -> None:
+    def __init__(self, owners: dict[int, OwnRows], cache: CacheView, device: torch.device) -> None:
         self.owners, self._cache = owners, cache
         self._nth = {index: nth for nth, index in enumerate(owners)}
         longest = max((len(own.plan.tokens) for own in owners.values()), default=0)
-        self.mass = torch.zeros(len(owners), longest, device=upload.device)
-        watched = [self._measure(index).watched for index in owners]
-        self._watched = upload.put(filled_up(watched, longest, np.bool_))
-        # Plans whose blocks have as many positions are worked out together.
-        self._alike: list[tuple[int, list[int], torch.Tensor]] = []
-        for size in sorted({self._measure(index).block_size for index in owners}):
-            alike = [index for index in owners if self._measure(index).block_size == size]
-            places = upload.put(np.array([self._nth[index] for index in alike]))
-            self._alike.append((size, alike, places))
+        self.mass = torch.zeros(len(owners), longest, device=device)
         self._probes: list[torch.Tensor] = []
 
     def add_mass(self, places: torch.Tensor, mass: torch.Tensor) -> None:
@@ -51,44 +46,46 @@ class BlockTotals:
 
     def add_probes(self, change: torch.Tensor, before: torch.Tensor) -> None:
         """Squared norms [stored, probes of all plans], plan by plan, of the stored inputs."""
-        self._probes = [change, before]
+        # Probe by probe, so that a plan's are neighbours: a transfer copies nothing together.
+        self._probes = [part.T.contiguous() for part in (change, before)]
 
     def parts(self) -> list[torch.Tensor]:
         """Views of what adds up over ranks, without what fills up the shorter canvases."""
-        mass = [
-            self.mass[self._nth[index], : len(own.plan.tokens)]
+        return list(self._masses().values()) + self._probes
+
+    def results(self, download: Download) -> dict[int, Fetched[Measured]]:
+        """What each plan asked for, once the download has arrived."""
+        changes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self._probes:
+            probing = [index for index in self.owners if self._num_probes(index)]
+            counts = [self._num_probes(index) for index in probing]
+            pieces = zip(*(part.split(counts) for part in self._probes), strict=True)
+            changes = dict(zip(probing, pieces, strict=True))
+        return {
+            index: download.of(self._measured, mass, *changes.get(index, (None, None)))
+            for index, mass in self._masses().items()
+        }
+
+    def _masses(self) -> dict[int, torch.Tensor]:
+        """Views [T] of the total, of each plan."""
+        return {
+            index: self.mass[self._nth[index], : len(own.plan.tokens)]
             for index, own in self.owners.items()
-        ]
-        return mass + self._probes
+        }
 
-    def blocks(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """float32 [blocks] mass and int32 [blocks] most attended position of each plan."""
-        if not self.owners:
-            return {}
-        # The norm is the whole canvas's attention, whether it is watched or not.
-        share = self.mass / self.mass.sum(dim=-1, keepdim=True)
-        found = {}
-        for block_size, alike, places in self._alike:
-            mass, best = ops.attended_blocks(share[places], self._watched[places], block_size)
-            best = best.to(torch.int32)
-            for nth, index in enumerate(alike):
-                own = slice(-(-len(self.owners[index].plan.tokens) // block_size))
-                found[index] = mass[nth, own], best[nth, own]
-        return found
-
-    def probe_drift(self) -> dict[int, torch.Tensor]:
-        """float32 [probes, L] of each plan that probes."""
-        if not self._probes:
-            return {}
-        change, before = self._probes
+    def _measured(
+        self, mass: Floats, change: Floats | None, before: Floats | None
+    ) -> MeasuredProbes:
+        """One plan's, on the host, of its mass [T] and squared norms [probes, stored]."""
+        attention = mass / mass.sum()  # the whole canvas's, whether it is watched or not
+        if change is None or before is None:
+            return MeasuredProbes(attention)
+        drift = np.zeros((len(change), self._cache.num_layers), dtype=np.float32)
         stride = self._cache.hidden_stride
-        drift = change.new_zeros(change.shape[1], self._cache.num_layers)
-        drift[:, stride::stride] = (change.sqrt() / before.sqrt().clamp_min(ops.NORM_FLOOR)).T
-        probing = [index for index in self.owners if self._measure(index).probes.size]
-        counts = [self._measure(index).probes.size for index in probing]
-        return dict(zip(probing, drift.split(counts), strict=True))
+        drift[:, stride::stride] = np.sqrt(change) / np.maximum(np.sqrt(before), NORM_FLOOR)
+        return MeasuredProbes(attention, drift)
 
-    def _measure(self, index: int) -> BlockProbe:
+    def _num_probes(self, index: int) -> int:
         measure = self.owners[index].measure
         assert isinstance(measure, BlockProbe)
-        return measure
+        return len(measure.probes)

@@ -16,12 +16,12 @@ from vllm_elastic.decoding.measurement import (
     BlockProbe,
     DriftTest,
     Measured,
-    MeasuredBlocks,
     MeasuredDrift,
 )
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download, Fetched
+from vllm_elastic.runner.ragged import joined
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.statistics.attention_sums import attention_sums
 from vllm_elastic.runner.statistics.blocks import BlockTotals
@@ -73,7 +73,7 @@ class MeasuringStatistics(Statistics):
         self._saved, self._cache = saved, cache
         owners = saved.owners
         self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, upload)
-        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload)
+        self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload.device)
         self._attention = attention_sums(saved, cache, self._drift, self._blocks, upload)
 
     def before(self, dtype: torch.dtype) -> None:
@@ -93,9 +93,7 @@ class MeasuringStatistics(Statistics):
         similarities = self._drift.similarities()
         for index, best in self._drift.most_attended().items():
             fetched[index] = download.of(MeasuredDrift, best, similarities.get(index))
-        probe_drift = self._blocks.probe_drift()
-        for index, (mass, best) in self._blocks.blocks().items():
-            fetched[index] = download.of(MeasuredBlocks, mass, best, probe_drift.get(index))
+        fetched.update(self._blocks.results(download))
         return fetched
 
     def _probe_sums(self, old_probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +108,7 @@ class MeasuringStatistics(Statistics):
             # The square of a rounded norm has that norm for its root: one rank's numbers are
             # unchanged.
             sums.append(((new - old).norm(dim=-1).square(), old.norm(dim=-1).square()))
-        change, before = (torch.cat(part) for part in zip(*sums, strict=True))
+        change, before = (joined(part) for part in zip(*sums, strict=True))
         return change, before
 
 

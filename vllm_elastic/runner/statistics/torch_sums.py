@@ -9,6 +9,7 @@ import torch
 
 from vllm_elastic.decoding.measurement import BlockProbe
 from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.ragged import joined
 from vllm_elastic.runner.statistics.attention import AttentionReader
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
@@ -42,7 +43,7 @@ class TorchSums:
         reader = AttentionReader(self._cache, recorder)
         for reading in self._readings:
             parts = [self._mass(reader, reading, layers) for layers in reading.layer_parts()]
-            mass = torch.cat(parts)
+            mass = joined(parts)
             if isinstance(reading.pieces[0].owners[0].measure, BlockProbe):
                 self._blocks.add_mass(reading.places, mass)
             else:

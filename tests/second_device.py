@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device beside the CPU, on a CPU: its tensors and the host's do not mix.
+
+Each of its tensors is a wrapper of a CPU tensor, and operators run on that. As on a card, a CPU
+tensor with dimensions beside one of the device in an operator is an error, and so is reading the
+device's numbers by ``numpy``. A transfer is a copy. Unlike on a card, pinned memory is plain, work
+is done when it is queued, and indexing by a list or by the host's tensor is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+SECOND = torch.device("privateuseone", 0)
+
+_TRANSFERS = ("_to_copy", "to", "copy_", "_local_scalar_dense")
+"""What may have operands on both, or a result on the other."""
+
+
+class OnSecond(torch.Tensor):
+    """A tensor of the second device."""
+
+    kept: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, kept: torch.Tensor) -> OnSecond:
+        with torch.inference_mode(False):  # a view of a tensor is of the tensor's kind
+            tensor: OnSecond = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                kept.size(),
+                strides=kept.stride(),
+                storage_offset=kept.storage_offset(),
+                dtype=kept.dtype,
+                device=SECOND,
+            )
+        tensor.kept = kept
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    # What torch does beneath the dispatcher.
+
+    def tolist(self) -> Any:
+        return self.kept.tolist()
+
+    def data_ptr(self) -> int:
+        return self.kept.data_ptr()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("a tensor of the second device has to be brought to the host first")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnSecond({self.kept!r})"
+
+
+class _Mode(TorchDispatchMode):
+    """For what has no operand there: a factory that names the device, a transfer to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _FromHost(TorchFunctionMode):
+    """What torch fills on the host with the dispatcher switched off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and _is_second(kwargs.get("device")):
+            del kwargs["device"]
+            return func(*args, **kwargs, device="cpu").to(SECOND)
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func.overloadpacket.__name__
+    given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    there = any(isinstance(each, OnSecond) for each in given)
+    if there and name not in _TRANSFERS:
+        # A number without dimensions may come from the host.
+        strangers = [each for each in given if not isinstance(each, OnSecond) and each.ndim]
+        assert not strangers, f"{func}: operands on the host and on the second device"
+    named = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)]
+    result_there = _is_second(named[0]) if named else there
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    own_args, own_kwargs = pytree.tree_map(_kept, (args, kwargs))
+    result = func(*own_args, **own_kwargs)
+    # What was changed in place is returned as it came.
+    known = {id(_kept(each)): each for each in given}
+
+    def placed(each: Any) -> Any:
+        if not isinstance(each, torch.Tensor):
+            return each
+        same = known.get(id(each))
+        if same is not None and isinstance(same, OnSecond) == result_there:
+            return same
+        if same is not None:  # a transfer that had nothing to do
+            each = each.clone()
+        return OnSecond(each) if result_there else each
+
+    return pytree.tree_map(placed, result)
+
+
+def _is_second(device: Any) -> bool:
+    return device is not None and torch.device(device).type == SECOND.type
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, OnSecond):
+        return value.kept
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+@contextlib.contextmanager
+def second_device() -> Iterator[None]:
+    """While it is open, tensors can be made there. torch knows the device from then on."""
+    if not hasattr(torch, SECOND.type):
+        _setup_privateuseone_for_python_backend()
+    with _FromHost(), _Mode():
+        yield
