@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.v1.worker import gpu_worker
 
+from tests.live_bytes import LiveBytes
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.engine import graph_flags
 from vllm_elastic.engine.graph_flags import graph_rows
@@ -138,3 +142,42 @@ def test_a_device_that_refuses_is_told_with_the_remedy(
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8])
     with pytest.raises(RuntimeError, match="--enforce-eager"):
         runner.profile_run()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card's own memory is measured there")
+def test_vllm_sizes_the_cache_with_graphs_counted(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU worker's own code, on a device whose memory is what this process has alive."""
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    counts = [8, 24]
+
+    @contextlib.contextmanager
+    def memory_profiling(*_: Any, **__: Any) -> Iterator[Any]:
+        found = SimpleNamespace(after_profile=SimpleNamespace(free_memory=0))
+        with LiveBytes() as live:
+            yield found
+        found.total_consumed = sum(live.sizes.values())
+        found.transient_peak_headroom = live.peak - found.total_consumed
+        found.non_kv_cache_memory = live.peak
+
+    monkeypatch.setattr(gpu_worker, "memory_profiling", memory_profiling)
+    monkeypatch.setattr(runner_module, "CudaGraphs", lambda device: RecordedGraphs())
+    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(runner, "_executor", runner._executor)
+    available = {}
+    for rows in ([], counts):
+        monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, rows)
+        worker: Any = MagicMock(spec=gpu_worker.Worker)
+        worker.vllm_config, worker.model_runner = runner.vllm_config, runner
+        worker.cache_config = SimpleNamespace(
+            kv_cache_memory_bytes=None, gpu_memory_utilization=0.9
+        )
+        worker.model_config, worker.parallel_config = runner.model_config, SimpleNamespace()
+        worker.init_snapshot = SimpleNamespace(free_memory=1 << 40, total_memory=1 << 40)
+        worker.requested_memory, worker.randomize_dummy_inputs = 1 << 39, False
+        runner.model_memory_usage = 0
+        available[len(rows)] = gpu_worker.Worker.determine_available_memory(worker)
+    static = runner._executor._static
+    least = sum(rows.nbytes for rows in (static.x, static.positions, static.attended))
+    assert available[0] - available[len(counts)] >= least > 0
