@@ -13,7 +13,7 @@ import torch
 
 from tests.engines_kept import keep_engines
 from tests.recorded_graphs import RecordedGraphs
-from vllm_elastic.bench import card
+from vllm_elastic.bench import card, pass_parts
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.dummy_model import dummy_engine, shape_of_sizes
 from vllm_elastic.bench.made_plans import KINDS, PlanMaker
@@ -57,6 +57,39 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "| no | 100 | 3 | window, elastic-block | 3 | 36 |" in printed
     assert f"{rates['threads']} thread(s), float32" in printed and rates["device"] in printed
+
+
+@pytest.mark.engine
+def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that passes no longer call, or that a class overrides, would count as nothing."""
+    keep_engines()
+    args = make_parser().parse_args([*WORDS, "--batch-size", "1"])
+    shape = shape_of_sizes(args)
+    engine = dummy_engine(shape, args, args.batch_size, max(args.canvas))
+    named = pass_parts.places()
+    places = {place for part in named.values() for place in part}
+    called, seen = set(), set()
+
+    def noted(place: Any) -> Any:
+        original = vars(place[0])[place[1]]
+        function = getattr(original, "__func__", original)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            called.add(place)
+            return function(*args, **kwargs)
+
+        return classmethod(wrapper) if isinstance(original, classmethod) else wrapper
+
+    for owner, attribute in places:
+        monkeypatch.setattr(owner, attribute, noted((owner, attribute)))
+    maker = PlanMaker(64, 8, 2, shape.vocabulary, engine.runner.cache.block_size)
+    for kind in KINDS:
+        called.clear()
+        plan = maker.plan(kind, 0)
+        engine.runner.run([plan])
+        assert plan.measure is None or called.issuperset(named["statistics"])
+        seen |= called
+    assert seen == places
 
 
 @pytest.mark.engine

@@ -14,15 +14,16 @@ from vllm_elastic.bench.pass_time import clock
 PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch", "scheduler")
 
 
-def _places() -> dict[str, list[tuple[Any, str]]]:
+def places() -> dict[str, list[tuple[Any, str]]]:
+    """Of each part the functions whose time it is: where they are, and their names there."""
     from vllm_elastic.models import transformer
     from vllm_elastic.models.hidden_states import HiddenStateCache
+    from vllm_elastic.runner import runner
     from vllm_elastic.runner.batch import BatchBuilder
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
     from vllm_elastic.runner.statistics.recorder import PassRecorder
-    from vllm_elastic.runner.statistics.saved_rows import SavedRows
-    from vllm_elastic.runner.statistics.statistics import Statistics
+    from vllm_elastic.runner.statistics.statistics import MeasuringStatistics
 
     return {
         "products": [(transformer, "_project"), (transformer, "_finish")],
@@ -33,11 +34,11 @@ def _places() -> dict[str, list[tuple[Any, str]]]:
             (HiddenStateCache, "read"),
         ],
         "statistics": [
-            (SavedRows, "__init__"),
-            (Statistics, "before"),
+            (runner, "statistics_of"),
+            (MeasuringStatistics, "before"),
             (PassRecorder, "save_queries"),
-            (Statistics, "after"),
-            (Statistics, "results"),
+            (MeasuringStatistics, "after"),
+            (MeasuringStatistics, "results"),
         ],
         "head": [(Head, "predict")],
         "batch": [(RowOrder, "of"), (BatchBuilder, "lay_out"), (BatchBuilder, "finish")],
@@ -61,8 +62,8 @@ def parts_timed() -> Iterator[dict[str, float]]:
         return wrapper
 
     saved = []
-    for name, places in _places().items():
-        for owner, attribute in places:
+    for name, functions in places().items():
+        for owner, attribute in functions:
             original = vars(owner)[attribute]
             saved.append((owner, attribute, original))
             if isinstance(original, classmethod):
