@@ -121,6 +121,18 @@ def test_costs_of_statistics_by_hand() -> None:
     assert parts["statistics"] == pytest.approx([0, (10 * 2 * 14 + 40 * 2 * 16) / 10])
 
 
+def test_costs_of_statistics_by_kernels_by_hand() -> None:
+    """5 keys of 2 numbers in 2 layers are read in their own type, a canvas again for 32 tests."""
+    device = replace(SLOW_HOST, flops=1e9, bandwidth=10, paged_statistics=True)
+    for tested, looks in ((0, 1), (1, 2), (32, 2), (33, 3)):
+        parts, _ = seconds_of(device, one_pass(queries=3, tested=tested))
+        # 4 bytes of a position and KV head, of which there is one: written, read and added up
+        assert parts["statistics"] == pytest.approx([0, (looks * 10 * 2 * 2 + 10 * 12) / 10])
+    parts, _ = seconds_of(replace(device, flops=100, bandwidth=1e9), one_pass(queries=3))
+    # 3 queries look at 5 keys twice in 2 layers
+    assert parts["statistics"] == pytest.approx([2 * 2 * 4 * 30 / 100, 0])
+
+
 def test_a_layer_without_rows_costs_nothing() -> None:
     device = replace(SLOW_HOST, flops=1e9, bandwidth=10)
     parts, host = seconds_of(device, one_pass(segments=[[1, 5]]))

@@ -75,16 +75,26 @@ class CostModel:
             (shape.head_operations(window) / self._rate)[..., None],
             ((shape.head_parameters * size * (window > 0) + logits) / self._bandwidth)[..., None],
         )
-        # Keys are gathered, then copied to float32, then read; scores are written, go through a
-        # softmax and are summed (runner/statistics.py).
-        gathered = work[..., columns.query_keys] * shape.key_width * (3 * size + 8)
-        scores = work[..., columns.queries] * shape.heads * 16
-        put(
-            "statistics",
-            (2 * width * work[..., columns.queries] / self._float32_rate)[..., None],
-            ((gathered + scores) / self._bandwidth)[..., None],
-        )
+        operations, moved = self._statistics(work)
+        put("statistics", operations[..., None], (moved / self._bandwidth)[..., None])
         return seconds
+
+    def _statistics(self, work: Floats) -> tuple[Floats, Floats]:
+        """Seconds of the statistics' operations at their rate, and bytes that they move."""
+        shape, columns, size = self.shape, self.columns, self.shape.bytes_per_number
+        queries, keys = work[..., columns.queries], work[..., columns.query_keys]
+        operations = 2 * shape.width * queries
+        if self.device.paged_statistics:
+            # Keys where they are, in their own type: read from memory once, though they are looked
+            # at twice, and once more for some tested rows. What each KV head's program finds of a
+            # position is written, read and added up.
+            kv_heads = shape.key_width * shape.heads // shape.width
+            read = (keys + work[..., columns.tested_keys]) * shape.key_width * size
+            return 2 * operations / self._rate, read + 12 * kv_heads * keys
+        # Keys are gathered, then copied to float32, then read; scores are written, go through a
+        # softmax and are summed.
+        gathered = keys * shape.key_width * (3 * size + 8)
+        return operations / self._float32_rate, gathered + 16 * shape.heads * queries
 
     def host_counts(self, work: Floats) -> Floats:
         """[..., 4]: steps, layers with rows, passes, and passes with statistics."""

@@ -16,13 +16,15 @@ class Device:
 
     Attributes:
         flops: operations a second of dense matrix products in the model's number format.
-        float32_flops: the same in float32, in which the statistics are worked out.
+        float32_flops: the same in float32, in which torch works out statistics.
         bandwidth: bytes a second of its memory. memory: bytes.
         efficiency: share of these rates that is reached.
         step_seconds: of host time a step: scheduling, output, one synchronisation.
-        layer_seconds: of host time a layer with rows: its kernels are launched one by one.
+        layer_seconds: of host time a layer with rows: what of it is launched one by one.
         pass_seconds: of host time for each request's pass in a step: plan and result.
         statistics_seconds: the same where attention statistics are wanted.
+        paged_statistics: worked out by our kernels (``attention.paged_statistics``), which read
+            keys where they are; else by torch's operators, which copy them.
         asynchronous: layers' host time hides behind the device's work, as on a GPU.
         factors: what a part takes relative to what the rates say; 1 where it is not named.
     """
@@ -37,6 +39,7 @@ class Device:
     layer_seconds: float = 0.0
     pass_seconds: float = 0.0
     statistics_seconds: float = 0.0
+    paged_statistics: bool = False
     asynchronous: bool = False
     factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -45,10 +48,9 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
     """A Hopper GPU (SXM).
 
     Peaks are the vendor's: dense bfloat16, plain float32. Nothing here was measured on a GPU. The
-    scheduler's time for a pass is what ``bench card`` measures on a CPU core; efficiency and the
-    other overheads are guesses. The runner launches its kernels one by one from Python, about 15
-    a layer and 20 for the statistics of a request that tests its drift, at some 5 microseconds
-    each.
+    scheduler's time for a pass, and for what it measured, is what ``bench card`` measures on a CPU
+    core; efficiency and the other overheads are guesses. With graphs a layer is some six calls
+    from Python (docs/decisions.md), at 5 microseconds each.
     """
     return Device(
         name=name,
@@ -58,9 +60,10 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
         memory=memory,
         efficiency=0.65,
         step_seconds=1e-3,
-        layer_seconds=75e-6,
-        pass_seconds=80e-6,
-        statistics_seconds=100e-6,
+        layer_seconds=30e-6,
+        pass_seconds=40e-6,
+        statistics_seconds=30e-6,
+        paged_statistics=True,
         asynchronous=True,
     )
 

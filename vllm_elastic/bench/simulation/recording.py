@@ -17,6 +17,9 @@ Floats = npt.NDArray[np.float64]
 KINDS = ("first", "window", "refresh")
 """Passes as a table shows them; replays and repeated full passes count as refreshes."""
 
+ROWS_OF_A_TEST = 32
+"""Tested rows for which the kernel of ``attention.paged_statistics`` reads a canvas's keys once."""
+
 NEEDED = {"policy", "layers", "canvas", "token_ids", "steps"}
 NEEDED_OF_A_PASS = {
     "kind", "rows", "segments", "window", "queries", "attention_stride", "tested", "saved_rows",
@@ -70,6 +73,7 @@ class Columns:
         attended: [L] rows times T; keys: [L] T where the layer has rows.
         window: rows of the last layer and the head; window_attended: times T.
         queries: measured rows times T, summed over layers; query_keys: T, summed over layers.
+        tested_keys: T for every ``ROWS_OF_A_TEST`` tested rows, summed over layers.
         requests, measured: 1; 1 where attention statistics are wanted.
         kinds: row-layers, in the column of the pass's kind.
     """
@@ -80,9 +84,9 @@ class Columns:
         )
         end = 4 * layers
         self.window, self.window_attended, self.queries, self.query_keys = range(end, end + 4)
-        self.requests, self.measured = end + 4, end + 5
-        self.kinds = slice(end + 6, end + 6 + len(KINDS))
-        self.count = end + 6 + len(KINDS)
+        self.tested_keys, self.requests, self.measured = range(end + 4, end + 7)
+        self.kinds = slice(end + 7, end + 7 + len(KINDS))
+        self.count = end + 7 + len(KINDS)
 
 
 class Recording:
@@ -159,6 +163,8 @@ class Recording:
             queries = entry["queries"] + entry["tested"]
             work[columns.queries] = queries * canvas * measured_layers
             work[columns.query_keys] = canvas * measured_layers
+            looks = -(-entry["tested"] // ROWS_OF_A_TEST)
+            work[columns.tested_keys] = looks * canvas * measured_layers
             work[columns.measured] = 1
         work[columns.requests] = 1
         kind = entry["kind"] if entry["kind"] in KINDS else "refresh"
