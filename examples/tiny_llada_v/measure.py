@@ -50,18 +50,19 @@ def request_of(problem: Problem, tokenizer: Any) -> dict[str, Any]:
 
 
 def measure(engine: BenchEngine, asked: Sequence[Problem], knobs: dict[str, Any]) -> dict[str, Any]:
-    """One setting's figures: right answers by kind, and means of an answer."""
+    """One setting's figures: right answers by kind (None: not asked), and means of an answer."""
     tokenizer = engine.llm.get_tokenizer()
     own = {f"elastic_{name}": value for name, value in knobs.items()}
     with counted(engine) as counts:
         results = engine.run([request_of(problem, tokenizer) | own for problem in asked])
     right, tokens = Counter[str](), 0
+    number = Counter(problem.kind for problem in asked)
     for problem, result in zip(asked, results, strict=True):
         right[problem.kind] += problem.check(result["text"])
         tokens += len(result["token_ids"])
     return {
         "right": sum(right.values()) / len(asked),
-        **{kind: right[kind] / sum(p.kind == kind for p in asked) for kind in QUESTIONS},
+        **{kind: right[kind] / number[kind] if number[kind] else None for kind in QUESTIONS},
         "tokens": tokens / len(asked),
         "passes": sum(result["passes"] for result in results) / len(asked),
         "over_the_picture": counts["image_passes"] / len(asked),
@@ -91,7 +92,7 @@ def main() -> None:
     print("|---" * (1 + len(columns) + len(work)) + "|")
     for name in args.settings:
         rows[name] = row = measure(engine, asked, SETTINGS[name])
-        figures = [f"{row[column]:.1%}" for column in columns]
+        figures = ["" if row[column] is None else f"{row[column]:.1%}" for column in columns]
         figures += [f"{row[column]:.1f}" for column in work[:2]]
         figures += [f"{row[column]:.0f}" for column in work[2:]]
         print(f"| {name} | {' | '.join(figures)} |", flush=True)
