@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,13 @@ from typing import Any
 def machine() -> dict[str, Any]:
     """Device, driver, versions and threads of this process."""
     import torch
-    import vllm
 
     found: dict[str, Any] = {"device": _processor(), "driver": None}
     if torch.cuda.is_available():
-        from vllm.third_party import pynvml
-
-        pynvml.nvmlInit()
-        found["device"] = torch.cuda.get_device_name()
-        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        found["device"], found["driver"] = torch.cuda.get_device_name(), _driver()
     return found | {
         "torch": torch.__version__,
-        "vllm": vllm.__version__,
+        "vllm": metadata.version("vllm"),
         "threads": torch.get_num_threads(),
     }
 
@@ -32,6 +29,15 @@ def sentence(found: dict[str, Any]) -> str:
     driver = f", driver {found['driver']}" if found["driver"] else ""
     versions = f"torch {found['torch']}, vLLM {found['vllm']}"
     return f"{found['device']}{driver}, {versions}, {found['threads']} thread(s)"
+
+
+def _driver() -> str | None:
+    """Of the first card; torch does not know it."""
+    ask = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:
