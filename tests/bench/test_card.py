@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device import ON_CARD
 from tests.engines_kept import keep_engines
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.bench import card, pass_parts
@@ -43,7 +44,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     rates = document["machine"]
     for row in rows:
-        assert not row["graphs"] or torch.cuda.is_available()
+        assert not row["graphs"] or ON_CARD
         floors = row["bytes_floor_milliseconds"], row["operations_floor_milliseconds"]
         assert min(floors) > 0
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / max(floors))
@@ -93,7 +94,7 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(torch.cuda.is_available(), reason="`test_run` has a card's own graphs")
+@pytest.mark.skipif(ON_CARD, reason="`test_run` has a card's own graphs")
 def test_with_graphs_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

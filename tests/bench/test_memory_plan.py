@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.device import DEVICE
 from tests.engine.test_family_configs import ILLADA, LLADA_MOE
 from tests.live_bytes import LiveBytes
 from tests.qwen2_oracle import DREAM
@@ -37,7 +38,6 @@ from vllm_elastic.runner.upload import Upload
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_llada" / "checkpoint"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Shared KV heads, fewer of them than four ranks; a vocabulary to be padded; tied and untied ends.
 GROUPED: dict[str, Any] = dict(

@@ -14,6 +14,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker import gpu_worker
 
+from tests.device import ON_CARD
 from tests.live_bytes import LiveBytes
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.engine import graph_flags
@@ -144,7 +145,7 @@ def test_a_device_that_refuses_is_told_with_the_remedy(
         runner.profile_run()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a card's own memory is measured there")
+@pytest.mark.skipif(ON_CARD, reason="a card's own memory is measured there")
 def test_vllm_sizes_the_cache_with_graphs_counted(
     serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

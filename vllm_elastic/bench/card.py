@@ -9,11 +9,10 @@ import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench import machine
-from vllm_elastic.bench.arguments import positive
+from vllm_elastic.bench.arguments import add_json, positive
 from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_sizes
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.made_plans import KINDS, PlanMaker
@@ -56,7 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--parts", action="store_true", help="once more with each part waited for: where time goes"
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     add_sizes(parser)
     parser.set_defaults(function=main)
 
@@ -109,14 +108,13 @@ def measure(
         f"| operations' floor, ms | x floor | host gap, ms |{where}"
     )
     print("|---" * (11 + args.parts) + "|", flush=True)
-    blocks = engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is no request's
     rows = []
     for canvas, batch in itertools.product(args.canvas, args.batch_size):
         maker = PlanMaker(
             canvas, args.window, args.refresh_from, shape.vocabulary, engine.runner.cache.block_size
         )
-        if batch * maker.blocks_of_canvas > blocks:
-            fit = blocks // maker.blocks_of_canvas
+        if batch * maker.blocks_of_canvas > engine.num_blocks:
+            fit = engine.num_blocks // maker.blocks_of_canvas
             print(f"(batch {batch} of canvas {canvas}: the KV cache holds {fit})", flush=True)
             continue
         scheduling = {

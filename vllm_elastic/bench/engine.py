@@ -92,6 +92,11 @@ class BenchEngine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def num_blocks(self) -> int:
+        """KV blocks that requests can have: vLLM keeps one for itself."""
+        return int(self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
+
+    @property
     def runner(self) -> Any:
         """The ``ElasticRunner`` in this process; several ranks have processes of their own."""
         executor = self.llm.llm_engine.engine_core.engine_core.model_executor

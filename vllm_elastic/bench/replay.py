@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench import machine
-from vllm_elastic.bench.arguments import positive
+from vllm_elastic.bench.arguments import add_json, positive
 from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_sizes
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.recorded_plans import plans_of
 from vllm_elastic.bench.scheduler_time import scheduler_seconds
 from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job
+from vllm_elastic.bench.simulation.calibration import capacity_of
 from vllm_elastic.bench.simulation.recording import KINDS, RecordedRequest, Recording, read_records
 from vllm_elastic.decoding.plan import PassPlan
 
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="the recorded ones over and over (default: 2 batches, at least 16)",
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    add_json(parser)
     add_sizes(parser)
     parser.set_defaults(function=main)
 
@@ -151,7 +152,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Replay a run at one batch size; prints its row."""
     count = args.requests or max(16, 2 * batch)
-    capacity = capacity_of(engine, batch)
+    capacity = replace(capacity_of(engine), seats=batch)
     replay(engine.runner, run, capacity, run.recording.requests[:1])  # a warm-up
     requests = itertools.islice(itertools.cycle(run.recording.requests), count)
     outcome = replay(engine.runner, run, capacity, list(requests))
@@ -174,13 +175,6 @@ def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) ->
         flush=True,
     )
     return row
-
-
-def capacity_of(engine: BenchEngine, seats: int) -> Capacity:
-    """The engine's, for a batch of so many."""
-    scheduler = engine.scheduler
-    blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is no request's
-    return Capacity(seats, blocks, scheduler.block_size, scheduler.limits)
 
 
 def replay(

@@ -174,7 +174,7 @@ def capacity_of(engine: BenchEngine) -> Capacity:
     scheduler = engine.scheduler
     return Capacity(
         seats=scheduler.max_num_active_reqs,
-        blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,  # one is no request's
+        blocks=engine.num_blocks,
         block_size=scheduler.block_size,
         limits=scheduler.limits,
     )
