@@ -33,7 +33,7 @@ class OnSecond(torch.Tensor):
     @staticmethod
     def __new__(cls, kept: torch.Tensor) -> OnSecond:
         with torch.inference_mode(False):  # a view of a tensor is of the tensor's kind
-            tensor: OnSecond = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            tensor: OnSecond = torch.Tensor._make_wrapper_subclass(
                 cls,
                 kept.size(),
                 strides=kept.stride(),

@@ -18,7 +18,8 @@ from unittest import mock
 from tests.engine import test_tensor_parallel
 from tests.engine.agreement import agrees
 from tests.engine.test_oracle import CONFIGS
-from tests.engine.test_tensor_parallel import assert_equals_oracle, requests_of, start, stop
+from tests.engine.test_tensor_parallel import assert_equals_oracle, requests_of, start
+from tests.engines_kept import end_ranks
 from vllm_elastic.reference import LLaDA
 
 
@@ -43,7 +44,7 @@ def main() -> None:
             "equal": compared.count(True),
         }
     finally:
-        stop(served)
+        end_ranks(served.engine)
     result.write_text(json.dumps(found))
 
 

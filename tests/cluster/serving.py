@@ -20,7 +20,7 @@ from vllm_elastic.reference import ElasticOptions, LLaDA, elastic_cache
 
 CANVAS = 24
 LIMIT = 110.0  # seconds for everything after something died; less than what a client waits
-OPTIONS = {"gamma": 0.8, "window": 12, "commit": "threshold"}
+OPTIONS: dict[str, Any] = {"gamma": 0.8, "window": 12, "commit": "threshold"}
 LIMITS = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
 LIMITS += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--served-model-name", "tiny"]
 LIMITS += ["--elastic-config", json.dumps({"policy": "elastic", **OPTIONS})]

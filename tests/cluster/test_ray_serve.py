@@ -88,7 +88,7 @@ def answer(client: openai.OpenAI, question: str) -> str:
     """Ask, compare with the oracle, and say which replica it was."""
     raw = client.chat.completions.with_raw_response.create(
         model="tiny",
-        messages=user(question),  # type: ignore[arg-type]
+        messages=user(question),
         max_tokens=CANVAS,
         extra_body={"return_token_ids": True},
     )

@@ -24,7 +24,8 @@ def count_collectives(worker: Any) -> None:
     """Runs in a worker: counts from here on, pass by pass."""
     from vllm.distributed import get_tp_group
 
-    worker.model_runner.traffic = passes = []
+    passes: list[Traffic] = []
+    worker.model_runner.traffic = passes
     communicator = get_tp_group().device_communicator
 
     def counted(kind: str, send: Any) -> Any:

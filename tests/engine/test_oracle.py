@@ -258,7 +258,8 @@ def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
     )
     answers: dict[str, list[Any]] = {name: [] for name in ENDS}
     for (index, name), result in zip(cases, results, strict=True):
-        expected = ask_oracle(served, *prompts[index], ENDS[name])
+        prompt, max_tokens = prompts[index]
+        expected = ask_oracle(served, prompt, max_tokens, ENDS[name])
         assert agrees(result, expected, (index, name))
         answers[name].append(result["token_ids"])
     assert answers["as-predicted"] != answers["never"]
@@ -282,7 +283,8 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     equal = []
     commits: dict[str, list[list[int]]] = {name: [] for name in RULES}
     for (index, name), result in zip(cases, results, strict=True):
-        expected = ask_oracle(served, *prompts[index], RULES[name])
+        prompt, max_tokens = prompts[index]
+        expected = ask_oracle(served, prompt, max_tokens, RULES[name])
         equal.append(agrees(result, expected, (index, name)))
         commits[name] += [entry["committed"] for entry in result["steps"]]
     assert equal.count(False) <= len(cases) / 100
