@@ -102,12 +102,36 @@ def test_a_knob_beside_vllm_xargs_is_refused(llada: Any, kind: str) -> None:
     assert admitted(llada, request_of(kind, session="mine", **_length(kind)))
 
 
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"extra_body": {"vllm_xargs": {"elastic_window": 4}}}, "extra_body"),
+        ({"extra_body": {"elastic_window": 4}}, "extra_body"),
+        ({"extra_args": {"elastic_window": 4}}, "extra_args"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["chat", "completion", "responses"])
+def test_a_knob_where_python_has_it_is_refused(
+    llada: Any, kind: str, body: dict[str, Any], place: str
+) -> None:
+    """Copied from Python into a body of JSON: no effect, and nobody was told."""
+    with pytest.raises(Exception, match=f'^elastic_window stands in {place} .*"vllm_xargs": '):
+        admitted(llada, request_of(kind, **body, **_length(kind)))
+
+
+@pytest.mark.parametrize("value", [None, 3, "elastic_window", [4], {"vllm_xargs": 3}, {"a": 1}])
+def test_what_holds_no_knob_is_not_ours(llada: Any, value: Any) -> None:
+    """Stock vLLM passes over it."""
+    assert admitted(llada, request_of("chat", extra_body=value, metadata={"elastic_ip": "1"}))
+
+
 def test_the_refusal_of_a_knob_can_be_sent() -> None:
     """Any text is a name in JSON; a server that cannot encode its own answer says 500."""
     from vllm_elastic.patches.admission import check_place_of_knobs
 
     with pytest.raises(Exception, match=r"elastic_.ud800 stands beside") as error:
-        check_place_of_knobs(["elastic_\ud800"])
+        check_place_of_knobs({"elastic_\ud800": "beside vllm_xargs"})
     assert str(error.value).encode()
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -66,7 +66,7 @@ def check_requests_at_admission() -> None:
     InputProcessor.process_inputs = checked
 
 
-def check_place_of_knobs(misplaced: Sequence[str]) -> None:
+def check_place_of_knobs(misplaced: Mapping[str, str]) -> None:
     """Refuse knobs where vLLM's server does not look: they would have no effect.
 
     Args:
@@ -75,11 +75,11 @@ def check_place_of_knobs(misplaced: Sequence[str]) -> None:
     Raises:
         VLLMValidationError: names the first and where it belongs.
     """
-    if misplaced:
-        name = misplaced[0].encode(errors="backslashreplace").decode()  # half a surrogate pair
+    for sent, place in misplaced.items():
+        name = sent.encode(errors="backslashreplace").decode()  # half a surrogate pair
         raise VLLMValidationError(
-            f"{name} stands beside vllm_xargs and would be passed over; send it within: "
-            f'"vllm_xargs": {{"{name}": ...}}.',
+            f"{name} stands {place} and would be passed over; send it at the top of the body "
+            f'within: "vllm_xargs": {{"{name}": ...}}.',
             parameter=name,
         )
 

@@ -11,6 +11,7 @@ and passes over fields that it does not know.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -23,6 +24,8 @@ from vllm_elastic.config import REQUEST_PREFIX
 _WRAPPED = "_vllm_elastic_sent_wrapped"
 _SENT = "_vllm_elastic_sent"
 _MISPLACED = "_vllm_elastic_misplaced"
+_PYTHONS = ("extra_body", "extra_args")
+"""Where Python has knobs (the openai package, ``SamplingParams``); unknown fields of a body."""
 
 
 def note_what_was_sent() -> None:
@@ -39,9 +42,9 @@ def sent_as(params: Any) -> dict[str, str]:
     return sent
 
 
-def misplaced_knobs(params: Any) -> list[str]:
-    """Names of knobs that the client sent beside ``vllm_xargs`` and not in it."""
-    misplaced: list[str] = getattr(params, _MISPLACED, [])
+def misplaced_knobs(params: Any) -> dict[str, str]:
+    """Where the client sent knobs that belong in ``vllm_xargs``, by their names."""
+    misplaced: dict[str, str] = getattr(params, _MISPLACED, {})
     return misplaced
 
 
@@ -61,8 +64,7 @@ def _note(request_class: Any) -> None:
         except VLLMValidationError as error:
             raise _with_remedy(error, self) from None
         setattr(params, _SENT, _sent(self))
-        extra = getattr(self, "model_extra", None) or {}
-        setattr(params, _MISPLACED, [name for name in extra if name.startswith(REQUEST_PREFIX)])
+        setattr(params, _MISPLACED, _misplaced(getattr(self, "model_extra", None) or {}))
         return params
 
     setattr(noted, _WRAPPED, True)
@@ -79,6 +81,21 @@ def _with_remedy(error: VLLMValidationError, request: Any) -> VLLMValidationErro
         "a request names none; send a temperature, or n=1.",
         parameter="n",
     )
+
+
+def _misplaced(unknown: Mapping[str, Any]) -> dict[str, str]:
+    """Of the fields of a body that vLLM does not know."""
+    found = dict.fromkeys(_knobs(unknown), "beside vllm_xargs")
+    for field in _PYTHONS:
+        within = unknown.get(field)
+        if isinstance(within, dict):
+            found |= dict.fromkeys(_knobs(within), f"in {field}")
+            found |= dict.fromkeys(_knobs(within.get("vllm_xargs")), f"in {field}")
+    return found
+
+
+def _knobs(value: Any) -> list[str]:
+    return [k for k in value if k.startswith(REQUEST_PREFIX)] if isinstance(value, dict) else []
 
 
 def _sent(request: Any) -> dict[str, str]:
