@@ -180,6 +180,15 @@ def test_flags_are_vllms_and_the_plugins(file: str) -> None:
 
 
 @FILES
+def test_a_deleted_pod_answers_what_is_in_flight(file: str) -> None:
+    """Without it vLLM leaves every client waiting until Kubernetes kills the pod."""
+    workload, _ = server(file)
+    killed_after = workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    # A worker that does not end by itself has up to 10 s: docs/deploy.md.
+    assert 30 <= served(file).shutdown_timeout <= killed_after - 15
+
+
+@FILES
 def test_as_many_gpus_as_ranks(file: str) -> None:
     gpus = [
         workload["spec"]["replicas"] * int(container["resources"]["limits"][GPU])
