@@ -83,7 +83,7 @@ def expected_traffic(
     tested = sum(plan.tested.size for plan in plans)
     if tested:
         add("all_gather", (num_layers - 1) // hidden_stride * tested * own_d)
-    add("all_gather", window * config.embedding_size // num_ranks)
+    add("all_gather", bucket(window) * config.embedding_size // num_ranks)
     statistics = sum(numbers_reduced(plan, num_layers, hidden_stride) for plan in plans)
     if statistics:
         add("all_reduce", statistics)

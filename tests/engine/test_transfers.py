@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_elastic.decoding.sampling import Sampling
+from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner import head
 from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.download import Download
@@ -265,3 +266,37 @@ def test_operators_of_a_pass(
     assert most.keys() == BUDGET[policy].keys()
     for kind, count in most.items():
         assert count <= BUDGET[policy][kind], most
+
+
+PRODUCTS = {"onednn_mm", "linear", "mm", "addmm"}
+
+
+def test_products_have_few_shapes(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN compiles one, and keeps it, for each number of rows: the head's had any."""
+    driver = Driver(serve("gqa-tied"))
+    start = driver.engine.runner.start
+    met: set[int] = set()
+    windows: set[int] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.overloadpacket.__name__ in PRODUCTS:
+                met.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    def noted_start(plans: Any) -> Any:
+        windows.add(sum(len(plan.window) for plan in plans))
+        with Products():
+            return start(plans)
+
+    monkeypatch.setattr(driver.engine.runner, "start", noted_start)
+    for nth in range(5):
+        driver.add(prompt_of(20 + nth, nth), 20 + nth, policy=list(POLICIES)[nth % len(POLICIES)])
+    driver.run()
+    driver.take_records()
+    assert any(count != bucket(count) for count in windows)
+    assert met and {bucket(count) for count in met} == met

@@ -94,13 +94,12 @@ def test_what_fills_up_is_nobodys(tested: int) -> None:
         assert own[:tested].tolist() == list(range(90, 90 + tested))
         assert not own[tested:].any()
     assert len(rows.tokens) == bucket(6) and not rows.tokens[6:].any()
-    assert len(rows.window.rows) == bucket(rows.num_window_rows)
+    assert len(rows.window.rows) == bucket(6) and not rows.window.rows[6:].any()
 
 
 def test_the_windows_rows() -> None:
     """A request would be given another one's candidates."""
     rows, order = build()
-    assert rows.num_window_rows == 6
     found = [int(order.positions[row]) for row in rows.window.rows[:6]]
     assert found == [7, 8, 9, 5, 6, 5]
 
@@ -128,7 +127,7 @@ def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
                 (plan_of_piece,) = set(owners[call.start + first : call.start + last].tolist())
                 assert common.seq_lens[piece] == lengths[plan_of_piece]
                 assert common.block_table_tensor[piece, 0] == first_blocks[plan_of_piece]
-        assert covered == getattr(active, "num_rows", rows.num_window_rows)
+        assert covered == getattr(active, "num_rows", len(of_window))
 
 
 def test_passes_have_few_shapes() -> None:

@@ -25,9 +25,9 @@ def set_environment(dtype: torch.dtype) -> None:
         dtype: of the model.
     """
     # oneDNN keeps the 1,024 last matrix products that it compiled, 280 KB each, one for each
-    # number of rows. Few rows are filled up, to 40 numbers (models/rows.py), four products each;
-    # other numbers are rarely of use again.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
+    # number of rows. Rows are filled up, to 40 numbers as far as 1,024 (models/rows.py), for four
+    # products of a layer and the head's; other numbers are rarely of use again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if dtype == torch.float32:
         # Else Triton's attention multiplies in TF32, which is not exact.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")

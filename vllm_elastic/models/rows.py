@@ -87,14 +87,12 @@ class PassRows:
             None: no row's is.
         layers: what is active in each layer; None before the first join layer.
         window: rows whose candidates are wanted.
-        num_window_rows: W.
     """
 
     tokens: torch.Tensor
     stored: torch.Tensor | None
     layers: list[LayerRows | None]
     window: CandidateRows
-    num_window_rows: int
 
     @property
     def in_chunks(self) -> bool:

@@ -133,7 +133,7 @@ class DiffusionTransformer(nn.Module):
             blocks: stand-ins for the model's own, which compute the same in another way.
 
         Returns:
-            [W, d] final normed hidden states of the rows whose candidates are wanted.
+            [W filled up, d] final normed hidden states of the rows whose candidates are wanted.
 
         Raises:
             RuntimeError: rows join at a layer whose input is not stored.
@@ -162,7 +162,7 @@ class DiffusionTransformer(nn.Module):
                 attended = _attend(block, q, k, v, calls)
                 del q, k, v  # the MLP needs the room
                 x = _finish(block, x, attended, calls)
-        return self.norm(x)[: rows.num_window_rows]
+        return self.norm(x)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [W, vocab_size] of rows [W, d], on all ranks."""

@@ -75,7 +75,6 @@ class BatchBuilder:
             stored=None if stored is None else self._upload.put(stored),
             layers=layers,
             window=self._window(window_rows),
-            num_window_rows=sum(map(len, window_rows)),
         )
 
     def finish(self) -> None:

@@ -68,22 +68,28 @@ class Head:
         }
 
     def predict(self, model: Any, hidden: torch.Tensor) -> Candidates | None:
-        """Candidates of final hidden states [W, d]; None on ranks that do not report.
+        """Candidates of the W window rows; None on ranks that do not report.
 
         All ranks take part: each has a part of the vocabulary.
+
+        Args:
+            hidden: [W filled up, d], final. What fills up goes through the head too, so that its
+                product has few shapes, and no further.
         """
+        num_rows = self.slices[-1].stop
         token_ids, probabilities = [], []
         logprobs: dict[int, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
         entropies = None
         if any(plan.sampling is not None and plan.sampling.entropies for plan in self._plans):
-            entropies = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+            entropies = torch.zeros(num_rows, dtype=torch.float64, device=hidden.device)
         count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
-        for start in range(0, len(hidden), count):
-            rows = slice(start, min(start + count, len(hidden)))
-            logits = model.compute_logits(hidden[rows])
+        for start in range(0, num_rows, count):
+            rows = slice(start, min(start + count, num_rows))
+            logits = model.compute_logits(hidden[start : start + count])
             if not ranks.reports():
                 continue
-            ids, confidence = self._choose(logits, rows, entropies, logprobs)
+            own = logits[: rows.stop - rows.start]
+            ids, confidence = self._choose(own, rows, entropies, logprobs)
             token_ids.append(ids)
             probabilities.append(confidence)
         if not ranks.reports():
