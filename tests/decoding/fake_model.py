@@ -93,6 +93,8 @@ def scenarios(
             "factor": st.sampled_from([0.0, 0.75, 2.0, 10.0]),
             "frechet_margin": st.sampled_from([0.0, 0.25, 1.0]),
             "steady_threshold": st.sampled_from([0.0, 0.5, 1.0]),
+            "credit_decay": st.sampled_from([0.0, 0.8, 1.0]),
+            "credit_weight": st.sampled_from([0.0, 0.7, 10.0]),
             "frontier_threshold": st.sampled_from([0.0, 0.5, 1.0]),
             "relaxed_threshold": st.sampled_from([0.0, 0.5, 1.0]),
             "anchor_radius": st.integers(0, 4) | st.just(100),

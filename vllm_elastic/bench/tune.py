@@ -61,6 +61,9 @@ def decoding(policy: str) -> Iterator[Ladder]:
         yield Ladder({**size, "commit": "frontier"}, "frontier_threshold", (0.3, 0.5, 0.7, 0.9))
         yield Ladder({**size, "commit": "steady"}, "steady_threshold", (0.75, 0.8, 0.85))
     yield Ladder({"commit": "local"}, "relaxed_threshold", (0.7, 0.8, 0.85))
+    yield Ladder({"commit": "factor"}, "factor", (1.0, 0.75, 0.5))
+    yield Ladder({"commit": "frechet"}, "frechet_margin", (0.25, 0.5))
+    yield Ladder({"commit": "credit"}, "credit_weight", (0.7, 0.3))
 
 
 def add_parser(commands: Any) -> None:
