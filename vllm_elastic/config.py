@@ -257,6 +257,14 @@ class ElasticConfig:
         "of `elastic-block`: expected error of the window's attention beyond which blocks are "
         "refreshed: attention paid to stale blocks times their relative drift",
     )
+    rows_per_pass: int = _knob(
+        0,
+        _integer(0, _MOST),
+        "of `elastic-block`: rows that a request's pass should have. Those that it would not need "
+        "refresh the blocks whose staleness costs most, be it less than `block_drift`. For devices "
+        "on which a pass of few rows takes as long as one of many, as on a GPU with few requests "
+        "([what it buys](policies.md#rows-to-spare)); 0: no more than needed",
+    )
     slack: float = _knob(
         0.1,
         _number(0.0, 1.0),

@@ -108,6 +108,7 @@ def scenarios(
             "probes": st.integers(1, 4),
             "measure_every": st.integers(1, 3),
             "reach": st.none() | st.integers(0, 3) | st.just(100),
+            "rows_per_pass": st.sampled_from([0, 5, 20, 100]),
             "block_drift": st.sampled_from([0.0, 0.1, 1.0]),
             "slack": st.sampled_from([0.0, 0.1, 1.0]),
             "hidden_stride": st.sampled_from([1, 2, 3]),

@@ -89,6 +89,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tokens_per_step": 2,
         "reach": 1,
     },
+    "block-spare": {**BLOCK, "block_drift": 0.1, "reach": 1, "rows_per_pass": 24},
+    "block-spare-replay": {
+        **BLOCK,
+        "granularity": 3,
+        "block_drift": 0.03,
+        "reach": 2,
+        "probes": 3,
+        "refresh": "replay",
+        "rows_per_pass": 31,
+    },
+    "block-spare-all": {**BLOCK, "rows_per_pass": 1000, "tokens_per_step": 2, "window": 5},
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
 }
 ENDS: dict[str, dict[str, Any]] = {
