@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--warm-up-minutes",
         type=float,
-        default=8.0,
+        default=3.0,
         metavar="M",
         help="load before the first figure is taken (default: %(default)s)",
     )
