@@ -47,6 +47,7 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
+    "patches/reports.py",
     "models/config_parser.py",
     "models/experts.py",
     "models/layers.py",
@@ -517,7 +518,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
-    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states", "tracing_enabled"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",
         "external_req_id",

@@ -34,7 +34,7 @@ def processor_of(*request_ids: str) -> Any:
 def output(request_id: str, tokens: list[int], passes: list[dict[str, Any]] | None) -> Any:
     from vllm.v1.engine import EngineCoreOutput
 
-    params = None if passes is None else attach({"other": 1}, passes, PASSES)
+    params = None if passes is None else attach({"other": 1}, PASSES, passes)
     return EngineCoreOutput(
         request_id=f"{request_id}-1", new_token_ids=tokens, kv_transfer_params=params
     )
@@ -56,15 +56,6 @@ async def watch(
 
     async for item in _with_passes(chunks, request_id, "tiny", tokenizer):
         yield item
-
-
-def test_outputs_are_vllms_own_again() -> None:
-    """vLLM would stream an output without tokens, and time its first token by it."""
-    processor = processor_of("a", "b")
-    batch = [output("a", [], [made(3)]), output("b", [5], [made(4)]), output("a", [6], None)]
-    seen = processor.process_outputs(batch, 1.0).request_outputs
-    assert [(o.request_id, list(o.outputs[0].token_ids)) for o in seen] == [("b", [5]), ("a", [6])]
-    assert [o.kv_transfer_params for o in seen] == [{"other": 1}, None]
 
 
 def test_each_pass_arrives_at_once_and_in_its_place() -> None:

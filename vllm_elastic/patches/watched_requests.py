@@ -14,11 +14,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import RequestState
 
 from vllm_elastic.config import REQUEST_PREFIX
-from vllm_elastic.engine.report import PASSES, detach
 
 _WRAPPED = "_vllm_elastic_watched"
 
@@ -27,21 +25,10 @@ _watchers: dict[str, asyncio.Queue[Any]] = {}
 
 
 def show_passes_of_watched_requests() -> None:
-    """Wrap the front end's output processing and the chat's stream, once."""
-    if hasattr(OutputProcessor.process_outputs, _WRAPPED):
-        return
-    process_outputs = OutputProcessor.process_outputs
+    """Wrap the chat's stream, once."""
     stream_generator = OpenAIServingChat.chat_completion_stream_generator
-
-    @functools.wraps(process_outputs)
-    def process(
-        self: OutputProcessor,
-        engine_core_outputs: list[EngineCoreOutput],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        outputs = [output for output in engine_core_outputs if not _take_passes(self, output)]
-        return process_outputs(self, outputs, *args, **kwargs)
+    if hasattr(stream_generator, _WRAPPED):
+        return
 
     @functools.wraps(stream_generator)
     def stream(
@@ -63,21 +50,15 @@ def show_passes_of_watched_requests() -> None:
             return chunks
         return _with_passes(chunks, request_id, model_name, tokenizer)
 
-    setattr(process, _WRAPPED, True)
-    OutputProcessor.process_outputs = process
+    setattr(stream, _WRAPPED, True)
     OpenAIServingChat.chat_completion_stream_generator = stream
 
 
-def _take_passes(processor: OutputProcessor, output: EngineCoreOutput) -> bool:
-    """Hand an output's passes to who watches; whether there is nothing else in it."""
-    output.kv_transfer_params, passes = detach(output.kv_transfer_params, PASSES)
-    state = processor.request_states.get(output.request_id)
-    if passes is None:
-        return False
-    if state is not None and state.external_req_id in _watchers:
+def show_passes(state: RequestState, passes: list[dict[str, Any]], *_: Any) -> None:
+    """Hand a request's passes to who watches."""
+    if state.external_req_id in _watchers:
         for made in passes:
             _watchers[state.external_req_id].put_nowait({"index": state.request_index, **made})
-    return not output.new_token_ids and output.finish_reason is None
 
 
 async def _with_passes(
