@@ -366,6 +366,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
 
 # Methods that we wrap: what our wrapper reads by position -> the rest passes through.
 WRAPPED = {
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": ["self", "request"],
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": [
         "self",
         "engine_core_outputs",
@@ -521,7 +522,6 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",
-        "external_req_id",
         "request_index",
         "stats",
     ],
