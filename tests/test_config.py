@@ -36,10 +36,14 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "threshold": (0.9, [(0, 0.0), (1, 1.0), (0.5, 0.5)], [-0.01, 1.01, 2]),
     "commit": (
         "frontier",
-        *names("threshold", "frontier", "steady", "factor", "frechet", "local", "entropy"),
+        *names(
+            "threshold", "frontier", "steady", "credit", "factor", "frechet", "local", "entropy"
+        ),
     ),
     "frontier_threshold": (0.5, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "steady_threshold": (0.8, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
+    "credit_decay": (0.8, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
+    "credit_weight": (0.7, [(0, 0.0), (10, 10.0)], [-0.01, 10.01]),
     "factor": (0.75, [(0, 0.0), (10, 10.0), (1.5, 1.5)], [-0.01, 10.01]),
     "frechet_margin": (0.25, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "relaxed_threshold": (0.75, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
@@ -54,6 +58,7 @@ KNOBS: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any]]] = {
     "measure_every": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "reach": (None, [(None, None), (0, 0), (64.0, 64)], [-1, 1.5, MILLION + 1]),
     "block_drift": (0.05, [(0, 0.0), (10, 10.0)], [-0.01, 10.5]),
+    "rows_per_pass": (0, [(0, 0), (MILLION, MILLION)], [-1, 1.5, MILLION + 1]),
     "slack": (0.1, [(0, 0.0), (1, 1.0)], [-0.01, 1.01]),
     "attention_stride": (4, [(1, 1), (1024, 1024)], [0, 1025]),
     "granularity": (32, [(None, None), (1, 1), (MILLION, MILLION)], [0, MILLION + 1]),

@@ -21,7 +21,16 @@ REQUEST_PREFIX = "elastic_"
 POLICIES = ("none", "dual-cache", "interval", "elastic", "elastic-block")
 """Names of the policies in ``decoding.policies``, which reads this module."""
 
-COMMIT_RULES = ("threshold", "frontier", "steady", "factor", "frechet", "local", "entropy")
+COMMIT_RULES = (
+    "threshold",
+    "frontier",
+    "steady",
+    "credit",
+    "factor",
+    "frechet",
+    "local",
+    "entropy",
+)
 """Names of the rules in ``decoding.commits``, likewise."""
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -138,8 +147,8 @@ class ElasticConfig:
     threshold: float = _knob(
         0.9,
         _number(0.0, 1.0),
-        "of the commit rules `threshold`, `frontier`, `steady` and `local`: a prediction at least "
-        "this probable is committed (epsilon)",
+        "of the commit rules `threshold`, `frontier`, `steady`, `credit` and `local`: a prediction "
+        "at least this probable is committed (epsilon)",
     )
     commit: str = _knob(
         "frontier",
@@ -158,6 +167,17 @@ class ElasticConfig:
         _number(0.0, 1.0),
         "of the commit rule `steady`: the threshold for a prediction that the step before made "
         "too, no less sure; from `threshold` on it changes nothing",
+    )
+    credit_decay: float = _knob(
+        0.8,
+        _number(0.0, 1.0),
+        "of the commit rule `credit`: the share of a token's credit that is left at the next step",
+    )
+    credit_weight: float = _knob(
+        0.7,
+        _number(0.0, 10.0),
+        "of the commit rule `credit`: a prediction's odds are multiplied by 1 plus its token's "
+        "credit to this power; 0 is `threshold`",
     )
     factor: float = _knob(
         0.75,
@@ -236,6 +256,14 @@ class ElasticConfig:
         _number(0.0, 10.0),
         "of `elastic-block`: expected error of the window's attention beyond which blocks are "
         "refreshed: attention paid to stale blocks times their relative drift",
+    )
+    rows_per_pass: int = _knob(
+        0,
+        _integer(0, _MOST),
+        "of `elastic-block`: rows that a request's pass should have. Those that it would not need "
+        "refresh the blocks whose staleness costs most, be it less than `block_drift`. For devices "
+        "on which a pass of few rows takes as long as one of many, as on a GPU with few requests "
+        "([what it buys](policies.md#rows-to-spare)); 0: no more than needed",
     )
     slack: float = _knob(
         0.1,

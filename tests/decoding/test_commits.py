@@ -68,12 +68,18 @@ def test_entropy_by_hand(
     assert chosen == committed
 
 
-@pytest.mark.parametrize(("knobs", "steps"), commit_rules.STEADY)
-def test_steady_by_hand(
-    knobs: dict[str, Any], steps: list[tuple[list[int], list[int], list[float], list[int]]]
+@pytest.mark.parametrize(
+    ("commit", "knobs", "steps"),
+    [("steady", *case) for case in commit_rules.STEADY]
+    + [("credit", *case) for case in commit_rules.CREDIT],
+)
+def test_rules_that_remember_by_hand(
+    commit: str,
+    knobs: dict[str, Any],
+    steps: list[tuple[list[int], list[int], list[float], list[int]]],
 ) -> None:
     canvas = Canvas([1], 20, 99)
-    schedule = make_schedule(replace(ElasticConfig(), commit="steady", **knobs), 20)
+    schedule = make_schedule(replace(ElasticConfig(), commit=commit, **knobs), 20)
     for number, (positions, tokens, confidences, committed) in enumerate(steps):
         predictions = Predictions(
             np.array(positions, dtype=np.int32),

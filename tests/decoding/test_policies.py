@@ -217,6 +217,35 @@ def test_elastic_block_measures_now_and_then() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows_per_pass", "refreshed"),
+    # A pass has five rows of its own: the window's, the commit's and three probes, one of which is
+    # in block 0 and one in block 1. Block 1 costs most, then 0; the others have not drifted.
+    [(0, []), (5, []), (7, []), (8, [1]), (10, [1]), (11, [1, 0]), (16, [1, 0])],
+)
+def test_elastic_block_spends_spare_rows_on_what_costs_most(
+    rows_per_pass: int, refreshed: list[int]
+) -> None:
+    """A pass would have more rows than it should, or leave some unused that are as good as free."""
+    config = {"policy": "elastic-block", "probes": 3, "block_drift": 10.0, "window": 1, "reach": 0}
+    config |= {"granularity": None, "measure_every": 1, "rows_per_pass": rows_per_pass}
+    request = quiet(config, prompt_length=12, max_tokens=8, num_layers=4).make_request()
+    request.finish_pass(probed(request, {1: 0.5, 5: 0.2, 10: 0.1}))
+    assert request.plan().kind == "window", "nothing is known to have drifted"
+    drift = [[0.0, 0.0, 0.0, 0.01], [0.0, 0.01, 0.6, 0.8], [0.0] * 4]
+    request.finish_pass(probed(request, {2: 0.5, 6: 0.2, 11: 0.1}, drift))
+    plan = request.plan()
+    assert plan.kind == ("refresh" if refreshed else "window")
+    joins = {s.join_layer: s.positions.tolist() for s in plan.segments}
+    assert joins[0] == [2, 6, 11, 13, 14]
+    # Each joins before the first layer whose input has drifted by more than a tenth of the most.
+    assert joins.get(1, []) == ([4, 5, 7] if 1 in refreshed else [])
+    assert joins.get(2, []) == ([0, 1, 3] if 0 in refreshed else [])
+    # The next pass finds them fresh, and has nothing else to spend rows on.
+    request.finish_pass(probed(request, {}, [[0.0] * 4] * plan.probes.size))
+    assert request.plan().kind == "window"
+
+
+@pytest.mark.parametrize(
     ("reach", "expected"),
     [(0, [7, 8, 9]), (2, [5, 6, 7, 8, 9]), (50, list(range(12)))],
 )

@@ -91,11 +91,14 @@ def test_commits_follow_the_rule(scenario: Scenario) -> None:
     config = scenario.config
     trace = drive(scenario)
     before: dict[int, tuple[int, float]] = {}
+    credits: dict[tuple[int, int], float] = {}
     for p in trace.passes:
         if p.replayed:
             assert p.emitted == []
             continue
         known = predictions_of(p)
+        if config.commit == "credit" and config.tokens_per_step is None:
+            known = with_credit(config, p, known, credits)
         window, probabilities = sorted(known), [known[w][0] for w in sorted(known)]
         if config.tokens_per_step is not None:
             assert len(p.committed) == min(config.tokens_per_step, len(window))
@@ -127,12 +130,30 @@ def predictions_of(p: Pass) -> dict[int, tuple[float, float]]:
     return dict(zip(p.plan.window.tolist(), pairs, strict=True))
 
 
+def with_credit(
+    config: ElasticConfig,
+    p: Pass,
+    known: dict[int, tuple[float, float]],
+    credits: dict[tuple[int, int], float],
+) -> dict[int, tuple[float, float]]:
+    """``known`` as the rule ``credit`` weighs it; ``credits``, by position and token, grow."""
+    for holder in credits:
+        credits[holder] *= config.credit_decay
+    weighed = {}
+    for w, token in zip(p.plan.window.tolist(), p.result.token_ids.tolist(), strict=True):
+        q, entropy = known[w]
+        credits[w, token] = credits.get((w, token), 0.0) + q**0.2
+        odds = q * (1 + credits[w, token]) ** config.credit_weight
+        weighed[w] = odds / (1 - q + odds), entropy
+    return weighed
+
+
 def sure_of(config: ElasticConfig, known: dict[int, tuple[float, float]]) -> list[int]:
     """Positions that the commit rule is sure of together, by this step alone, ascending."""
     probability = {w: known[w][0] for w in sorted(known)}
-    if config.commit in ("threshold", "frontier", "steady", "local"):
+    if config.commit in ("threshold", "frontier", "steady", "credit", "local"):
         anchors = [w for w, q in probability.items() if q >= config.threshold]
-        if config.commit == "threshold":
+        if config.commit in ("threshold", "credit"):
             return anchors
         if config.commit in ("frontier", "steady"):
             first = min(probability)

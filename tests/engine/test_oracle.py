@@ -89,6 +89,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tokens_per_step": 2,
         "reach": 1,
     },
+    "block-spare": {**BLOCK, "block_drift": 0.1, "reach": 1, "rows_per_pass": 24},
+    "block-spare-replay": {
+        **BLOCK,
+        "granularity": 3,
+        "block_drift": 0.03,
+        "reach": 2,
+        "probes": 3,
+        "refresh": "replay",
+        "rows_per_pass": 31,
+    },
+    "block-spare-all": {**BLOCK, "rows_per_pass": 1000, "tokens_per_step": 2, "window": 5},
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
 }
 ENDS: dict[str, dict[str, Any]] = {
@@ -104,6 +115,7 @@ RULES: dict[str, dict[str, Any]] = {
     "threshold": {"policy": "none"},
     "frontier": {"policy": "none", "commit": "frontier"},
     "steady": {"policy": "none", "commit": "steady", "steady_threshold": 0.1},
+    "credit": {"policy": "none", "commit": "credit", "threshold": 0.2},
     "factor": {"policy": "none", "commit": "factor"},
     "frechet": {"policy": "none", "commit": "frechet"},
     "local": {"policy": "none", "commit": "local"},
@@ -126,6 +138,15 @@ RULES: dict[str, dict[str, Any]] = {
         "steady_threshold": 0.1,
         "block_length": 8,
     },
+    "credit-block": {**BLOCK, "commit": "credit", "threshold": 0.1, "reach": 2},
+    "credit-elastic": {
+        "policy": "elastic",
+        "commit": "credit",
+        "threshold": 0.2,
+        "credit_decay": 1.0,
+        "credit_weight": 1.5,
+    },
+    "credit-ends": {"policy": "none", "commit": "credit", "confidence_eos_eot_inf": True},
     "local-dual-cache": {"policy": "dual-cache", "commit": "local", "block_length": 8},
     "local-block": {
         **BLOCK,
@@ -290,7 +311,8 @@ def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     for name in RULES:
         assert sum(len(committed) > 1 for committed in commits[name]) > len(prompts), name
     assert commits["threshold"] not in [
-        commits[name] for name in ("frontier", "steady", "factor", "frechet", "local", "entropy")
+        commits[name]
+        for name in ("frontier", "steady", "credit", "factor", "frechet", "local", "entropy")
     ]
 
 

@@ -6,6 +6,9 @@ With c_1 >= c_2 >= ... the confidences in falling order:
 * frontier: a confidence reaches the threshold, or, of the leftmost position, the lower one.
 * steady: as frontier, or the step before predicted the same token there, and both confidences reach
   the threshold for that.
+* credit (CreditDecoding, of the predicted token alone): the odds c / (1 - c) times
+  (1 + credit) ** weight reach those of the threshold. A token's credit at a position falls to
+  ``decay`` of it at each step, and grows by c ** 0.2 when it is predicted there.
 * factor (Fast-dLLM): the first n, for the largest n with (n + 1)(1 - c_n) < factor.
 * frechet (Fast-dLLM++): the first n, for the largest n with
   max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > margin.
@@ -150,5 +153,41 @@ STEADY: list[tuple[dict[str, Any], list[tuple[list[int], list[int], list[float],
     (
         {"steady_threshold": 0.0, "frontier_threshold": 0.0},
         [([3, 4], [1, 2], [0.0, 0.0], [0]), ([4, 5], [2, 2], [0.0, 0.0], [0])],
+    ),
+]
+
+# Of `credit`, as above; 0.8 ** 5 = 0.32768, 0.9 ** 5 = 0.59049.
+CREDIT: list[tuple[dict[str, Any], list[tuple[list[int], list[int], list[float], list[int]]]]] = [
+    (
+        {"credit_decay": 0.5, "credit_weight": 1.0, "threshold": 0.51},
+        [
+            # Odds 1.4419 * 1.9 = 2.740: 0.733. 0.4874 * 1.8 = 0.877: 0.467, and so does the third.
+            ([3, 4, 5], [1, 2, 3], [0.59049, 0.32768, 0.32768], [0]),
+            # Credit 0.4 + 0.8 = 1.2, odds 0.4874 * 2.2 = 1.072: 0.517. Of another token 0.467.
+            ([4, 5, 6], [2, 7, 8], [0.32768, 0.32768, 0.01], [0]),
+            # The first token again, 0.8 / 4 + 0.8 = 1, 0.4874 * 2 = 0.975: 0.494, and the best.
+            ([5, 6], [3, 8], [0.32768, 0.01], [0]),
+            ([6, 7], [8, 8], [0.0, 0.0], [0]),
+        ],
+    ),
+    # The same with more of what was: 0.4874 * (1 + 0.9 * 0.9 * 0.8 + 0.8) = 1.193: 0.544.
+    (
+        {"credit_decay": 0.9, "credit_weight": 1.0, "threshold": 0.54},
+        [
+            ([5, 6], [3, 8], [0.32768, 0.6], [1]),
+            ([5, 7], [7, 8], [0.32768, 0.6], [1]),
+            ([5, 8], [3, 8], [0.32768, 0.32768], [0]),
+        ],
+    ),
+    # Nothing is sure: the best with its credit, which is not the one with the higher probability.
+    (
+        {"credit_decay": 0.5, "credit_weight": 2.0, "threshold": 0.99},
+        [([3, 4], [1, 2], [0.35, 0.3], [0]), ([4, 5], [2, 3], [0.3, 0.34], [0])],
+    ),
+    # Without a weight it is `threshold`; and by rank the model's own probabilities count.
+    ({"credit_weight": 0.0}, [([3, 4], [1, 2], [0.89, 0.9], [1]), ([3], [1], [0.3], [0])]),
+    (
+        {"tokens_per_step": 1, "credit_weight": 10.0},
+        [([3, 4], [1, 2], [0.4, 0.3], [0]), ([4, 5], [2, 3], [0.3, 0.31], [1])],
     ),
 ]

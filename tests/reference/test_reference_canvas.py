@@ -173,6 +173,16 @@ def test_steady_by_hand(settings, steps):
         assert chosen.nonzero().flatten().tolist() == rows
 
 
+@pytest.mark.parametrize(("settings", "steps"), commit_rules.CREDIT)
+def test_credit_by_hand(settings, steps):
+    options, result = CommitOptions(commit="credit", **settings), DecodingResult()
+    for positions, tokens, values, rows in steps:
+        at, confidence = torch.tensor(positions), torch.tensor(values, dtype=torch.float64)
+        if options.tokens_per_step is None:
+            confidence = result.credited(at, torch.tensor(tokens), confidence, options)
+        assert choose(confidence, at, options).nonzero().flatten().tolist() == rows
+
+
 def test_entropies():
     """Of two, four and one equally likely tokens, the mask and what is never chosen left out."""
     never, mask = -3.0, 7.0

@@ -55,12 +55,18 @@ GROWTH = Ladder({"grow_by": 64}, "grow_ahead", (33, 65, 129))
 
 
 def decoding(policy: str) -> Iterator[Ladder]:
-    """How many positions a step predicts, and how sure a prediction has to be to be committed."""
+    """How many positions a step predicts, how sure a prediction has to be to be committed, and
+    where that can be chosen, how many rows a pass has."""
     sizes = [{}] if policy == "dual-cache" else [{"window": size} for size in (64, 32, 16)]
     for size in sizes:
         yield Ladder({**size, "commit": "frontier"}, "frontier_threshold", (0.3, 0.5, 0.7, 0.9))
         yield Ladder({**size, "commit": "steady"}, "steady_threshold", (0.75, 0.8, 0.85))
     yield Ladder({"commit": "local"}, "relaxed_threshold", (0.7, 0.8, 0.85))
+    yield Ladder({"commit": "factor"}, "factor", (1.0, 0.75, 0.5))
+    yield Ladder({"commit": "frechet"}, "frechet_margin", (0.25, 0.5))
+    yield Ladder({"commit": "credit"}, "credit_weight", (0.7, 0.3))
+    if policy == "elastic-block":
+        yield Ladder({"commit": "steady"}, "rows_per_pass", (64, 128, 256))
 
 
 def add_parser(commands: Any) -> None:

@@ -164,8 +164,6 @@ class DenoisingRequest:
     # One pass: what it computes, what it says of the cache, what it decides.
 
     def _make_plan(self) -> PassPlan:
-        if self._state is StepState.FIRST_PASS:
-            self.policy.begin_step(self)
         plan = PassPlan(
             request_id=self.request_id,
             kind="",
@@ -178,6 +176,8 @@ class DenoisingRequest:
             stored_inputs=self._stored_inputs,
             num_written=self._num_written,
         )
+        if self._state is StepState.FIRST_PASS:
+            self.policy.begin_step(self, plan.window_rows)
         rows = self.policy.rows(self, plan.window_rows)
         if self.appended.size:
             rows = merged(self.canvas.length, rows, self.appended)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Rule = Literal["threshold", "frontier", "steady", "factor", "frechet", "local", "entropy"]
+Rule = Literal["threshold", "frontier", "steady", "credit", "factor", "frechet", "local", "entropy"]
 
 
 def without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -58,8 +58,8 @@ class CommitOptions:
         commit: the rule, see ``sure``.
         threshold: epsilon, confidence from which a prediction is sure; above 1: one token a step
             (more only if equally confident).
-        frontier_threshold, steady_threshold, factor, frechet_margin, relaxed_threshold,
-            anchor_radius, entropy_bound: of the other rules.
+        frontier_threshold, steady_threshold, credit_decay, credit_weight, factor, frechet_margin,
+            relaxed_threshold, anchor_radius, entropy_bound: of the other rules.
         tokens_per_step: commit this many, the most confident, whatever the rule.
         drop_after_every_eos, grow_by, grow_ahead: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
@@ -69,6 +69,8 @@ class CommitOptions:
     threshold: float = 0.9
     frontier_threshold: float = 0.5
     steady_threshold: float = 0.8
+    credit_decay: float = 0.8
+    credit_weight: float = 0.7
     factor: float = 0.75
     frechet_margin: float = 0.25
     relaxed_threshold: float = 0.75
@@ -132,6 +134,8 @@ def sure(
       at least ``frontier_threshold``.
     * ``steady``: what ``frontier`` commits, and every prediction that lasts (see ``Evidence``)
       with at least ``steady_threshold``.
+    * ``credit`` (CreditDecoding): as ``threshold``; the confidences are those that
+      ``DecodingResult.credited`` makes of the model's.
     * ``factor`` (Fast-dLLM): the first n, n the largest with (n + 1) (1 - c_n) < ``factor``.
     * ``frechet`` (Fast-dLLM++): the first n, n the largest with
       max(0, c_1 + ... + c_n - (n - 1)) - (1 - c_n) > ``frechet_margin``.
@@ -143,7 +147,7 @@ def sure(
     Args:
         confidence: (n,) of the predictions for ``positions`` (n,), ascending.
     """
-    if options.commit == "threshold":
+    if options.commit in ("threshold", "credit"):
         chosen = confidence >= options.threshold
     elif options.commit in ("frontier", "steady"):
         needed = torch.full_like(confidence, options.threshold)

@@ -42,6 +42,8 @@ def commit_predictions(
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
     token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
+    if options.commit == "credit" and options.tokens_per_step is None:
+        confidence = result.credited(window, token_ids, confidence, options)
     evidence = Evidence(
         entropies(logits, mask, options.never) if options.commit == "entropy" else None,
         result.lasting(window, token_ids, confidence),
@@ -49,7 +51,7 @@ def commit_predictions(
     chosen = choose(confidence, window, options, evidence)
     canvas.commit(window[chosen], token_ids[chosen])
     # Where which token it is decides about a row, those that are not committed decide, too.
-    by_token = options.unconfident or options.commit == "steady"
+    by_token = options.unconfident or options.commit in ("steady", "credit")
     deciding = logits if by_token else logits[chosen]
     result.close_call(
         margin.of_commit(confidence, window, options, evidence),

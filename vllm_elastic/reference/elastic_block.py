@@ -28,6 +28,10 @@ that did. It computes the *probes* from layer 0 on too. Then, in this order:
 * The next probes: of the blocks with the largest product of attention and steps since they were
   probed, ``probes`` of them, the most attended position.
 
+With ``rows_per_pass`` a step that would compute fewer positions has further blocks stale, where
+they join as above: the costliest first by attention as last measured and expected drift in this
+step, as long as the next one still fits and costs anything.
+
 "next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
@@ -67,6 +71,7 @@ class ElasticBlockOptions(DecodingOptions):
     measure_every: int = 4
     reach: int = 4
     block_drift: float = 0.05
+    rows_per_pass: int = 0
     slack: float = 0.1
     attention_stride: int = 4
     refresh: Literal["next", "replay"] = "next"
@@ -81,6 +86,7 @@ class Block:
     rate: list[float]
     refreshed_at: int = 0
     probed_at: int = 0
+    attention: float = 0.0  # as last measured
 
     def drift(self, step: int) -> list[float]:
         """Expected at each layer's input, in a step."""
@@ -188,6 +194,8 @@ class ElasticBlock:
         self.note_computed(join)
         watched = [[p for p in b.positions if p not in unwatched] for b in self.blocks]
         attention = [sum(measured.share[p] for p in positions) for positions in watched]
+        for block, paid in zip(self.blocks, attention, strict=True):
+            block.attention = paid
 
         stale: dict[int, int] = {}
         ahead = step + options.measure_every
@@ -199,13 +207,7 @@ class ElasticBlock:
                 if left <= options.block_drift / 2 or cost[index] == 0:
                     break
                 left -= cost[index]
-                drift = self.blocks[index].drift(ahead)
-                moved = [d > options.slack * max(drift) for d in drift]
-                self.result.close_call(
-                    margin.of_threshold([d / max(drift) for d in drift], options.slack)
-                )
-                at = max(0, moved.index(True) - 1) if any(moved) else self.layers - 1
-                stale[index] = at - at % options.hidden_stride
+                stale[index] = self.joins_at(self.blocks[index].drift(ahead))
             self.result.close_call(
                 margin.of_ranking(cost, len(stale)),
                 margin.of_threshold([left], options.block_drift / 2),
@@ -225,6 +227,31 @@ class ElasticBlock:
             if due[i] > 0 and watched[i]
         )
         return stale
+
+    def joins_at(self, drift: list[float]) -> int:
+        """Where a block joins that has drifted so much at each layer's input."""
+        slack = self.options.slack
+        moved = [d > slack * max(drift) for d in drift]
+        self.result.close_call(margin.of_threshold([d / max(drift) for d in drift], slack))
+        at = max(0, moved.index(True) - 1) if any(moved) else self.layers - 1
+        return at - at % self.options.hidden_stride
+
+    def spend_spare_rows(self, rows: list[int]) -> None:
+        """Blocks that are stale because a step of these ``rows`` and those stale has room."""
+        step = self.result.denoising_steps
+        taken = {p for index in self.stale for p in self.blocks[index].positions} | set(rows)
+        cost = [block.attention * max(block.drift(step)) for block in self.blocks]
+        spent = 0
+        for index in sorted(range(len(cost)), key=lambda i: -cost[i]):
+            block = self.blocks[index]
+            together = taken | set(block.positions)
+            if cost[index] == 0 or len(together) > self.options.rows_per_pass:
+                break
+            taken, spent = together, spent + 1
+            self.stale[index] = self.joins_at(block.drift(step))
+            block.refreshed_at = step
+        for count in (spent, spent + 1):
+            self.result.close_call(margin.of_ranking(cost, count))
 
     def joins(self, rows: list[int], rows_at: int) -> dict[int, int]:
         """Where everything joins: stale blocks at their layers, ``rows`` at one of theirs."""
@@ -247,6 +274,8 @@ class ElasticBlock:
         measures = self.result.denoising_steps - self.measured_at >= options.measure_every
         self.probes = self.next_probes if measures else []
         rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
+        if options.rows_per_pass:
+            self.spend_spare_rows(rows)
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
         if len(self.stale) == len(self.blocks) and not any(self.stale.values()):

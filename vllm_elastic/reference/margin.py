@@ -48,7 +48,7 @@ def of_sure(
     evidence: Evidence = NO_EVIDENCE,
 ) -> float:
     """Of ``commit.sure``: n tokens that are judged together share the distance from the bound."""
-    if options.commit == "threshold":
+    if options.commit in ("threshold", "credit"):
         return of_threshold(confidence, options.threshold)
     if options.commit in ("frontier", "steady"):
         lasting = confidence[:0] if evidence.lasting is None else evidence.lasting
@@ -83,7 +83,10 @@ def of_commit(
     of_rule = of_sure(confidence, positions, options, evidence)
     if sure(confidence, positions, options, evidence).any():
         return of_rule
-    if options.commit == "threshold":  # the best is committed on either side of the threshold
+    if options.commit in (
+        "threshold",
+        "credit",
+    ):  # the best is committed on either side of the threshold
         return of_ranking(confidence, 1)
     return min(of_ranking(confidence, 1), of_rule)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .canvas import Canvas
+from .commit import CommitOptions
 
 
 class Pass(TypedDict):
@@ -57,6 +58,7 @@ class DecodingResult:
     dropped: list[int] = field(default_factory=list)
     _closest: float = math.inf
     _predicted: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _credit: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def lasting(self, positions: Tensor, token_ids: Tensor, confidence: Tensor) -> Tensor:
         """(n,): the lower of the confidences now and when this was last asked, 0 for a token that
@@ -74,6 +76,30 @@ class DecodingResult:
                 found[index] = min(sureness, sureness_then)
         self._predicted = now
         return found
+
+    def credited(
+        self, positions: Tensor, token_ids: Tensor, confidence: Tensor, options: CommitOptions
+    ) -> Tensor:
+        """(n,) confidences of the predictions (n,) each, with what their tokens have earned so far.
+
+        CreditDecoding with the constants of dInfer: of every position the credit of each token
+        falls to ``credit_decay`` of it at each step, and the predicted one's then grows by its
+        confidence to the power 0.2. ``credit_weight`` times log(1 + credit) is added to the
+        predicted token's logit, and to no other one (ours; theirs adds it to all).
+        """
+        fused = confidence.clone()
+        now: dict[int, dict[int, float]] = {}
+        for index, position in enumerate(positions.tolist()):
+            token, p = int(token_ids[index]), float(confidence[index])
+            before = self._credit.get(position, {})
+            credit = {t: c * options.credit_decay for t, c in before.items()}
+            credit[token] = credit.get(token, 0.0) + p**0.2
+            now[position] = credit
+            if 0 < p < 1:
+                logit = math.log(p / (1 - p)) + options.credit_weight * math.log1p(credit[token])
+                fused[index] = 1 / (1 + math.exp(-logit))
+        self._credit = now
+        return fused
 
     def close_call(self, *margins: float) -> None:
         """Margins of decisions of the step that ``record`` will add."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_elastic.decoding.commits.base import CommitRule
 from vllm_elastic.decoding.commits.by_rank import by_rank
+from vllm_elastic.decoding.commits.credit import Credit
 from vllm_elastic.decoding.commits.entropy import Entropy
 from vllm_elastic.decoding.commits.factor import Factor
 from vllm_elastic.decoding.commits.frechet import Frechet
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
 
 COMMIT_RULES: dict[str, type[CommitRule]] = {
-    rule.name: rule for rule in (Threshold, Frontier, Steady, Factor, Frechet, Local, Entropy)
+    rule.name: rule
+    for rule in (Threshold, Frontier, Steady, Credit, Factor, Frechet, Local, Entropy)
 }
 
 

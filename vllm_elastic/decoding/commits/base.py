@@ -30,12 +30,16 @@ class CommitRule:
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
 
+    def weighed(self, predictions: Predictions) -> Predictions:
+        """The step's predictions with the probabilities that the rule goes by."""
+        return predictions
+
     def accepts(self, predictions: Predictions) -> npt.NDArray[np.bool_]:
         """bool [W]: what the rule would commit of its own accord, perhaps nothing.
 
         Args:
-            predictions: the step's; the first masked position is among them, and so is everything
-                that the step before predicted and did not commit.
+            predictions: the step's, weighed; the first masked position is among them, and so is
+                everything that the step before predicted and did not commit.
         """
         raise NotImplementedError
 
@@ -47,6 +51,7 @@ class CommitRule:
         since all of them would be guesses: a probability of 0 (``confidence_eos_eot_inf``, a
         predicted end) is one under any rule.
         """
+        predictions = self.weighed(predictions)
         probabilities, accepted = predictions.probabilities, self.accepts(predictions)
         sure = np.flatnonzero(accepted & (probabilities > 0))
         if len(sure):

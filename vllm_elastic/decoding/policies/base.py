@@ -37,15 +37,15 @@ class RefreshPolicy:
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
 
-    def begin_step(self, request: DenoisingRequest) -> None:
+    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
         """Before a denoising step's first pass: may invalidate blocks. A step may be planned
-        more than once after a restart, never twice without one."""
-
-    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
-        """Positions recomputed from layer 0 whether their block is stale or not, ascending.
+        more than once after a restart, never twice without one.
 
         ``window_rows``: the rows that the predictions are read from.
         """
+
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        """Positions recomputed from layer 0 whether their block is stale or not, ascending."""
         return window_rows
 
     def measure(

@@ -40,6 +40,9 @@ class ElasticBlock(RefreshPolicy):
 
     Measuring costs a small model's pass a fifth of its time, so only one step in ``measure_every``
     does, and its verdict is about the last step before the next one that does.
+
+    Where a pass of few rows takes as long as one of many, ``rows_per_pass`` says how many it should
+    have: those to spare refresh the costliest blocks before their cost exceeds anything.
     """
 
     name = "elastic-block"
@@ -52,16 +55,19 @@ class ElasticBlock(RefreshPolicy):
         self._measures = False
         self._measured_at = 0  # a step
         self._rate: npt.NDArray[np.float32] | None = None
+        self._attention: Shares = np.empty(0, dtype=np.float32)
         # Steps, of blocks and of positions.
         self._refreshed_at: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._probed_at = self._written_at = self._refreshed_at
         self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
-    def begin_step(self, request: DenoisingRequest) -> None:
+    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
         step = request.record.denoising_steps
         self._take_in_new(request, step)
         self._measures = step - self._measured_at >= self.config.measure_every
         self._probes = self._next_probes if self._measures else NO_POSITIONS
+        if self.config.rows_per_pass and self._rate is not None:
+            self._spend_spare_rows(request, self.rows(request, window_rows), step)
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
         return merged(request.canvas.length, window_rows, request.near_commits(), self._probes)
@@ -96,11 +102,12 @@ class ElasticBlock(RefreshPolicy):
         mass, most_attended = attention_of_blocks(
             measured.attention, plan.measure.watched, request.validity.block_size
         )
-        stale = self._verdict(request, step + self.config.measure_every, mass)
+        self._attention = mass
+        stale = self._verdict(request, step + self.config.measure_every)
         if stale is not None:
             refreshed = stale < request.num_layers
             self._refreshed_at[refreshed] = step + (request.refresh == "next")
-        self._choose_probes(mass, most_attended, step)
+        self._choose_probes(most_attended, step)
         return stale
 
     def judged_by(self) -> dict[str, list[float]]:
@@ -120,10 +127,28 @@ class ElasticBlock(RefreshPolicy):
             return
         new = blocks - len(self._rate)
         self._rate = np.pad(self._rate, ((0, new), (0, 0)))
+        self._attention = np.pad(self._attention, (0, new))
         self._refreshed_at = np.append(self._refreshed_at, np.full(new, step))
         self._probed_at = np.append(self._probed_at, np.full(new, step))
         appended = np.full(length - len(self._written_at), step)
         self._written_at = np.append(self._written_at, appended)
+
+    def _spend_spare_rows(self, request: DenoisingRequest, rows: Positions, step: int) -> None:
+        """The costliest blocks are stale, as many as the coming pass has room for.
+
+        ``rows``: what it computes for its own sake.
+        """
+        computed = request.validity.join_layers() < request.num_layers
+        computed[rows] = computed[request.appended] = True
+        cost = self._attention * self._drift(step)
+        ranked = np.argsort(-cost, kind="stable")
+        ranked = ranked[cost[ranked] > 0]
+        of_block = np.flatnonzero(~computed) // request.validity.block_size
+        lacking = np.bincount(of_block, minlength=len(cost))[ranked]
+        spare = self.config.rows_per_pass - int(computed.sum())
+        chosen = ranked[np.cumsum(lacking) <= spare]
+        request.validity.invalidate(self._join_layers(request, chosen))
+        self._refreshed_at[chosen] = step
 
     def _start_over(self, request: DenoisingRequest, step: int) -> None:
         """All blocks are as of this step."""
@@ -146,23 +171,32 @@ class ElasticBlock(RefreshPolicy):
         self._rate[blocks] = measured.probe_drift / (age**GROWTH)[:, None]
         self._probed_at[blocks] = step
 
-    def _verdict(
-        self, request: DenoisingRequest, step: int, mass: Shares
-    ) -> npt.NDArray[np.int16] | None:
-        """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
+    def _drift(self, step: int) -> npt.NDArray[np.float64]:
+        """float64 [blocks], expected at a step, of the layer where it is largest."""
         assert self._rate is not None
-        age = np.maximum(step - self._refreshed_at, 0) ** GROWTH
-        drift = self._rate.max(axis=1) * age
-        self._judged_by = {"attention": mass, "drift": drift}
-        cost = mass * drift
+        return self._rate.max(axis=1) * np.maximum(step - self._refreshed_at, 0) ** GROWTH
+
+    def _verdict(self, request: DenoisingRequest, step: int) -> npt.NDArray[np.int16] | None:
+        """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
+        drift = self._drift(step)
+        self._judged_by = {"attention": self._attention, "drift": drift}
+        cost = self._attention * drift
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
         ranked = np.argsort(-cost, kind="stable")
         left = total - np.cumsum(cost[ranked])
         count = 1 + int(np.searchsorted(-left, -self.config.block_drift / 2))
-        stale = np.full(len(cost), request.num_layers, dtype=np.int16)
-        for block in ranked[:count][cost[ranked[:count]] > 0]:
+        ranked = ranked[:count]
+        return self._join_layers(request, ranked[cost[ranked] > 0])
+
+    def _join_layers(
+        self, request: DenoisingRequest, refreshed: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.int16]:
+        """int16 [blocks]: where those to be refreshed join, L for others."""
+        assert self._rate is not None
+        stale = np.full(len(self._rate), request.num_layers, dtype=np.int16)
+        for block in refreshed:
             # Its age multiplies the drift of all layers alike.
             drifted = self._rate[block] > self.config.slack * self._rate[block].max()
             # argmax: the first layer whose input has; the one before is where to join.
@@ -170,9 +204,9 @@ class ElasticBlock(RefreshPolicy):
             stale[block] = max(0, first - 1)
         return stale
 
-    def _choose_probes(self, mass: Shares, most_attended: Positions, step: int) -> None:
+    def _choose_probes(self, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        due = mass * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
+        due = self._attention * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
         ranked = np.argsort(-due, kind="stable")[: self.config.probes]
         self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
 if TYPE_CHECKING:
@@ -16,5 +17,5 @@ class Recompute(RefreshPolicy):
 
     name = "none"
 
-    def begin_step(self, request: DenoisingRequest) -> None:
+    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
         request.validity.invalidate(0)
