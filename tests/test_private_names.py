@@ -47,6 +47,7 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
+    "patches/reports.py",
     "models/config_parser.py",
     "models/experts.py",
     "models/layers.py",
@@ -365,6 +366,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
 
 # Methods that we wrap: what our wrapper reads by position -> the rest passes through.
 WRAPPED = {
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": ["self", "request"],
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": [
         "self",
         "engine_core_outputs",
@@ -435,6 +437,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "generation_config",
         "hf_config",
         "max_model_len",
+        "model_arch_config",
         "override_generation_config",
         "seed",
         "served_model_name",
@@ -448,8 +451,11 @@ ATTRIBUTES: dict[str, list[str]] = {
         "max_num_batched_tokens",
         "scheduler_cls",
     ],
+    "vllm.config.model_arch:ModelArchitectureConfig": ["num_experts"],
     "vllm.config:ParallelConfig": [
+        "data_parallel_external_lb",
         "data_parallel_index",
+        "data_parallel_size",
         "tensor_parallel_size",
         "worker_cls",
     ],
@@ -517,10 +523,9 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
-    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states", "tracing_enabled"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",
-        "external_req_id",
         "request_index",
         "stats",
     ],

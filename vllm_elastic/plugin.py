@@ -25,8 +25,9 @@ def register() -> None:
     from vllm_elastic.models.config_parser import dispatch_on_architectures
     from vllm_elastic.patches.admission import check_requests_at_admission
     from vllm_elastic.patches.cli_flags import add_elastic_flags
-    from vllm_elastic.patches.ended_requests import take_reports_of_ended_requests
+    from vllm_elastic.patches.ended_requests import account_for_ended_requests
     from vllm_elastic.patches.max_tokens import take_max_tokens_literally
+    from vllm_elastic.patches.reports import read_reports
     from vllm_elastic.patches.sent_parameters import note_what_was_sent
     from vllm_elastic.patches.traced_requests import trace_denoising
     from vllm_elastic.patches.watched_requests import show_passes_of_watched_requests
@@ -38,9 +39,10 @@ def register() -> None:
     dispatch_on_architectures()
     add_elastic_flags()
     check_requests_at_admission()
-    take_reports_of_ended_requests()
     take_max_tokens_literally()
     note_what_was_sent()
+    read_reports()
+    account_for_ended_requests()
     show_passes_of_watched_requests()
     trace_denoising()
 

@@ -181,6 +181,20 @@ def test_experts_do_not_depend_on_the_batch(serve_family: Callable[[str], Served
                 torch.testing.assert_close(found, whole[some])
 
 
+@pytest.mark.parametrize("engines", [1, 2])
+def test_engines_with_experts_do_not_wait_for_each_other(engines: int, tmp_path: Path) -> None:
+    """vLLM keeps data-parallel engines in step where it knows of experts."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    save_family("llada-moe", tmp_path)
+    args = EngineArgs(str(tmp_path), skip_tokenizer_init=True, data_parallel_size=engines)
+    config = args.create_engine_config()
+    assert config.model_config.is_moe == (engines == 1)
+    assert config.parallel_config.is_moe_model == (engines == 1)
+
+
 def test_norm_of_rows_that_are_no_neighbours() -> None:
     """The only KV head of a rank: its rows lie apart, between those of queries and values."""
     from vllm.config import VllmConfig, set_current_vllm_config

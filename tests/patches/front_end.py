@@ -9,13 +9,19 @@ REQUEST_ID = "0-1"
 """Inside, of the request "0"."""
 
 
-def add_request(processor: Any, external_req_id: str = "0", **params: Any) -> None:
-    """Give an ``OutputProcessor`` a request of two tokens, with these sampling parameters."""
+def add_request(
+    processor: Any, external_req_id: str = "0", request_id: str | None = None, **params: Any
+) -> None:
+    """Give an ``OutputProcessor`` a request of two tokens, with these sampling parameters.
+
+    Args:
+        request_id: inside; None: as ``REQUEST_ID`` is made.
+    """
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
     request = EngineCoreRequest(
-        request_id=f"{external_req_id}-1",
+        request_id=request_id or f"{external_req_id}-1",
         external_req_id=external_req_id,
         prompt_token_ids=[1, 2],
         mm_features=None,

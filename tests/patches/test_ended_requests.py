@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.patches.front_end import REQUEST_ID, add_request
-from vllm_elastic.engine.report import EndedRequest, attach
+from vllm_elastic.engine.report import ENDED, EndedRequest, attach
 
 END = 7
 RECORD = EndedRequest(
@@ -48,7 +48,7 @@ def finish(
             request_id=REQUEST_ID,
             new_token_ids=new,
             finish_reason=FinishReason.STOP if last else None,
-            kv_transfer_params=attach({"other": 1}, True) if last and report else None,
+            kv_transfer_params=attach({"other": 1}, ENDED, True) if last and report else None,
         )
         seen += processor.process_outputs([output], 1.0, iteration_stats=statistics).request_outputs
     return seen
@@ -139,7 +139,7 @@ def test_report_is_taken_out_of_the_statistics() -> None:
     before = counted("requests_total")
     processor = OutputProcessor(tokenizer=None, log_stats=True)
     for others in ({}, {"other": 1}):
-        stats = SchedulerStats(kv_connector_stats=attach(others, [RECORD, RECORD]))
+        stats = SchedulerStats(kv_connector_stats=attach(others, ENDED, [RECORD, RECORD]))
         processor.update_scheduler_stats(stats)
         assert stats.kv_connector_stats == (others or None)
     assert counted("requests_total") == before + 4

@@ -42,7 +42,7 @@ def finish(reports: list[dict[str, Any] | None]) -> Any:
             request_id=REQUEST_ID,
             new_token_ids=[5],
             finish_reason=FinishReason.LENGTH if last else None,
-            kv_transfer_params=None if report is None else attach({"other": 1}, report, SPAN),
+            kv_transfer_params=None if report is None else attach({"other": 1}, SPAN, report),
         )
         outputs = processor.process_outputs([output], 1.0, IterationStats())
         seen += outputs.request_outputs

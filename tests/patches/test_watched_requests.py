@@ -19,25 +19,26 @@ def made(position: int) -> dict[str, Any]:
     return {"kind": "window", "canvas": {"predicted": [[position, 7, 0.5], [position + 1, 8, 0.5]]}}
 
 
-def processor_of(*request_ids: str) -> Any:
+def processor() -> Any:
     from vllm.plugins import load_general_plugins
-    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.output_processor import OutputProcessor
 
     load_general_plugins()
-    processor = OutputProcessor(tokenizer=None, log_stats=False)
-    for request_id in request_ids:
-        add_request(processor, request_id, output_kind=RequestOutputKind.DELTA)
-    return processor
+    return OutputProcessor(tokenizer=None, log_stats=False)
 
 
-def output(request_id: str, tokens: list[int], passes: list[dict[str, Any]] | None) -> Any:
+def add(processor: Any, request_id: str, inside: str) -> None:
+    """Two requests may have the same id outside."""
+    from vllm.sampling_params import RequestOutputKind
+
+    add_request(processor, request_id, inside, output_kind=RequestOutputKind.DELTA)
+
+
+def output(inside: str, tokens: list[int], passes: list[dict[str, Any]]) -> Any:
     from vllm.v1.engine import EngineCoreOutput
 
-    params = None if passes is None else attach({"other": 1}, passes, PASSES)
-    return EngineCoreOutput(
-        request_id=f"{request_id}-1", new_token_ids=tokens, kv_transfer_params=params
-    )
+    params = attach(None, PASSES, passes)
+    return EngineCoreOutput(request_id=inside, new_token_ids=tokens, kv_transfer_params=params)
 
 
 class Tokenizer:
@@ -58,25 +59,17 @@ async def watch(
         yield item
 
 
-def test_outputs_are_vllms_own_again() -> None:
-    """vLLM would stream an output without tokens, and time its first token by it."""
-    processor = processor_of("a", "b")
-    batch = [output("a", [], [made(3)]), output("b", [5], [made(4)]), output("a", [6], None)]
-    seen = processor.process_outputs(batch, 1.0).request_outputs
-    assert [(o.request_id, list(o.outputs[0].token_ids)) for o in seen] == [("b", [5]), ("a", [6])]
-    assert [o.kv_transfer_params for o in seen] == [{"other": 1}, None]
-
-
 def test_each_pass_arrives_at_once_and_in_its_place() -> None:
     async def run() -> list[Any]:
-        processor = processor_of("a")
+        front_end = processor()
         go_on = asyncio.Event()
 
         async def chunks() -> AsyncIterator[str]:
-            processor.process_outputs([output("a", [], [made(3)])], 1.0)
+            add(front_end, "a", "a-1")
+            front_end.process_outputs([output("a-1", [], [made(3)])], 1.0)
             await go_on.wait()
             yield "first"
-            processor.process_outputs([output("a", [5], [made(4), made(9)])], 1.0)
+            front_end.process_outputs([output("a-1", [5], [made(4), made(9)])], 1.0)
             yield "second"
 
         tokenizer, seen = Tokenizer(), []
@@ -96,9 +89,47 @@ def test_each_pass_arrives_at_once_and_in_its_place() -> None:
     assert seen[2]["elastic"]["words"] == {} and seen[0]["elastic"]["index"] == 0
 
 
-def test_an_error_of_the_stream_is_its_own() -> None:
-    from vllm_elastic.patches import watched_requests
+def test_two_streams_of_one_id_have_their_own_passes() -> None:
+    """A client names its request by X-Request-Id; nobody sees another's answer by its name."""
+    front_end = processor()
+    both_are_there = asyncio.Barrier(2)
 
+    async def chunks(inside: str, position: int) -> AsyncIterator[str]:
+        add(front_end, "a", inside)
+        await both_are_there.wait()
+        front_end.process_outputs([output(inside, [], [made(position)])], 1.0)
+        await both_are_there.wait()
+        yield "end"
+
+    async def seen(inside: str, position: int) -> list[Any]:
+        items = [item async for item in watch(chunks(inside, position), "a", Tokenizer())]
+        assert items.pop() == "end"
+        return [json.loads(item[6:])["elastic"]["canvas"]["predicted"][0][0] for item in items]
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(seen("a-1", 3), seen("a-2", 4))
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [[3], [4]]
+
+
+def test_passes_that_nobody_watches_are_dropped() -> None:
+    """Of a request that is no stream, though another one was watched before."""
+    front_end = processor()
+
+    async def chunks() -> AsyncIterator[str]:
+        add(front_end, "a", "a-1")
+        yield "end"
+
+    async def run() -> list[Any]:
+        items = [item async for item in watch(chunks(), "a", Tokenizer())]
+        add(front_end, "b", "b-1")
+        front_end.process_outputs([output("b-1", [], [made(3)])], 1.0)
+        return items
+
+    assert asyncio.run(run()) == ["end"]
+
+
+def test_an_error_of_the_stream_is_its_own() -> None:
     async def chunks() -> AsyncIterator[str]:
         yield "first"
         raise ValueError("the engine is dead")
@@ -111,7 +142,6 @@ def test_an_error_of_the_stream_is_its_own() -> None:
         assert seen == ["first"]
 
     asyncio.run(run())
-    assert not watched_requests._watchers
 
 
 def test_a_client_that_leaves_ends_its_request() -> None:
@@ -131,18 +161,17 @@ def test_a_client_that_leaves_ends_its_request() -> None:
     async def run() -> None:
         stream = watched_requests._with_passes(chunks(), "a", "tiny", Tokenizer())
         assert await anext(stream) == "first"
-        assert "a" in watched_requests._watchers
         await stream.aclose()
         await asyncio.sleep(0)
 
     asyncio.run(run())
-    assert ended == [True] and not watched_requests._watchers
+    assert ended == [True]
 
 
 def test_other_requests_have_vllms_own_stream() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
-    processor_of()
+    processor()
     stream = OpenAIServingChat.chat_completion_stream_generator
     own = stream.__wrapped__
     for xargs, ours in (

@@ -20,7 +20,13 @@ from vllm_elastic.bench.recorded_plans import plans_of
 from vllm_elastic.bench.scheduler_time import scheduler_seconds
 from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job
 from vllm_elastic.bench.simulation.calibration import capacity_of
-from vllm_elastic.bench.simulation.recording import KINDS, RecordedRequest, Recording, read_records
+from vllm_elastic.bench.simulation.recording import (
+    KINDS,
+    RecordedRequest,
+    Recording,
+    policies_of,
+    read_records,
+)
 from vllm_elastic.decoding.plan import PassPlan
 
 DESCRIPTION = """\
@@ -67,18 +73,23 @@ class Run:
     plans: list[PassPlan]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        records: Sequence[dict[str, Any]],
-        *,
-        layers: int,
-        vocabulary: int,
-    ) -> Run:
-        """Raises: ValueError: what the file has cannot be replayed; says why."""
-        recording = Recording(name, records, layers)
-        plans = [plan for record in records for plan in plans_of(record, layers, vocabulary)]
-        return cls(recording, records[0]["policy"], plans)
+    def read(cls, path: Path, *, layers: int, vocabulary: int) -> Run:
+        """
+        Args:
+            layers, vocabulary: of the model that runs it.
+
+        Raises:
+            SystemExit: what the file has cannot be replayed; names it and says why.
+        """
+        records = read_records(path)
+        try:
+            plans = [plan for record in records for plan in plans_of(record, layers, vocabulary)]
+            policies = policies_of(records)
+            if len(policies) > 1:
+                raise ValueError(f"its requests have several policies: {', '.join(policies)}")
+        except ValueError as error:
+            raise SystemExit(f"{path}: {error}") from None
+        return cls(Recording(path.stem, records, layers), policies[0], plans)
 
     @property
     def longest(self) -> int:
@@ -111,17 +122,9 @@ def main(args: argparse.Namespace) -> None:
         SystemExit: a file cannot be replayed; names it.
     """
     shape = shape_of_sizes(args)
-    records = {path: _read(path) for path in args.runs}
-    longest = max(record["canvas"] for found in records.values() for record in found)
-    engine = dummy_engine(shape, args, args.batch_size, longest)
-    runs = []
-    for path, found in records.items():
-        sizes = {"layers": shape.layers, "vocabulary": shape.vocabulary}
-        try:
-            run = Run.of(path.stem, found, **sizes)
-        except ValueError as error:
-            raise SystemExit(f"{path}: {error}") from None
-        runs.append(run)
+    sizes = {"layers": shape.layers, "vocabulary": shape.vocabulary}
+    runs = [Run.read(path, **sizes) for path in args.runs]
+    engine = dummy_engine(shape, args, args.batch_size, max(run.longest for run in runs))
     print(
         "| run | policy | batch | requests | tokens | steps | passes | row-layers a token | "
         f"tokens/s | {', '.join(KINDS)} | scheduling |"
@@ -135,18 +138,6 @@ def main(args: argparse.Namespace) -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
     print(f"\n{machine.sentence(here)}, {args.dtype}; {shape.layers} layers of {shape.width}")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = read_records(path)
-        Recording(path.stem, records, 1)  # says what a record lacks
-        policies = sorted({record["policy"] for record in records})
-        if len(policies) > 1:
-            raise ValueError(f"its requests have several policies: {', '.join(policies)}")
-    except ValueError as error:
-        raise SystemExit(f"{path}: {error}") from None
-    return records
 
 
 def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,8 +14,8 @@ Positions = npt.NDArray[np.int32]
 NO_POSITIONS: Positions = np.empty(0, dtype=np.int32)
 
 
-def merged(length: int, *sets: Positions) -> Positions:
-    """Positions below ``length`` that are in any of the sets, ascending.
+def merged(length: int, *sets: Positions | slice) -> Positions:
+    """Positions below ``length`` that are in any of the sets or ranges, ascending.
 
     By flags, not by sorting: this runs for every request of a batch between two passes, and
     numpy's union takes ten times as long.

@@ -86,7 +86,7 @@ class PassPlan:
     @property
     def window_rows(self) -> Positions:
         """Rows that the window's candidates are read from; their attention is the window's."""
-        return self.window - np.int32(self.logits_shift)
+        return self.window - np.int32(self.logits_shift) if self.logits_shift else self.window
 
     @property
     def num_rows(self) -> int:
@@ -128,6 +128,8 @@ class PassPlan:
     @property
     def num_saved_rows(self) -> int:
         """Rows of which something of every layer is kept, each as often as something is."""
+        if self.measure is None:
+            return 0
         old_keys = len(self.segments[0].positions) if self.tested.size else 0
         # Of a tested row the old query and the old input.
         return len(self.queries) + 2 * self.tested.size + old_keys + len(self.probes)

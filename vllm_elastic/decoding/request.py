@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from vllm_elastic.decoding.plan import (
     Logprobs,
     PassPlan,
     PassResult,
+    Segment,
     StepState,
     segments_by_join_layer,
 )
@@ -128,7 +130,7 @@ class DenoisingRequest:
         self._plan = None
         self._num_written = len(plan.tokens)
         self.validity.validate()  # the pass recomputed all that was stale
-        if not np.isfinite(result.probabilities).all():
+        if not math.isfinite(result.probabilities.sum()):
             raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
         found_stale = self._judge(plan, result)
         self.policy.pass_done(self, plan, result.measured)
@@ -140,13 +142,13 @@ class DenoisingRequest:
         self._commit(plan, result)
         return self.canvas.take_finished()
 
-    def near_commits(self) -> Positions:
-        """What the step before committed and its neighbours within ``reach``, ascending."""
-        if not self.reach:
-            return self.just_committed
-        # What would lie outside is moved to the canvas's end, which is nearer.
-        around = self.just_committed[:, None] + np.arange(-self.reach, self.reach + 1)
-        return merged(self.canvas.length, around.clip(0, self.canvas.length - 1))
+    def near_commits(self) -> list[slice]:
+        """What the step before committed, each with its neighbours within ``reach``.
+
+        The last range may end behind the canvas.
+        """
+        reach = self.reach
+        return [slice(max(0, p - reach), p + reach + 1) for p in self.just_committed.tolist()]
 
     def take_logprobs(self, count: int) -> list[Logprobs]:
         """Log probabilities of the last ``count`` tokens that ``finish_pass`` returned, in order.
@@ -181,21 +183,29 @@ class DenoisingRequest:
         rows = self.policy.rows(self, plan.window_rows)
         if self.appended.size:
             rows = merged(self.canvas.length, rows, self.appended)
-        join = self.validity.join_layers()
-        # A replay repeats its step's rows too, but only from where the first block is stale.
-        start = int(join.min()) if self._state is StepState.REPLAY else 0
-        join[rows] = np.minimum(join[rows], start)
-        plan.segments = segments_by_join_layer(join, self.num_layers)
+        plan.segments = self._segments(rows)
         plan.kind = self._kind_of_pass()
         plan.measure = self.policy.measure(self, plan, self._state, rows)
         return plan
 
+    def _segments(self, rows: Positions) -> list[Segment]:
+        """Those rows, ascending, and all that is stale."""
+        if self.validity.all_valid:
+            return [Segment(0, rows)]
+        join = self.validity.join_layers()
+        # A replay repeats its step's rows too, but only from where the first block is stale.
+        start = int(join.min()) if self._state is StepState.REPLAY else 0
+        join[rows] = np.minimum(join[rows], start)
+        return segments_by_join_layer(join, self.num_layers)
+
     def _kind_of_pass(self) -> str:
         if self._state is StepState.REPLAY:
             return "replay"
+        if self.validity.all_valid:
+            return "window"
         if self.validity.all_stale:
             return "first" if self.record.passes == 0 else "full"
-        return "window" if self.validity.all_valid else "refresh"
+        return "refresh"
 
     def _judge(self, plan: PassPlan, result: PassResult) -> bool:
         """Let the policy mark what a step's first pass found stale; whether it found anything."""

@@ -76,6 +76,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             )
         scheduler.enable_chunked_prefill = False
         _set_overlap(scheduler)
+        _set_engines_apart(vllm_config)
         if not cache.user_specified_block_size:
             cache.block_size = BLOCK_SIZE
             cache.user_specified_block_size = True
@@ -110,6 +111,19 @@ def _set_overlap(scheduler: SchedulerConfig) -> None:
             "async scheduling is on: while a pass of one group of requests runs, the next one's is "
             "planned"
         )
+
+
+def _set_engines_apart(vllm_config: VllmConfig) -> None:
+    """Data-parallel engines with experts, too, share nothing (``models.experts``).
+
+    vLLM would start and stop them together and let them wait for each other every so many passes
+    (``--dp-sync-interval``), a request at an idle engine for a busy one. It knows a mixture of
+    experts by their number, and asks again wherever it matters. An external load balancer is for
+    such models only, so there they stay together.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 and not parallel.data_parallel_external_lb:
+        vllm_config.model_config.model_arch_config.num_experts = 0
 
 
 def is_served_by_us(vllm_config: VllmConfig) -> bool:

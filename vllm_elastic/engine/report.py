@@ -2,24 +2,24 @@
 """What the engine core tells the front end beside the tokens, and in which of vLLM's fields.
 
 A message between the two has two free-form fields, both meant for KV connectors, which are refused
-for a LLaDA: ``EngineCoreOutput.kv_transfer_params``, sent when an answer ends by itself, says
-whether its last token is an end token; ``SchedulerStats.kv_connector_stats``, sent after every step
-unless statistics are off, lists the requests that ended, in whatever way. The front end takes both
-out before anyone else looks.
+for a LLaDA: ``EngineCoreOutput.kv_transfer_params``, beside a request's tokens, and
+``SchedulerStats.kv_connector_stats``, sent after every step unless statistics are off. What is ours
+in them has a key of its own for each kind. The front end takes it out before anyone else looks.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-KEY = "vllm_elastic"
-"""Ours in either field."""
+ENDED = "vllm_elastic_ended"
+"""Beside tokens: True where the last one is an end token. In statistics: ``EndedRequest`` of those
+that ended since the last ones, in whatever way."""
 
 PASSES = "vllm_elastic_passes"
-"""Ours in ``kv_transfer_params`` after every pass of a request with ``watch``: what it did."""
+"""Beside tokens, or without any, after every pass of a request with ``watch``: what it did."""
 
 SPAN = "vllm_elastic_span"
-"""Ours in ``kv_transfer_params`` beside every token, where vLLM traces: attributes of the span."""
+"""Beside tokens, where vLLM traces: attributes of the span as it would be now."""
 
 
 class EndedRequest(TypedDict):
@@ -43,12 +43,12 @@ class EndedRequest(TypedDict):
     seconds_per_token: float | None
 
 
-def attach(field: dict[str, Any] | None, value: Any, key: str = KEY) -> dict[str, Any]:
+def attach(field: dict[str, Any] | None, key: str, value: Any) -> dict[str, Any]:
     """The field with our value in it."""
     return {**(field or {}), key: value}
 
 
-def detach(field: dict[str, Any] | None, key: str = KEY) -> tuple[dict[str, Any] | None, Any]:
+def detach(field: dict[str, Any] | None, key: str) -> tuple[dict[str, Any] | None, Any]:
     """The field as vLLM would have sent it, and our value; None where there is none."""
     if not field or key not in field:
         return field, None

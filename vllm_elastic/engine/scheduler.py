@@ -25,7 +25,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
-from vllm_elastic.engine.report import PASSES, SPAN, EndedRequest, attach
+from vllm_elastic.engine.report import ENDED, PASSES, SPAN, EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.span import Attributes, span_attributes
 from vllm_elastic.models.registry import traits_of
@@ -148,7 +148,7 @@ class ElasticScheduler(Scheduler):
         for output in (output for sent in outputs.values() for output in sent.outputs):
             if output.request_id in spans:
                 output.kv_transfer_params = attach(
-                    output.kv_transfer_params, spans[output.request_id], SPAN
+                    output.kv_transfer_params, SPAN, spans[output.request_id]
                 )
         for client, request_id, passes in watched:
             _send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
@@ -270,7 +270,7 @@ class ElasticScheduler(Scheduler):
                 self._ended.append(self._ended_request(request, canvas, first_commit))
         params, ec_params = super()._free_request(request, delay_free_blocks)
         if self._ends_with_end_token(request):
-            params = attach(params, True)
+            params = attach(params, ENDED, True)
         return params, ec_params
 
     def _spans_of(self, request_ids: list[str]) -> dict[str, Attributes]:
@@ -289,7 +289,7 @@ class ElasticScheduler(Scheduler):
         """vLLM's statistics of a step, with the requests that ended since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self._ended:
-            stats.kv_connector_stats = attach(stats.kv_connector_stats, self._ended)
+            stats.kv_connector_stats = attach(stats.kv_connector_stats, ENDED, self._ended)
             self._ended = []
         return stats
 
@@ -358,7 +358,7 @@ def _send_passes(sent: EngineCoreOutputs, request_id: str, passes: list[dict[str
     else:
         output = EngineCoreOutput(request_id=request_id, new_token_ids=[])
         sent.outputs.append(output)
-    output.kv_transfer_params = attach(output.kv_transfer_params, passes, PASSES)
+    output.kv_transfer_params = attach(output.kv_transfer_params, PASSES, passes)
 
 
 def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:

@@ -47,7 +47,7 @@ class ElasticWorker(_BaseWorker):
         return ElasticRunner(self.vllm_config, self.device)
 
     def execute_dummy_batch(self) -> None:
-        """Data-parallel engines of a dense model have nothing to keep in step."""
+        """Data-parallel engines share nothing, so there is nothing to keep in step."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         return CompilationTimes(language_model=0.0, encoder=0.0)

@@ -13,7 +13,6 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, output_processor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from vllm_elastic.engine.report import SPAN, detach
 from vllm_elastic.engine.span import Attributes
 
 _WRAPPED = "_vllm_elastic_traced"
@@ -23,24 +22,11 @@ _beside: ContextVar[Attributes | None] = ContextVar("attributes of this span", d
 
 
 def trace_denoising() -> None:
-    """Wrap the front end's output processing and its making of spans, once."""
+    """Wrap the front end's making of spans, once."""
     if hasattr(OutputProcessor.do_tracing, _WRAPPED):
         return
-    process_outputs = OutputProcessor.process_outputs
     do_tracing = OutputProcessor.do_tracing
     instrument_manual = output_processor.instrument_manual
-
-    @functools.wraps(process_outputs)
-    def process(
-        self: OutputProcessor,
-        engine_core_outputs: list[EngineCoreOutput],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if self.tracing_enabled:
-            for output in engine_core_outputs:
-                _take_attributes(self, output)
-        return process_outputs(self, engine_core_outputs, *args, **kwargs)
 
     @functools.wraps(do_tracing)
     def trace(
@@ -58,14 +44,10 @@ def trace_denoising() -> None:
         return instrument_manual(*args, attributes=both, **kwargs)
 
     setattr(trace, _WRAPPED, True)
-    OutputProcessor.process_outputs = process
     OutputProcessor.do_tracing = trace
     output_processor.instrument_manual = with_attributes
 
 
-def _take_attributes(processor: OutputProcessor, output: EngineCoreOutput) -> None:
+def keep_attributes(state: RequestState, attributes: Attributes, *_: Any) -> None:
     """Keep the newest with the request; a stop string may end it before the engine knows."""
-    output.kv_transfer_params, attributes = detach(output.kv_transfer_params, SPAN)
-    state = processor.request_states.get(output.request_id)
-    if attributes is not None and state is not None:
-        setattr(state, _SPAN, attributes)
+    setattr(state, _SPAN, attributes)

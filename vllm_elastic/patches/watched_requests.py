@@ -11,37 +11,32 @@ import functools
 import json
 import time
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_elastic.config import REQUEST_PREFIX
-from vllm_elastic.engine.report import PASSES, detach
 
 _WRAPPED = "_vllm_elastic_watched"
+_WATCHER = "_vllm_elastic_watcher"
 
-_watchers: dict[str, asyncio.Queue[Any]] = {}
-"""Streams that want passes, by the request's id; what arrives for others is dropped."""
+_watcher: ContextVar[asyncio.Queue[Any] | None] = ContextVar("who watches", default=None)
+"""Of the stream that is being pulled: vLLM makes a stream's requests when it is pulled first."""
 
 
 def show_passes_of_watched_requests() -> None:
-    """Wrap the front end's output processing and the chat's stream, once."""
-    if hasattr(OutputProcessor.process_outputs, _WRAPPED):
-        return
-    process_outputs = OutputProcessor.process_outputs
-    stream_generator = OpenAIServingChat.chat_completion_stream_generator
+    """Wrap the chat's stream, and the making of requests that it leads to, once.
 
-    @functools.wraps(process_outputs)
-    def process(
-        self: OutputProcessor,
-        engine_core_outputs: list[EngineCoreOutput],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        outputs = [output for output in engine_core_outputs if not _take_passes(self, output)]
-        return process_outputs(self, outputs, *args, **kwargs)
+    Clients choose their requests' ids, and two may choose the same: so a request keeps who watches
+    it, and no id is asked for.
+    """
+    stream_generator = OpenAIServingChat.chat_completion_stream_generator
+    if hasattr(stream_generator, _WRAPPED):
+        return
+    add_request = OutputProcessor.add_request
 
     @functools.wraps(stream_generator)
     def stream(
@@ -63,21 +58,22 @@ def show_passes_of_watched_requests() -> None:
             return chunks
         return _with_passes(chunks, request_id, model_name, tokenizer)
 
-    setattr(process, _WRAPPED, True)
-    OutputProcessor.process_outputs = process
+    @functools.wraps(add_request)
+    def add(self: OutputProcessor, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        add_request(self, request, *args, **kwargs)
+        setattr(self.request_states[request.request_id], _WATCHER, _watcher.get())
+
+    setattr(stream, _WRAPPED, True)
+    OutputProcessor.add_request = add
     OpenAIServingChat.chat_completion_stream_generator = stream
 
 
-def _take_passes(processor: OutputProcessor, output: EngineCoreOutput) -> bool:
-    """Hand an output's passes to who watches; whether there is nothing else in it."""
-    output.kv_transfer_params, passes = detach(output.kv_transfer_params, PASSES)
-    state = processor.request_states.get(output.request_id)
-    if passes is None:
-        return False
-    if state is not None and state.external_req_id in _watchers:
+def show_passes(state: RequestState, passes: list[dict[str, Any]], *_: Any) -> None:
+    """Hand a request's passes to who watches; nobody, and they are dropped."""
+    watcher: asyncio.Queue[Any] | None = getattr(state, _WATCHER, None)
+    if watcher is not None:
         for made in passes:
-            _watchers[state.external_req_id].put_nowait({"index": state.request_index, **made})
-    return not output.new_token_ids and output.finish_reason is None
+            watcher.put_nowait({"index": state.request_index, **made})
 
 
 async def _with_passes(
@@ -85,10 +81,10 @@ async def _with_passes(
 ) -> AsyncIterator[str]:
     """vLLM's chunks and the passes, each as soon as it is there."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    _watchers[request_id] = queue
     created, words = int(time.time()), dict[int, str]()
 
     async def pump() -> None:
+        _watcher.set(queue)  # in this task's own context
         try:
             async for chunk in chunks:
                 queue.put_nowait(chunk)
@@ -114,5 +110,4 @@ async def _with_passes(
             yield f"data: {json.dumps(event)}\n\n"
         await task  # an error of the stream itself
     finally:
-        del _watchers[request_id]
         task.cancel()

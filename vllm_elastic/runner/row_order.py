@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -60,28 +61,35 @@ class RowOrder:
             for index, plan in enumerate(plans)
             for number, segment in enumerate(plan.segments)
         )
-        row_of = [np.full(len(plan.tokens), -1, dtype=np.int64) for plan in plans]
-        blocks = [np.asarray(plan.block_ids, dtype=np.int64) for plan in plans]
-        positions, slots, tokens, spans = [], [], [NO_ROWS], []
-        stored = [np.empty(0, dtype=np.bool_)]
-        row = 0
-        for join_layer, index, number in segments:
-            own = plans[index].segments[number].positions.astype(np.int64)
-            row_of[index][own] = np.arange(row, row + len(own))
-            positions.append(own)
-            slots.append(slots_of(blocks[index], own, block_size))
-            if join_layer == 0:
-                tokens.append(plans[index].tokens[own].astype(np.int64))
-                of_images = plans[index].stored_inputs
-                none = np.zeros(len(own), dtype=np.bool_)
-                stored.append(np.isin(own, of_images) if of_images.size else none)
-            spans.append(Span(join_layer, index, row, row + len(own)))
-            row += len(own)
+        parts = [plans[index].segments[number].positions for _, index, number in segments]
+        spans, row = [], 0
+        for (join_layer, index, _), part in zip(segments, parts, strict=True):
+            spans.append(Span(join_layer, index, row, row + len(part)))
+            row += len(part)
+        positions = np.concatenate(parts).astype(np.int64)
+        # All at once, as if the canvases of all plans, and their blocks, were one.
+        owner = np.repeat([span.plan for span in spans], [len(part) for part in parts])
+        starts = _starts(len(plan.tokens) for plan in plans)
+        places = positions + starts[owner]
+        row_of = np.full(starts[-1], -1, dtype=np.int64)
+        row_of[places] = np.arange(row)
+        first_blocks = _starts(len(plan.block_ids) for plan in plans)
+        block_ids = np.fromiter(chain.from_iterable(p.block_ids for p in plans), np.int64)
+        embedded = places[: sum(span.stop - span.start for span in spans if not span.join_layer)]
+        stored = np.zeros(len(embedded), dtype=np.bool_)
+        for plan, start in zip(plans, starts[:-1], strict=True):
+            if plan.stored_inputs.size:
+                stored |= np.isin(embedded, plan.stored_inputs + start)
         return cls(
-            positions=np.concatenate(positions),
-            slots=np.concatenate(slots),
-            tokens=np.concatenate(tokens),
-            stored=np.concatenate(stored),
-            row_of=row_of,
+            positions=positions,
+            slots=slots_of(block_ids, positions + first_blocks[owner] * block_size, block_size),
+            tokens=np.concatenate([plan.tokens for plan in plans])[embedded].astype(np.int64),
+            stored=stored,
+            row_of=[row_of[start:stop] for start, stop in pairwise(starts.tolist())],
             spans=spans,
         )
+
+
+def _starts(lengths: Iterable[int]) -> IntArray:
+    """int64 [N + 1]: where each of N begins, one behind the other, and where the last one ends."""
+    return np.array(list(accumulate(lengths, initial=0)), dtype=np.int64)

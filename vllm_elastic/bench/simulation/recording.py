@@ -54,15 +54,38 @@ def at_depth(join_layer: int, recorded_layers: int, layers: int) -> int:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Requests of a file that ``bench run`` wrote.
+    """Requests of a file that ``bench run`` wrote, each with what a replay needs.
 
     Raises:
-        ValueError: it holds something else.
+        SystemExit: it holds something else, or no passes; names the file and what is lacking.
     """
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        for number, record in enumerate(records, start=1):
+            _check(record, number)
+        if not any(record["steps"] for record in records):
+            raise ValueError("no passes are recorded")
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
     return records
+
+
+def policies_of(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Of a file's requests, by name."""
+    return sorted({record["policy"] for record in records})
+
+
+def _check(record: Any, number: int) -> None:
+    if not isinstance(record, dict):
+        raise ValueError("a line is no JSON object")
+    lacking = NEEDED - set(record)
+    for entry in record.get("steps", ()):
+        lacking |= NEEDED_OF_A_PASS - set(entry)
+    if lacking:
+        raise ValueError(
+            f"record {number} lacks {', '.join(sorted(lacking))}; `bench run` of this version "
+            "writes it"
+        )
 
 
 class Columns:
@@ -100,46 +123,29 @@ class Recording:
     """
 
     def __init__(self, name: str, records: Iterable[dict[str, Any]], layers: int) -> None:
-        """Raises: ValueError: a record lacks what a replay needs; says which."""
+        """
+        Args:
+            records: of ``read_records``, or of an engine with ``record_rows``.
+        """
         self.name = name
         self.layers = layers
         self.columns = Columns(layers)
         self.requests: list[RecordedRequest] = []
         rows: list[Floats] = []
-        for number, record in enumerate(records, start=1):
-            lacking = NEEDED - set(record)
-            for entry in record.get("steps", ()):
-                lacking |= NEEDED_OF_A_PASS - set(entry)
-            if lacking:
-                raise ValueError(
-                    f"record {number} lacks {', '.join(sorted(lacking))}; `bench run` of this "
-                    "version writes it"
-                )
+        for record in records:
             passes = []
             for entry in record["steps"]:
                 passes.append(RecordedPass(len(rows), entry["rows"], entry["saved_rows"]))
                 rows.append(self._work(entry, record["canvas"], record["layers"]))
             tokens = len(record["token_ids"])
             self.requests.append(RecordedRequest(record["canvas"], tokens, passes))
-        if not rows:
-            raise ValueError("no passes are recorded")
         self.work: Floats = np.array(rows)
 
     @classmethod
     def read(cls, path: Path, layers: int) -> Recording:
-        """A file that ``bench run`` wrote.
-
-        Raises:
-            SystemExit: it holds something else; names the file.
-        """
-        try:
-            records = read_records(path)
-            recording = cls(path.stem, records, layers)
-        except ValueError as error:
-            raise SystemExit(f"{path}: {error}") from None
-        policies = sorted({record["policy"] for record in records})
-        recording.name = f"{path.stem} ({', '.join(policies)})"
-        return recording
+        """A file that ``bench run`` wrote; raises as ``read_records``."""
+        records = read_records(path)
+        return cls(f"{path.stem} ({', '.join(policies_of(records))})", records, layers)
 
     @property
     def window(self) -> int:

@@ -41,7 +41,7 @@ class Elastic(RefreshPolicy):
         self.tracked = union[union >= 0].astype(np.int32)
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
-        return merged(request.canvas.length, window_rows, request.near_commits(), self.tracked)
+        return merged(request.canvas.length, window_rows, self.tracked, *request.near_commits())
 
     def measure(
         self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions

@@ -70,7 +70,7 @@ class ElasticBlock(RefreshPolicy):
             self._spend_spare_rows(request, self.rows(request, window_rows), step)
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
-        return merged(request.canvas.length, window_rows, request.near_commits(), self._probes)
+        return merged(request.canvas.length, window_rows, self._probes, *request.near_commits())
 
     def measure(
         self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
