@@ -61,7 +61,7 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
         efficiency=0.65,
         step_seconds=1e-3,
         layer_seconds=30e-6,
-        pass_seconds=40e-6,
+        pass_seconds=28e-6,
         statistics_seconds=30e-6,
         paged_statistics=True,
         asynchronous=True,
