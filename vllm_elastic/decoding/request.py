@@ -166,6 +166,8 @@ class DenoisingRequest:
     # One pass: what it computes, what it says of the cache, what it decides.
 
     def _make_plan(self) -> PassPlan:
+        if self._state is StepState.FIRST_PASS:
+            self.policy.begin_step(self)
         plan = PassPlan(
             request_id=self.request_id,
             kind="",
@@ -178,20 +180,19 @@ class DenoisingRequest:
             stored_inputs=self._stored_inputs,
             num_written=self._num_written,
         )
-        if self._state is StepState.FIRST_PASS:
-            self.policy.begin_step(self, plan.window_rows)
         rows = self.policy.rows(self, plan.window_rows)
         if self.appended.size:
             rows = merged(self.canvas.length, rows, self.appended)
-        plan.segments = self._segments(rows)
+        if self._state is StepState.FIRST_PASS:
+            self.policy.spend_spare_rows(self, rows)
         plan.kind = self._kind_of_pass()
+        # Nothing is stale in a window pass.
+        plan.segments = [Segment(0, rows)] if plan.kind == "window" else self._segments(rows)
         plan.measure = self.policy.measure(self, plan, self._state, rows)
         return plan
 
     def _segments(self, rows: Positions) -> list[Segment]:
         """Those rows, ascending, and all that is stale."""
-        if self.validity.all_valid:
-            return [Segment(0, rows)]
         join = self.validity.join_layers()
         # A replay repeats its step's rows too, but only from where the first block is stale.
         start = int(join.min()) if self._state is StepState.REPLAY else 0

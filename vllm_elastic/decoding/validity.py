@@ -18,10 +18,8 @@ class BlockValidity:
 
     Attributes:
         block_size: positions a block has.
-        stale_from: int16 [blocks], 0 .. L. all_valid: every block is L.
+        stale_from: int16 [blocks], 0 .. L.
     """
-
-    all_valid: bool
 
     def __init__(
         self, canvas_length: int, block_size: int, num_layers: int, hidden_stride: int = 1
@@ -31,6 +29,10 @@ class BlockValidity:
         self.block_size = block_size
         self.stale_from: npt.NDArray[np.int16] = np.empty(0, dtype=np.int16)
         self.extend(canvas_length)
+
+    @property
+    def all_valid(self) -> bool:
+        return bool((self.stale_from == self.num_layers).all())
 
     @property
     def all_stale(self) -> bool:
@@ -51,7 +53,6 @@ class BlockValidity:
         new = -(-canvas_length // self.block_size) - len(self.stale_from)
         layer = 0 if self.all_stale else self.num_layers
         self.stale_from = np.append(self.stale_from, np.full(new, layer, dtype=np.int16))
-        self._changed()
 
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
@@ -60,15 +61,10 @@ class BlockValidity:
             layers < self.num_layers, layers - layers % self._hidden_stride, self.num_layers
         )
         self.stale_from = np.minimum(self.stale_from, stored).astype(np.int16)
-        self._changed()
 
     def validate(self) -> None:
         """All blocks were brought up to date by the pass that just ran."""
         self.stale_from[:] = self.num_layers
-        self.all_valid = True
-
-    def _changed(self) -> None:
-        self.all_valid = bool((self.stale_from == self.num_layers).all())
 
     def join_layers(self) -> npt.NDArray[np.int16]:
         """int16 [T]: the layer at which each position has to join to be valid again; L = not."""

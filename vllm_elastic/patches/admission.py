@@ -75,7 +75,8 @@ def check_place_of_knobs(misplaced: Mapping[str, str]) -> None:
     Raises:
         VLLMValidationError: names the first and where it belongs.
     """
-    for sent, place in misplaced.items():
+    if misplaced:
+        sent, place = next(iter(misplaced.items()))
         name = sent.encode(errors="backslashreplace").decode()  # half a surrogate pair
         raise VLLMValidationError(
             f"{name} stands {place} and would be passed over; send it at the top of the body "

@@ -83,10 +83,8 @@ def of_commit(
     of_rule = of_sure(confidence, positions, options, evidence)
     if sure(confidence, positions, options, evidence).any():
         return of_rule
-    if options.commit in (
-        "threshold",
-        "credit",
-    ):  # the best is committed on either side of the threshold
+    if options.commit in ("threshold", "credit"):
+        # The best is committed on either side of the threshold.
         return of_ranking(confidence, 1)
     return min(of_ranking(confidence, 1), of_rule)
 

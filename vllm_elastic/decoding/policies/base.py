@@ -37,16 +37,19 @@ class RefreshPolicy:
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         """Before a denoising step's first pass: may invalidate blocks. A step may be planned
-        more than once after a restart, never twice without one.
+        more than once after a restart, never twice without one."""
+
+    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
+        """Positions recomputed from layer 0 whether their block is stale or not, ascending.
 
         ``window_rows``: the rows that the predictions are read from.
         """
-
-    def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
-        """Positions recomputed from layer 0 whether their block is stale or not, ascending."""
         return window_rows
+
+    def spend_spare_rows(self, request: DenoisingRequest, rows: Positions) -> None:
+        """Before a step's first pass, once ``rows`` are known: may invalidate more blocks."""
 
     def measure(
         self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions

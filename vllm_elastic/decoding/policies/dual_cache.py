@@ -29,7 +29,7 @@ class DualCache(RefreshPolicy):
         super().__init__(config)
         self._refreshed_for = -1
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         start, _ = text_block(request.canvas, self.config.block_length)
         if start != self._refreshed_for:
             self._refreshed_for = start

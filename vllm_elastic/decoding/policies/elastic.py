@@ -35,7 +35,7 @@ class Elastic(RefreshPolicy):
         self.tracked: Positions = NO_POSITIONS
         self._most_attended: npt.NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         """Track the union over layers of what the last step attended to most."""
         union = np.unique(self._most_attended)
         self.tracked = union[union >= 0].astype(np.int32)

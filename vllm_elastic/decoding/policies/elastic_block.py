@@ -61,16 +61,31 @@ class ElasticBlock(RefreshPolicy):
         self._probed_at = self._written_at = self._refreshed_at
         self._judged_by: dict[str, npt.NDArray[np.floating]] = {}
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         step = request.record.denoising_steps
         self._take_in_new(request, step)
         self._measures = step - self._measured_at >= self.config.measure_every
         self._probes = self._next_probes if self._measures else NO_POSITIONS
-        if self.config.rows_per_pass and self._rate is not None:
-            self._spend_spare_rows(request, self.rows(request, window_rows), step)
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
         return merged(request.canvas.length, window_rows, self._probes, *request.near_commits())
+
+    def spend_spare_rows(self, request: DenoisingRequest, rows: Positions) -> None:
+        """The costliest blocks are stale, as many as the coming pass has room for."""
+        if not self.config.rows_per_pass or self._rate is None:
+            return
+        step = request.record.denoising_steps
+        computed = request.validity.join_layers() < request.num_layers
+        computed[rows] = True
+        cost = self._attention * self._drift(step)
+        ranked = np.argsort(-cost, kind="stable")
+        ranked = ranked[cost[ranked] > 0]
+        of_block = np.flatnonzero(~computed) // request.validity.block_size
+        lacking = np.bincount(of_block, minlength=len(cost))[ranked]
+        spare = self.config.rows_per_pass - int(computed.sum())
+        chosen = ranked[np.cumsum(lacking) <= spare]
+        request.validity.invalidate(self._join_layers(request, chosen))
+        self._refreshed_at[chosen] = step
 
     def measure(
         self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
@@ -132,23 +147,6 @@ class ElasticBlock(RefreshPolicy):
         self._probed_at = np.append(self._probed_at, np.full(new, step))
         appended = np.full(length - len(self._written_at), step)
         self._written_at = np.append(self._written_at, appended)
-
-    def _spend_spare_rows(self, request: DenoisingRequest, rows: Positions, step: int) -> None:
-        """The costliest blocks are stale, as many as the coming pass has room for.
-
-        ``rows``: what it computes for its own sake.
-        """
-        computed = request.validity.join_layers() < request.num_layers
-        computed[rows] = computed[request.appended] = True
-        cost = self._attention * self._drift(step)
-        ranked = np.argsort(-cost, kind="stable")
-        ranked = ranked[cost[ranked] > 0]
-        of_block = np.flatnonzero(~computed) // request.validity.block_size
-        lacking = np.bincount(of_block, minlength=len(cost))[ranked]
-        spare = self.config.rows_per_pass - int(computed.sum())
-        chosen = ranked[np.cumsum(lacking) <= spare]
-        request.validity.invalidate(self._join_layers(request, chosen))
-        self._refreshed_at[chosen] = step
 
     def _start_over(self, request: DenoisingRequest, step: int) -> None:
         """All blocks are as of this step."""

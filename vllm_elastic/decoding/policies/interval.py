@@ -17,7 +17,7 @@ class Interval(RefreshPolicy):
 
     name = "interval"
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         if request.record.denoising_steps % self.config.interval == 0:
             request.validity.invalidate(0)
 

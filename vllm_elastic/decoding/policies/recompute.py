@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.policies.base import RefreshPolicy
 
 if TYPE_CHECKING:
@@ -17,5 +16,5 @@ class Recompute(RefreshPolicy):
 
     name = "none"
 
-    def begin_step(self, request: DenoisingRequest, window_rows: Positions) -> None:
+    def begin_step(self, request: DenoisingRequest) -> None:
         request.validity.invalidate(0)
