@@ -261,6 +261,32 @@ def test_elastic_block_computes_the_neighbours_of_commits(reach: int, expected: 
     assert np.concatenate([s.positions for s in request.plan().segments]).tolist() == expected
 
 
+def test_elastic_block_with_an_end_in_the_middle() -> None:
+    """What stands behind it would be a neighbour, a probe or a part of what is refreshed."""
+    config = {"policy": "elastic-block", "granularity": 4, "window": 7, "reach": 3, "probes": 2}
+    config |= {"measure_every": 1, "block_drift": 0.0, "commit": "threshold"}
+    ends = frozenset(END_TOKENS)
+    scenario = quiet(config, prompt_length=7, max_tokens=13, num_layers=3, end_tokens=ends)
+    request = scenario.make_request()
+    request.finish_pass(probed(request, {1: 0.6, 18: 0.4}))
+    assert request.plan().probes.tolist() == [1, 18]
+    result = probed(request, {2: 0.5, 17: 0.5}, [[0.0, 0.0, 0.2]] * 2)
+    # Position 13 is committed, and ends the answer in the middle of block 3.
+    at = request.plan().window.tolist().index(13)
+    result.token_ids[at], result.probabilities[at] = END_TOKENS[0], 1.0
+    request.finish_pass(result)
+    assert (request.just_committed.tolist(), request.canvas.end) == ([13], 14)
+    # Blocks 0 and 4 are stale from layer 1 on: of these only the first one may still be shown.
+    plan = request.plan()
+    assert {s.join_layer: s.positions.tolist() for s in plan.segments} == {
+        0: [2, 8, 9, 10, 11, 12, 13],
+        1: [0, 1, 3],
+    }
+    assert plan.probes.tolist() == [2]
+    assert isinstance(plan.measure, BlockProbe)
+    assert np.flatnonzero(plan.measure.watched).tolist() == [0, 1, 3, 4, 5, 6, 7]
+
+
 def test_dual_cache_text_blocks() -> None:
     """A refresh a text block, the block's rows else; the last block may be short."""
     config = {"policy": "dual-cache", "block_length": 4}

@@ -241,7 +241,8 @@ def test_no_pass_reads_what_is_not_stored(scenario: Scenario) -> None:
         if p.restarted:
             cache.forget()
         cache.run(p.plan)
-        committed = np.flatnonzero(~p.masked)
+        bound = p.end if scenario.config.policy == "elastic-block" else None
+        committed = np.flatnonzero(~p.masked[:bound])
         assert (cache.embedded[committed] == p.plan.tokens[committed]).all(), (
             "the keys of a committed position are still those of the mask"
         )
@@ -338,7 +339,7 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
         if plan.kind in ("window", "refresh"):
             rows = (
                 set(plan.window_rows.tolist())
-                | near(trace, p, just_committed)
+                | {at for at in near(trace, p, just_committed) if at < p.end}
                 | set(plan.probes.tolist())
                 | p.appended
             )
@@ -347,7 +348,7 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
             others = [set(s.positions.tolist()) for s in plan.segments[1:]]
             stale = (at_zero - rows).union(*others)
             for block in {position // size for position in stale}:
-                members = set(range(block * size, min((block + 1) * size, len(plan.tokens))))
+                members = set(range(block * size, min((block + 1) * size, p.end)))
                 homes = [s for s in (at_zero - rows, *others) if s & members]
                 assert len(homes) == 1, "a block's rows join at different layers"
                 assert members - rows <= homes[0]
@@ -359,6 +360,20 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
         if not p.replayed:
             just_committed = p.committed
         since = 1 if measured else since + 1
+
+
+@drives
+@given(scenarios(policies=("elastic-block",)))
+def test_elastic_block_leaves_what_is_behind_the_end(scenario: Scenario) -> None:
+    """Work would be done for what nobody will read."""
+    for p in drive(scenario).passes:
+        rows = np.concatenate([segment.positions for segment in p.plan.segments])
+        if p.plan.kind in ("first", "full"):
+            assert p.plan.computes_everything
+        else:
+            assert (rows < p.end).all()
+        if isinstance(p.plan.measure, BlockProbe):
+            assert not p.plan.measure.watched[p.end :].any()
 
 
 @drives

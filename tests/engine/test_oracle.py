@@ -109,6 +109,9 @@ ENDS: dict[str, dict[str, Any]] = {
     "last": {"policy": "none", "confidence_eos_eot_inf": True},
     "last-dual-cache": {"policy": "dual-cache", "confidence_eos_eot_inf": True},
     "last-elastic": {"policy": "elastic", "gamma": 0.9, "confidence_eos_eot_inf": True},
+    "block": {**BLOCK, "block_drift": 0.03, "reach": 2, "granularity": 4},
+    "block-spare": {**BLOCK, "block_drift": 0.1, "reach": 3, "rows_per_pass": 30},
+    "block-replay": {**BLOCK, "refresh": "replay", "block_drift": 0.02, "measure_every": 1},
 }
 # Each at the settings its paper has, and over every policy.
 RULES: dict[str, dict[str, Any]] = {

@@ -69,6 +69,7 @@ class Canvas:
         self._eos_token_id = config.eos_token_id
         self._drop_after_every_eos = drop_after_every_eos
         self._ended = False  # an EOS has been committed
+        self._end = total
         self.grow()
 
     def __len__(self) -> int:
@@ -78,6 +79,11 @@ class Canvas:
     def everywhere(self) -> Tensor:
         """(T,) all positions."""
         return torch.arange(len(self), device=self.tokens.device)
+
+    @property
+    def to_be_shown(self) -> int:
+        """Positions that may still be shown: up to the leftmost EOS committed, all without one."""
+        return min(self._end, len(self))
 
     def open(self) -> Tensor:
         """(n,) positions still to be decoded, ascending."""
@@ -116,6 +122,7 @@ class Canvas:
         if self._eos_token_id is None:
             return
         ends = positions[token_ids == self._eos_token_id].tolist()
+        self._end = min([self._end, *(end + 1 for end in ends)])
         if ends and (self._drop_after_every_eos or not self._ended):
             self.dropped[min(ends) + 1 :] = self.masked[min(ends) + 1 :]
             self._ended = True

@@ -35,6 +35,10 @@ step, as long as the next one still fits and costs anything.
 "next": stale blocks join the following pass. "replay": the step's predictions are discarded and
 made again with the stale blocks refreshed; the rows of the step join where the first block does.
 
+Once an end token is committed, what stands behind the leftmost one is neither a neighbour nor
+probed, its attention is no block's, and stale blocks join without it; only a step in which every
+block is stale from layer 0 on computes it.
+
 Positions that the canvas has grown by are computed in the step that sees them first. They count as
 computed in it, and blocks that begin with them as refreshed and probed in it, with a rate of 0.
 Where every block is stale from layer 0 on, so are these.
@@ -123,7 +127,7 @@ class ElasticBlock:
     def take_in_new(self) -> None:
         """Positions that the canvas has and no block yet."""
         step, size = self.result.denoising_steps, self.options.granularity
-        all_stale = len(self.stale) == len(self.blocks) and not any(self.stale.values())
+        all_stale = self.all_stale
         self.appended = list(range(len(self.computed_at), len(self.canvas)))
         for position in self.appended:
             if position % size == 0:
@@ -132,6 +136,11 @@ class ElasticBlock:
             self.computed_at.append(step)
         if all_stale:
             self.stale = dict.fromkeys(range(len(self.blocks)), 0)
+
+    @property
+    def all_stale(self) -> bool:
+        """Every block is, from the embedding on."""
+        return len(self.stale) == len(self.blocks) and not any(self.stale.values())
 
     def run(self, join: dict[int, int], predicting: Tensor) -> Measured:
         """All layers for positions that join at the layers given, (W,) of them the window's."""
@@ -192,7 +201,8 @@ class ElasticBlock:
             age = max(1, step - self.computed_at[probe])
             block.rate, block.probed_at = [d / age**GROWTH for d in drift], step
         self.note_computed(join)
-        watched = [[p for p in b.positions if p not in unwatched] for b in self.blocks]
+        seen = set(range(self.canvas.to_be_shown)) - set(unwatched)
+        watched = [[p for p in b.positions if p in seen] for b in self.blocks]
         attention = [sum(measured.share[p] for p in positions) for positions in watched]
         for block, paid in zip(self.blocks, attention, strict=True):
             block.attention = paid
@@ -239,12 +249,13 @@ class ElasticBlock:
     def spend_spare_rows(self, rows: list[int]) -> None:
         """Blocks that are stale because a step of these ``rows`` and those stale has room."""
         step = self.result.denoising_steps
+        shown = set(range(self.canvas.to_be_shown))
         taken = {p for index in self.stale for p in self.blocks[index].positions} | set(rows)
         cost = [block.attention * max(block.drift(step)) for block in self.blocks]
         spent = 0
         for index in sorted(range(len(cost)), key=lambda i: -cost[i]):
             block = self.blocks[index]
-            together = taken | set(block.positions)
+            together = (taken | set(block.positions)) & shown
             if cost[index] == 0 or len(together) > self.options.rows_per_pass:
                 break
             taken, spent = together, spent + 1
@@ -255,14 +266,20 @@ class ElasticBlock:
 
     def joins(self, rows: list[int], rows_at: int) -> dict[int, int]:
         """Where everything joins: stale blocks at their layers, ``rows`` at one of theirs."""
-        join = {p: at for index, at in self.stale.items() for p in self.blocks[index].positions}
+        bound = len(self.canvas) if self.all_stale else self.canvas.to_be_shown
+        join = {
+            p: at
+            for index, at in self.stale.items()
+            for p in self.blocks[index].positions
+            if p < bound
+        }
         return join | {p: min(rows_at, join.get(p, rows_at)) for p in rows}
 
     def near_commits(self) -> set[int]:
-        """What was just committed and its neighbours, within the canvas."""
+        """What was just committed and its neighbours, of those that may be shown."""
         reach = self.options.reach
         near = {p + by for p in self.committed for by in range(-reach, reach + 1)}
-        return near & set(range(len(self.canvas)))
+        return near & set(range(self.canvas.to_be_shown))
 
     def step(self) -> bool:
         """One denoising step; False, without one, if no position is open."""
@@ -272,13 +289,14 @@ class ElasticBlock:
             return False
         predicting = self.canvas.rows_predicting(window)
         measures = self.result.denoising_steps - self.measured_at >= options.measure_every
-        self.probes = self.next_probes if measures else []
+        shown = self.canvas.to_be_shown
+        self.probes = [p for p in self.next_probes if p < shown] if measures else []
         rows = sorted({*predicting.tolist(), *self.near_commits(), *self.probes, *self.appended})
         if options.rows_per_pass:
             self.spend_spare_rows(rows)
         join = self.joins(rows, 0)
         kind = "refresh" if self.stale else "window"
-        if len(self.stale) == len(self.blocks) and not any(self.stale.values()):
+        if self.all_stale:
             kind = "full" if self.result.denoising_steps else "first"
         if self.is_everything(join):
             self.probes, rows, measures = [], predicting.tolist(), True

@@ -28,11 +28,13 @@ class RefreshPolicy:
     Attributes:
         name: what ``policy`` in the config calls it.
         refresh, reach: where the config does not say (see ``ElasticConfig``).
+        early_exit: behind an end token, where nobody will read, nothing is refreshed.
     """
 
     name: ClassVar[str]
     refresh: ClassVar[str] = "replay"
     reach: ClassVar[int] = 0
+    early_exit: ClassVar[bool] = False
 
     def __init__(self, config: ElasticConfig) -> None:
         self.config = config

@@ -48,6 +48,7 @@ class ElasticBlock(RefreshPolicy):
     name = "elastic-block"
     refresh = "next"
     reach = 4
+    early_exit = True
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
@@ -65,10 +66,13 @@ class ElasticBlock(RefreshPolicy):
         step = request.record.denoising_steps
         self._take_in_new(request, step)
         self._measures = step - self._measured_at >= self.config.measure_every
-        self._probes = self._next_probes if self._measures else NO_POSITIONS
+        self._probes = NO_POSITIONS
+        if self._measures:  # the answer may have ended since they were chosen
+            self._probes = self._next_probes[self._next_probes < request.looked_after]
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
-        return merged(request.canvas.length, window_rows, self._probes, *request.near_commits())
+        near = request.near_commits()
+        return merged(request.looked_after, window_rows, self._probes, *near)
 
     def spend_spare_rows(self, request: DenoisingRequest, rows: Positions) -> None:
         """The costliest blocks are stale, as many as the coming pass has room for."""
@@ -77,6 +81,7 @@ class ElasticBlock(RefreshPolicy):
         step = request.record.denoising_steps
         computed = request.validity.join_layers() < request.num_layers
         computed[rows] = True
+        computed = computed[: request.looked_after]
         cost = self._attention * self._drift(step)
         ranked = np.argsort(-cost, kind="stable")
         ranked = ranked[cost[ranked] > 0]
@@ -98,6 +103,7 @@ class ElasticBlock(RefreshPolicy):
         # What the next step computes in any case is not looked after by blocks.
         watched = np.ones(request.canvas.length, dtype=np.bool_)
         watched[plan.window_rows if everything else rows] = False
+        watched[request.looked_after :] = False
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
             watched=watched,
