@@ -419,7 +419,7 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--attention-backend --attention-config",
         "works",
-        "of those that can attend both ways; CUSTOM is [ours, on xformers]"
+        "FLASH_ATTN, TRITON_ATTN or CUSTOM, which is [ours, on xformers]"
         "(recipe-gpu.md#attention-by-xformers)",
     ),
     Group("--kernel-config --ir-op-priority --linear-backend", "works"),

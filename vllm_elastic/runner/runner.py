@@ -29,7 +29,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
 from vllm_elastic.runner.download import Download
@@ -151,6 +151,12 @@ class ElasticRunner:
             )
         names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
+        backend = self._attention_group.backend.get_name()
+        if backend in ONE_BATCH_AT_A_TIME:
+            raise RuntimeError(
+                f"vLLM chose the attention backend {backend}, which prepares one batch at a time; "
+                "name another one by --attention-backend, such as TRITON_ATTN (vllm_elastic)."
+            )
         self.cache = CacheView.of(self.model, kv_cache_config)
         warm_up(self.cache)
         self._log_capacity(kv_cache_config)
