@@ -220,6 +220,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
         ["req_ids", "req_id_to_index", "sampled_token_ids"],
     ),
+    ("vllm.utils.gc_utils:freeze_gc_heap", [], []),
     ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
     ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),
     (
@@ -558,7 +559,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "PREEMPTED",
         "RUNNING",
     ],
-    "vllm.v1.worker.utils:AttentionGroup": ["layer_names"],
+    "vllm.v1.worker.utils:AttentionGroup": ["backend", "layer_names"],
 }
 
 # Containers of vLLM's that we fill or iterate over: a release may give one another type.

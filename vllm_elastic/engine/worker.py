@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_elastic.runner.runner import ElasticRunner
@@ -50,4 +51,7 @@ class ElasticWorker(_BaseWorker):
         """Data-parallel engines share nothing, so there is nothing to keep in step."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
+        if self.device.type != "cpu":  # there kernels come compiled
+            self.model_runner.warm_up()
+            freeze_gc_heap()  # as vLLM's own does: weights and graphs are looked at no more
         return CompilationTimes(language_model=0.0, encoder=0.0)

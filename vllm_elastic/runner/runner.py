@@ -38,10 +38,11 @@ from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.row_order import RowOrder
-from vllm_elastic.runner.statistics.attention_sums import warm_up
+from vllm_elastic.runner.statistics import attention_sums
 from vllm_elastic.runner.statistics.statistics import statistics_of
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
+from vllm_elastic.runner.warm_up_passes import warm_up_passes
 
 logger = init_logger("vllm.vllm_elastic.runner")
 
@@ -158,7 +159,7 @@ class ElasticRunner:
                 "name another one by --attention-backend, such as TRITON_ATTN (vllm_elastic)."
             )
         self.cache = CacheView.of(self.model, kv_cache_config)
-        warm_up(self.cache)
+        attention_sums.warm_up(self.cache)
         self._log_capacity(kv_cache_config)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
@@ -183,6 +184,16 @@ class ElasticRunner:
             self.cache.key_layout.name,
             type(self.model.attention_layers[0].impl).__name__,
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """What some cards compile at a first call is compiled now, and what fails there ends the
+        start."""
+        started = time.perf_counter()
+        canvas, block_size = self.model_config.max_model_len, self.cache.block_size
+        for plans in warm_up_passes(self.traits, canvas, self.max_chunk_rows, block_size):
+            self.run(plans)
+        logger.info("passes of nobody's, as a warm-up, took %.1f s", time.perf_counter() - started)
 
     # Called once a step.
 
