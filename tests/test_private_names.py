@@ -220,6 +220,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
         ["req_ids", "req_id_to_index", "sampled_token_ids"],
     ),
+    ("vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture", [], []),
     ("vllm.utils.gc_utils:freeze_gc_heap", [], []),
     ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
     ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),

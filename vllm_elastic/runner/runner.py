@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
+from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -108,7 +109,9 @@ class ElasticRunner:
         started, free = time.perf_counter(), free_bytes()
         executor = GraphExecutor(self.model)
         try:
-            executor.capture(CudaGraphs(self.device), counts)
+            # What is collected inside a capture may end it: a kernel's module that is unloaded.
+            with freeze_gc_for_cudagraph_capture():
+                executor.capture(CudaGraphs(self.device), counts)
         except RuntimeError as error:
             raise RuntimeError(
                 "capturing CUDA graphs failed; --enforce-eager serves without them, "
