@@ -162,6 +162,19 @@ def test_llm_defaults(serve: Callable[[str], Served]) -> None:
     assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
 
 
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [("add_lora", object()), ("remove_lora", 1), ("pin_lora", 1), ("list_loras", None)],
+)
+def test_a_worker_that_is_asked_for_adapters(
+    serve: Callable[[str], Served], method: str, asked: object
+) -> None:
+    """The server asks without --enable-lora too."""
+    engine: Any = serve("gqa-tied").engine
+    with pytest.raises(Exception, match=r"LoRA is not supported; merge .* \(vllm_elastic\)"):
+        engine.llm.collective_rpc(method, args=() if asked is None else (asked,))
+
+
 @pytest.mark.parametrize("max_tokens", [200, 257])
 def test_llm_refuses_a_canvas_beyond_the_model(
     serve: Callable[[str], Served], max_tokens: int

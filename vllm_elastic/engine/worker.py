@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_elastic.engine.flag_rules import NO_LORA
 from vllm_elastic.runner.runner import ElasticRunner
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -51,3 +52,9 @@ class ElasticWorker(_BaseWorker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def _no_lora(self, *_: Any) -> NoReturn:
+        """Asked without --enable-lora too: for --lora-modules, at /v1/load_lora_adapter."""
+        raise RuntimeError(f"{NO_LORA} (vllm_elastic).")
+
+    add_lora = remove_lora = pin_lora = list_loras = _no_lora

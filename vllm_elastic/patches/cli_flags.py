@@ -11,7 +11,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_elastic.config import ConfigError, ElasticConfig
-from vllm_elastic.engine.flag_rules import without_effect
+from vllm_elastic.engine.flag_rules import NO_LORA, without_effect
 
 logger = init_logger("vllm.vllm_elastic.cli_flags")
 
@@ -74,7 +74,10 @@ def add_elastic_flags() -> None:
         given = [
             flag for name, flag in ignored.items() if getattr(args, name, None) != defaults[name]
         ]
-        if given and getattr(args, "plugin", None):
+        named = getattr(args, "plugin", None)
+        if named and getattr(args, "lora_modules", None):  # no part of the engine's configuration
+            raise ValueError(f"--lora-modules: {NO_LORA} (vllm_elastic).")
+        if given and named:
             logger.warning(
                 "no effect with a masked diffusion model, see docs/flags.md of vllm_elastic: %s",
                 ", ".join(given),
