@@ -301,7 +301,7 @@ class ElasticConfig:
         "LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly by "
         "its text blocks; `window`, `commit`, `threshold` and `tokens_per_step` are not used. "
         "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks. With "
-        "`alg` Dream's schedule, which has no blocks",
+        "`alg` Dream's schedule, which has no blocks. At most `max_tokens`",
     )
     grow_by: int | None = _knob(
         None,

@@ -88,6 +88,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
         ({"grow_by": 24, "policy": "dual-cache"}, "--elastic-config: 'elastic_grow_by' 24 must be"),
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
+        ({"alg": "entropy", "steps": 257}, "default_max_tokens 256, .*'elastic_steps' 257 is more"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),
         ({"max_window": 12}, "'window' is 16, .*'max_window' 12"),
@@ -173,6 +174,16 @@ def test_a_worker_that_is_asked_for_adapters(
     engine: Any = serve("gqa-tied").engine
     with pytest.raises(Exception, match=r"LoRA is not supported; merge .* \(vllm_elastic\)"):
         engine.llm.collective_rpc(method, args=() if asked is None else (asked,))
+
+
+def test_llm_refuses_steps_that_could_commit_nothing(serve: Callable[[str], Served]) -> None:
+    """Dream's schedule takes any number: a short answer would hold the engine for a million."""
+    engine: Any = serve("gqa-tied").engine
+    request = {"prompt_token_ids": [1] * 5, "max_tokens": 6, "elastic_alg": "entropy"}
+    with pytest.raises(Exception, match="'elastic_steps' 7 is more than max_tokens 6"):
+        engine.run([{**request, "elastic_steps": 7}])
+    (result,) = engine.run([{**request, "elastic_steps": 6}])
+    assert result["denoising_steps"] <= 6
 
 
 @pytest.mark.parametrize("max_tokens", [200, 257])

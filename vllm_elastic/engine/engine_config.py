@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import growth_of, make_schedule
+from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
@@ -159,6 +159,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
     if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
+            check_steps(elastic, length)
         except ValueError as error:
             raise ValueError(
                 f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
