@@ -133,6 +133,26 @@ def test_defaults_without_any_option(messages: list[str]) -> None:
     assert "preset block, policy elastic-block; " in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"max_model_len": 256}, True),
+        ({"max_model_len": 257}, False),
+        (
+            {"max_model_len": 99, "additional_config": {"elastic": {"default_max_tokens": 64}}},
+            False,
+        ),
+        ({"max_model_len": 99, "override_generation_config": {"max_new_tokens": 64}}, False),
+    ],
+)
+def test_a_default_canvas_that_fits_nothing_is_said(
+    options: dict[str, Any], warns: bool, messages: list[str]
+) -> None:
+    """A server with a short --max-model-len came up and refused every plain request."""
+    make_config(**options)
+    assert any("names no max_tokens is refused" in line for line in messages) is warns
+
+
 def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
     make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
     (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]

@@ -152,6 +152,15 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
         )
+    operators = vllm_config.model_config.override_generation_config
+    canvas = operators.get("max_new_tokens", length)
+    if canvas >= limit:
+        logger.warning(
+            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
+            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
+            canvas,
+            limit,
+        )
     try:
         growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
     except ValueError as error:
