@@ -63,6 +63,7 @@ def test_model_is_required(command: str) -> None:
         (["gamma", "--configs", "{}", '{"gamma": 9}'], "'gamma' must be a number"),
         (["gamma", "--policies", "static"], "--policies: invalid choice: 'static'"),
         (["compare", "--knobs", '{"elastic": {"gama": 1}}'], "unknown parameter 'gama'"),
+        (["plot", "rows.json", "--out", "a.jpg"], "--out: must end in .svg or .png, got 'a.jpg'"),
         (["compare", "--knobs", "[]"], "--knobs: must be a JSON object of knobs by name"),
     ],
 )
@@ -70,7 +71,8 @@ def test_a_wrong_argument_is_named_before_a_model_is_loaded(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        make_parser().parse_args([words[0], "--model", "m", *REQUIRED[words[0]], *words[1:]])
+        own = ["--model", "m", *REQUIRED[words[0]]] if words[0] in REQUIRED else []
+        make_parser().parse_args([words[0], *own, *words[1:]])
     assert message in capsys.readouterr().err
 
 
