@@ -100,6 +100,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rows_per_pass": 31,
     },
     "block-spare-all": {**BLOCK, "rows_per_pass": 1000, "tokens_per_step": 2, "window": 5},
+    "block-spare-all-replay": {
+        **BLOCK,
+        "granularity": 3,
+        "probes": 2,
+        "block_drift": 0.005,
+        "reach": 1,
+        "window": 1,
+        "refresh": "replay",
+        "rows_per_pass": 1000,
+    },
     "dual-cache": {"policy": "dual-cache", "block_length": 8},
 }
 ENDS: dict[str, dict[str, Any]] = {

@@ -298,13 +298,14 @@ class ElasticBlock:
         kind = "refresh" if self.stale else "window"
         if self.all_stale:
             kind = "full" if self.result.denoising_steps else "first"
+        own = rows
         if self.is_everything(join):
-            self.probes, rows, measures = [], predicting.tolist(), True
+            self.probes, own, measures = [], predicting.tolist(), True
         passes = [(kind, join)]
         measured = self.run(join, predicting)
         self.stale = {}
         if measures:
-            self.stale = self.judge(measured, join, rows)
+            self.stale = self.judge(measured, join, own)
         else:
             self.note_computed(join)
         if self.stale and options.refresh == "replay":
