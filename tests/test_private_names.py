@@ -611,7 +611,7 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "lora_config": "warm-up",
     "needs_cudagraph_capture": "Model Runner V2",
     "profile_cudagraph_memory": "CUDA graphs are off with enforce_eager",
-    # LoRA is refused
+    # ElasticWorker answers: LoRA is not supported
     "add_lora": "LoRA",
     "list_loras": "LoRA",
     "pin_lora": "LoRA",

@@ -90,6 +90,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
         ({"grow_by": 24, "policy": "dual-cache"}, "--elastic-config: 'elastic_grow_by' 24 must be"),
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
+        ({"alg": "entropy", "steps": 257}, "default_max_tokens 256, .*'elastic_steps' 257 is more"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),
         ({"max_window": 12}, "'window' is 16, .*'max_window' 12"),
@@ -134,6 +135,26 @@ def test_defaults_without_any_option(messages: list[str]) -> None:
     assert "preset block, policy elastic-block; " in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"max_model_len": 256}, True),
+        ({"max_model_len": 257}, False),
+        (
+            {"max_model_len": 99, "additional_config": {"elastic": {"default_max_tokens": 64}}},
+            False,
+        ),
+        ({"max_model_len": 99, "override_generation_config": {"max_new_tokens": 64}}, False),
+    ],
+)
+def test_a_default_canvas_that_fits_nothing_is_said(
+    options: dict[str, Any], warns: bool, messages: list[str]
+) -> None:
+    """A server with a short --max-model-len came up and refused every plain request."""
+    make_config(**options)
+    assert any("names no max_tokens is refused" in line for line in messages) is warns
+
+
 def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
     make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
     (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]
@@ -162,6 +183,29 @@ def test_llm_defaults(serve: Callable[[str], Served]) -> None:
     engine: Any = serve("gqa-tied").engine
     defaults = engine.llm.get_default_sampling_params()
     assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [("add_lora", object()), ("remove_lora", 1), ("pin_lora", 1), ("list_loras", None)],
+)
+def test_a_worker_that_is_asked_for_adapters(
+    serve: Callable[[str], Served], method: str, asked: object
+) -> None:
+    """The server asks without --enable-lora too."""
+    engine: Any = serve("gqa-tied").engine
+    with pytest.raises(Exception, match=r"LoRA is not supported; merge .* \(vllm_elastic\)"):
+        engine.llm.collective_rpc(method, args=() if asked is None else (asked,))
+
+
+def test_llm_refuses_steps_that_could_commit_nothing(serve: Callable[[str], Served]) -> None:
+    """Dream's schedule takes any number: a short answer would hold the engine for a million."""
+    engine: Any = serve("gqa-tied").engine
+    request = {"prompt_token_ids": [1] * 5, "max_tokens": 6, "elastic_alg": "entropy"}
+    with pytest.raises(Exception, match="'elastic_steps' 7 is more than max_tokens 6"):
+        engine.run([{**request, "elastic_steps": 7}])
+    (result,) = engine.run([{**request, "elastic_steps": 6}])
+    assert result["denoising_steps"] <= 6
 
 
 @pytest.mark.parametrize("max_tokens", [200, 257])

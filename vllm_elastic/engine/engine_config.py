@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import growth_of, make_schedule
+from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
@@ -153,6 +153,15 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
         )
+    operators = vllm_config.model_config.override_generation_config
+    canvas = operators.get("max_new_tokens", length)
+    if canvas >= limit:
+        logger.warning(
+            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
+            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
+            canvas,
+            limit,
+        )
     try:
         growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
     except ValueError as error:
@@ -160,6 +169,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
     if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
+            check_steps(elastic, length)
         except ValueError as error:
             raise ValueError(
                 f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
