@@ -334,12 +334,17 @@ GROUPS: tuple[Group, ...] = (
         "--io-processor-plugin --enable-flash-late-interaction", "no effect", "of pooling models"
     ),
     Group(
-        "--structured-outputs-config --reasoning-config --per-request-spec-decode-metrics "
+        "--reasoning-config --per-request-spec-decode-metrics "
         "--cohere-is-reasoning-model --cohere-format --reasoning-effort-map "
         "--anthropic-disabled-thinking-effort",
         "no effect",
-        "what they tune is refused in a request (grammars, thinking budgets, speculation) or of "
-        "other models; the reasoning parser in --structured-outputs-config works",
+        "what they tune is refused in a request (thinking budgets, speculation) or of other models",
+    ),
+    Group(
+        "--structured-outputs-config",
+        "works",
+        "with a reasoning parser a request may bring a grammar only if `enable_in_reasoning` is "
+        "true",
     ),
     Group("--collect-detailed-traces", "no effect", "no runner of vLLM V1 reads it"),
     Group(
