@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_elastic.reference import LLaDA
 from vllm_elastic.reference.llada import HEAD
 
 from .agreement import agrees
+from .asynchronous import on_cpus
 from .conftest import EOS, MASK, Served, make_engine, random_config
 from .driver import Driver, assert_nothing_left, prompt_of
 from .test_oracle import ask_oracle
@@ -231,3 +233,34 @@ def test_what_does_not_go_together(knobs: dict[str, Any], named: str, spelling: 
     with pytest.raises(VLLMValidationError, match=f"structured_outputs and '{named}"):
         driver.add(prompt_of(5, 1), 3, grammar(regex="7"), block_length=3, **knobs)
     assert_nothing_left(driver)
+
+
+def test_with_async_scheduling(spelling: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an answer depends on changes, and a bad grammar alone is told too."""
+    cases = [(grammar(regex=NUMBERS), {}), (grammar(choice=["cow", "cat"]), {"commit": "steady"})]
+
+    def answers(served: Served) -> list[list[int]]:
+        driver = Driver(served)
+        names = [
+            driver.add(
+                prompt_of(9 + index, index), 24, *cases[index % 2][:1], **cases[index % 2][1]
+            )
+            for index in range(8)
+        ]
+        driver.run()
+        assert all(driver.finished[name] in ("stop", "length") for name in names)
+        dead_end = driver.add(prompt_of(5, 3), 9, {**grammar(regex="7+"), "bad_words": ["7"]})
+        driver.run()
+        assert driver.finished[dead_end] == "error"
+        manager = driver.engine.scheduler.structured_output_manager
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "_create_grammar", lambda request: 1 / 0)
+            not_compiled = driver.add(prompt_of(5, 3), 9, grammar(regex="7+"))
+            driver.run()
+        assert driver.finished[not_compiled] == "error"
+        assert_nothing_left(driver)
+        return [driver.tokens[name] for name in names]
+
+    with on_cpus():
+        engine = make_engine(spelling.directory, async_scheduling=True)
+    assert answers(replace(spelling, engine=engine)) == answers(spelling)
