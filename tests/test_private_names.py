@@ -227,6 +227,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         [],
         ["req_ids", "req_id_to_index", "sampled_token_ids"],
     ),
+    ("vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture", [], []),
+    ("vllm.utils.gc_utils:freeze_gc_heap", [], []),
     ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
     ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),
     (
@@ -569,7 +571,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "PREEMPTED",
         "RUNNING",
     ],
-    "vllm.v1.worker.utils:AttentionGroup": ["layer_names"],
+    "vllm.v1.worker.utils:AttentionGroup": ["backend", "layer_names"],
 }
 
 # Containers of vLLM's that we fill or iterate over: a release may give one another type.
@@ -621,7 +623,7 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "lora_config": "warm-up",
     "needs_cudagraph_capture": "Model Runner V2",
     "profile_cudagraph_memory": "CUDA graphs are off with enforce_eager",
-    # LoRA is refused
+    # ElasticWorker answers: LoRA is not supported
     "add_lora": "LoRA",
     "list_loras": "LoRA",
     "pin_lora": "LoRA",

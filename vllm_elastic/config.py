@@ -7,6 +7,7 @@ Knows nothing of torch or vLLM: the front end, the scheduler and the simulator a
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 from collections.abc import Callable, Mapping
@@ -32,6 +33,9 @@ COMMIT_RULES = (
     "entropy",
 )
 """Names of the rules in ``decoding.commits``, likewise."""
+
+STATISTICS = ("released", "paper")
+"""What `elastic` compares: as its authors' code does, and as their paper words it."""
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 """Names of Dream's samplers, as its generation code has them."""
@@ -219,7 +223,7 @@ class ElasticConfig:
     )
     statistic: str = _knob(
         "released",
-        _choice("released", "paper"),
+        _choice(*STATISTICS),
         "of `elastic`: cosine across heads for each key (the authors' code), or across keys for "
         "each head",
     )
@@ -297,7 +301,7 @@ class ElasticConfig:
         "LLaDA's own schedule: this many denoising steps for the whole answer, shared evenly by "
         "its text blocks; `window`, `commit`, `threshold` and `tokens_per_step` are not used. "
         "`max_tokens` must be a multiple of `block_length`, `steps` of the number of blocks. With "
-        "`alg` Dream's schedule, which has no blocks",
+        "`alg` Dream's schedule, which has no blocks. At most `max_tokens`",
     )
     grow_by: int | None = _knob(
         None,
@@ -505,6 +509,25 @@ class ElasticConfig:
                 f"the most that a step may predict; lower {knob}, or raise max_window with "
                 "--elastic-config."
             )
+
+
+def knobs_of(text: str) -> dict[str, Any]:
+    """What ``--elastic-config`` takes: JSON of ``ElasticConfig.from_dict``'s values, checked.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or a knob is unknown or out of range.
+    """
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not JSON ({error}); of a file take the contents: "$(cat FILE)"'
+        ) from None
+    try:
+        ElasticConfig.from_dict(values)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return values
 
 
 def _names_per_request() -> list[str]:

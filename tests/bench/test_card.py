@@ -33,7 +33,7 @@ WORDS += ["--max-num-batched-tokens", "256", "--dtype", "float32"]
 @pytest.mark.engine
 def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep_engines()
-    out = tmp_path / "new" / "card.json"
+    out = tmp_path / "card.json"
     words = [*WORDS, "--batch-size", "1", "3", "--parts", "--json", str(out)]
     args = make_parser().parse_args(words)
     args.function(args)

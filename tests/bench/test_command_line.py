@@ -9,6 +9,8 @@ import pytest
 
 from tests.documented_commands import arguments, documented
 from vllm_elastic.bench.__main__ import make_parser
+from vllm_elastic.bench.arguments import prepare_outputs
+from vllm_elastic.bench.run import read_jsonl
 
 COMMANDS = documented("python -m vllm_elastic.bench")
 
@@ -50,3 +52,58 @@ def test_arguments_of_the_engine(command: str, batch_size: int | list[int]) -> N
 def test_model_is_required(command: str) -> None:
     with pytest.raises(SystemExit):
         make_parser().parse_args([command, *REQUIRED[command]])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--count", "0"], "--count: must be a whole number from 1, got '0'"),
+        (["run", "--elastic-config", "{bad"], "--elastic-config: '{bad' is not JSON"),
+        (["tune", "--elastic-config", '{"windw": 3}'], "unknown parameter 'windw'"),
+        (["gamma", "--configs", "{}", '{"gamma": 9}'], "'gamma' must be a number"),
+        (["gamma", "--policies", "static"], "--policies: invalid choice: 'static'"),
+        (["compare", "--knobs", '{"elastic": {"gama": 1}}'], "unknown parameter 'gama'"),
+        (["plot", "rows.json", "--out", "a.jpg"], "--out: must end in .svg or .png, got 'a.jpg'"),
+        (["compare", "--knobs", "[]"], "--knobs: must be a JSON object of knobs by name"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_a_model_is_loaded(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        own = ["--model", "m", *REQUIRED[words[0]]] if words[0] in REQUIRED else []
+        make_parser().parse_args([words[0], *own, *words[1:]])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "p.jsonl: has no prompt"),
+        ("\n{", "p.jsonl:2: not JSON"),
+        ("[1]", "p.jsonl:1: needs 'prompt' or 'prompt_token_ids'"),
+        ('{"prompt": ""}', "p.jsonl:1: the prompt is empty"),
+        ('{"prompt": "a", "max_tokens": "8"}', "p.jsonl:1: max_tokens must be a whole number"),
+    ],
+)
+def test_a_wrong_prompt_is_named_by_file_and_line(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        list(read_jsonl(Path("p.jsonl")))
+
+
+def test_the_folder_of_the_results_is_there_before_the_work(tmp_path: Path) -> None:
+    """A run of hours would end at a folder that is missing, and leave nothing."""
+    args = make_parser().parse_args(["run", "--model", "m", "--prompts", "p", "--out", "o"])
+    args.out = tmp_path / "new" / "er" / "run.jsonl"
+    prepare_outputs(args)
+    args.out.write_text("")
+    args.out = args.out.parent
+    with pytest.raises(SystemExit, match=r"run: --out: .* is a folder; name a file in it"):
+        prepare_outputs(args)
+    args.out = tmp_path / "new" / "er" / "run.jsonl" / "below-a-file"
+    with pytest.raises(SystemExit, match="run: --out: "):
+        prepare_outputs(args)

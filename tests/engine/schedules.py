@@ -116,7 +116,7 @@ def asks(draw: st.DrawFn) -> Ask:
     elif commits == "alg" and knobs["policy"] != "dual-cache":
         knobs["alg"] = draw(st.sampled_from(ALGORITHMS))
         knobs["alg_temp"] = draw(st.sampled_from([0.0, 0.3]))
-        knobs["steps"] = draw(st.sampled_from([None, 1, max_tokens + 3]))
+        knobs["steps"] = draw(st.sampled_from([None, 1, max_tokens]))
     elif commits == "rank":
         knobs["tokens_per_step"] = draw(st.sampled_from([1, 2, 5]))
     else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,10 @@ def test_graphs_are_captured_in_the_profiling_run(
             assert device == runner.device
             captured.append(self)
 
+        def capture(self, work: Any) -> Any:
+            assert not gc.isenabled(), "a collection inside a capture may end it"
+            return super().capture(work)
+
         def take_memory(self, graph: Any) -> None:
             replays[0] += 1
             super().take_memory(graph)
@@ -123,6 +128,7 @@ def test_graphs_are_captured_in_the_profiling_run(
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8, 24])
     runner.profile_run()
     assert isinstance(runner._executor, GraphExecutor) and len(captured) == 1
+    assert gc.isenabled()
     driver = Driver(served)
     driver.add(prompt_of(20, 1), 8, policy="elastic-block", window=4)
     driver.run()

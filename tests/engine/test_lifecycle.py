@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 
-from .conftest import EOS, Served
+from vllm_elastic.runner.batch import BatchBuilder
+
+from .conftest import EOS, Served, poison
 from .driver import Driver, assert_nothing_left, prompt_of
+from .test_oracle import compare, request
 
 pytestmark = pytest.mark.engine
 
@@ -155,3 +160,31 @@ def test_profile_run_needs_no_cache(driver: Driver) -> None:
         driver.engine.runner.profile_run()
     finally:
         driver.engine.runner.kv_caches = caches
+
+
+@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+def test_warm_up_owns_nothing(
+    model: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU at start: batches of all kinds, over blocks that no request has."""
+    served = serve(model)
+    runner: Any = served.engine.runner  # type: ignore[attr-defined]
+    poison(served.engine)
+    asked: set[tuple[int, int, int]] = set()
+    common_metadata = BatchBuilder._common_metadata
+
+    def seen(self: BatchBuilder, owners: list[int], lengths: list[int]) -> Any:
+        common = common_metadata(self, owners, lengths)
+        asked.add((common.num_reqs, common.max_query_len, common.max_seq_len))
+        return common
+
+    monkeypatch.setattr(BatchBuilder, "_common_metadata", seen)
+    runner.warm_up()
+    monkeypatch.undo()
+    assert asked == set(product((1, 2), (1, 2, 32), (32,))) | set(
+        product((1, 2), (1, 2, 192), (256,))
+    )
+    for cache in runner.kv_caches.values():
+        assert cache[1:].isnan().all(), "only vLLM's null block is written"
+    cases = [(6, name) for name in ("none", "block")]
+    compare(served, cases, served.engine.run([request(*case) for case in cases]))  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ NAMES = ["none", "released-high", "paper-high", "block", "block-fine", "next-low
 
 
 def test_equals_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As FlashInfer with --block-size 128: rows would be read from and written to the blocks of
+    """As FlashAttention 4 may on Blackwell: rows would be read from and written to the blocks of
     other requests. vLLM's CPU kernels split nothing by themselves; here they are told to."""
     sizes = staticmethod(lambda kv_cache_spec=None: [BLOCK_SIZE])
     monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", sizes)

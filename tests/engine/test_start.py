@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tests.pretended_card import pretended_card
 from vllm_elastic.engine import engine_config
 
-from .conftest import MASK, ORACLES_DEFAULTS, Served, poison
+from .conftest import MASK, ORACLES_DEFAULTS, Served, make_engine, poison
 from .test_oracle import ask_oracle
 
 pytestmark = pytest.mark.engine
@@ -88,6 +90,7 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
         ({"default_max_tokens": 5000}, "default_max_tokens 5000 leaves no room .* 2048"),
         ({"grow_by": 24, "policy": "dual-cache"}, "--elastic-config: 'elastic_grow_by' 24 must be"),
         ({"steps": 7}, "with default_max_tokens 256, .*'elastic_steps' 7 must be a multiple"),
+        ({"alg": "entropy", "steps": 257}, "default_max_tokens 256, .*'elastic_steps' 257 is more"),
         ({"gamma": 7}, "'gamma' must be a number from 0 to 2, got 7"),
         ({"window": 2000}, "'window' is 2000, .*'max_window' 1024 .* raise max_window"),
         ({"max_window": 12}, "'window' is 16, .*'max_window' 12"),
@@ -132,6 +135,26 @@ def test_defaults_without_any_option(messages: list[str]) -> None:
     assert "preset block, policy elastic-block; " in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"max_model_len": 256}, True),
+        ({"max_model_len": 257}, False),
+        (
+            {"max_model_len": 99, "additional_config": {"elastic": {"default_max_tokens": 64}}},
+            False,
+        ),
+        ({"max_model_len": 99, "override_generation_config": {"max_new_tokens": 64}}, False),
+    ],
+)
+def test_a_default_canvas_that_fits_nothing_is_said(
+    options: dict[str, Any], warns: bool, messages: list[str]
+) -> None:
+    """A server with a short --max-model-len came up and refused every plain request."""
+    make_config(**options)
+    assert any("names no max_tokens is refused" in line for line in messages) is warns
+
+
 def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
     make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
     (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]
@@ -160,6 +183,29 @@ def test_llm_defaults(serve: Callable[[str], Served]) -> None:
     engine: Any = serve("gqa-tied").engine
     defaults = engine.llm.get_default_sampling_params()
     assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [("add_lora", object()), ("remove_lora", 1), ("pin_lora", 1), ("list_loras", None)],
+)
+def test_a_worker_that_is_asked_for_adapters(
+    serve: Callable[[str], Served], method: str, asked: object
+) -> None:
+    """The server asks without --enable-lora too."""
+    engine: Any = serve("gqa-tied").engine
+    with pytest.raises(Exception, match=r"LoRA is not supported; merge .* \(vllm_elastic\)"):
+        engine.llm.collective_rpc(method, args=() if asked is None else (asked,))
+
+
+def test_llm_refuses_steps_that_could_commit_nothing(serve: Callable[[str], Served]) -> None:
+    """Dream's schedule takes any number: a short answer would hold the engine for a million."""
+    engine: Any = serve("gqa-tied").engine
+    request = {"prompt_token_ids": [1] * 5, "max_tokens": 6, "elastic_alg": "entropy"}
+    with pytest.raises(Exception, match="'elastic_steps' 7 is more than max_tokens 6"):
+        engine.run([{**request, "elastic_steps": 7}])
+    (result,) = engine.run([{**request, "elastic_steps": 6}])
+    assert result["denoising_steps"] <= 6
 
 
 @pytest.mark.parametrize("max_tokens", [200, 257])
@@ -223,14 +269,67 @@ def test_backend_that_cannot_attend_both_ways_is_told_with_those_that_can() -> N
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     make_config(attention_backend="TRITON_ATTN")
-    make_config(attention_backend="FLASHINFER")  # not installed here: vLLM will say so
     with pytest.raises(ValueError, match="--attention-backend: TURBOQUANT cannot") as refused:
         make_config(attention_backend="TURBOQUANT")
     named = [each for each in AttentionBackendEnum if f" {each.name}" in str(refused.value)]
-    assert len(named) == 6
+    assert len(named) == 4
     for backend in named:
-        if backend.name not in ("TURBOQUANT", "FLASHINFER"):
-            assert backend.get_class().supports_non_causal()
+        assert backend.name == "TURBOQUANT" or backend.get_class().supports_non_causal()
+
+
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"])
+def test_a_batchs_metadata_outlives_the_next_ones(
+    backend: str, serve: Callable[[str], Served]
+) -> None:
+    """All layers would attend as the window's rows do in the last one, whose batch is prepared
+    last: a backend is refused where vLLM's own builder does that. (FLASHINFER is not installed.)"""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
+
+    runner = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    group = runner._attention_group
+    spec, names = group.kv_cache_spec, group.layer_names
+    builder_of = AttentionBackendEnum[backend].get_class().get_builder_cls()
+    with set_current_vllm_config(runner.vllm_config):
+        builder = builder_of(spec, names, runner.vllm_config, runner.device)
+
+    def metadata(length: int) -> Any:
+        starts, keys = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([length])
+        return builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=starts,
+                query_start_loc_cpu=starts,
+                seq_lens=keys.int(),
+                seq_lens_cpu_upper_bound=keys.int(),
+                num_reqs=1,
+                num_actual_tokens=2,
+                max_query_len=2,
+                max_seq_len=length,
+                block_table_tensor=torch.tensor([[1, 2]], dtype=torch.int32),
+                slot_mapping=torch.zeros(2, dtype=torch.int64),
+                causal=False,
+            ),
+        )
+
+    first = metadata(40)
+    metadata(33)
+    kept = int(first.seq_lens[0]) == 40
+    assert kept == (backend not in ONE_BATCH_AT_A_TIME)
+
+
+@pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_backend_that_prepares_one_batch_at_a_time(
+    backend: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by its name before anything is loaded, and where vLLM chose it by itself."""
+    with pytest.raises(ValueError, match=f"--attention-backend: {backend} prepares one batch"):
+        make_config(attention_backend=backend)
+    monkeypatch.setattr(CPUAttentionBackend, "get_name", staticmethod(lambda: backend))
+    with pytest.raises(RuntimeError, match=f"vLLM chose the attention backend {backend}"):
+        make_engine(serve("gqa-tied").directory)
 
 
 def test_canvas_larger_than_the_row_budget(serve: Callable[[str], Served]) -> None:

@@ -61,6 +61,14 @@ def test_a_flag_without_effect_is_said_at_start(
     assert line.endswith(": --disable-cascade-attn, --max-loras")
 
 
+def test_adapters_are_refused_where_they_are_named(engine_args: Any) -> None:
+    """The engine's configuration says nothing of them: its first sight is a worker's traceback."""
+    args = parse(engine_args.add_cli_args, ARGUMENTS)
+    args.lora_modules = ["a=/an/adapter"]  # of the server's own parser
+    with pytest.raises(ValueError, match="--lora-modules: LoRA is not supported; merge"):
+        engine_args.from_cli_args(args)
+
+
 def test_a_path_in_place_of_json(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(engine_args.add_cli_args, ["--elastic-config", "elastic.json"])

@@ -130,6 +130,19 @@ def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
         assert covered == getattr(active, "num_rows", len(of_window))
 
 
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_block_tables_have_few_widths(chunk: int) -> None:
+    """vLLM's Triton attention is compiled apart for a row stride that is 1 or no multiple of 16:
+    the first long canvas would wait for it."""
+    rows, _ = build(chunk)
+    last = rows.layers[-1]
+    assert last is not None
+    for call in [*last.calls, *rows.window.calls]:
+        table = call.metadata.block_table_tensor
+        assert table.stride(0) % 16 == 0
+        assert not table[:, 6:].any(), "what fills up is the null block"
+
+
 def test_passes_have_few_shapes() -> None:
     """A product would be compiled, or a graph captured, for every number of rows."""
     shapes = {bucket(count) for count in range(1, 1025)}

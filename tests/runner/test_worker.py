@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker import gpu_worker
 
-from vllm_elastic.engine.worker import set_environment
+from vllm_elastic.engine.worker import ElasticWorker, set_environment
 from vllm_elastic.runner.runner import ElasticRunner
 
 
@@ -47,6 +48,19 @@ def test_a_pass_that_fails_is_not_the_one_before(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ZeroDivisionError):
         runner.execute_model(step)
     assert runner.sample_tokens(None) is None
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cuda", 1), ("cpu", 0)])
+def test_a_card_is_warmed_up(device: str, passes: int) -> None:
+    """Else the first request waits while attention is compiled, on cards where it is."""
+    warmed: list[str] = []
+    runner = SimpleNamespace(warm_up=lambda: warmed.append(device))
+    worker: Any = SimpleNamespace(device=torch.device(device), model_runner=runner)
+    try:
+        ElasticWorker.compile_or_warm_up_model(worker)
+    finally:
+        gc.unfreeze()
+    assert len(warmed) == passes
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "ieee"), (torch.bfloat16, None)])

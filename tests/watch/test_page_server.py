@@ -161,3 +161,19 @@ def test_command_is_documented() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_command_is_understood(command: str) -> None:
     assert make_parser().parse_args(arguments(command)).server.startswith("http")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--server", "localhost:8000"], "--server: must begin with http:// or https://"),
+        (["--port", "99999"], "--port: must be a number from 0 to 65535"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each was a traceback."""
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(words)
+    assert message in capsys.readouterr().err

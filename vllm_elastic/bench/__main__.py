@@ -7,6 +7,7 @@ import argparse
 import os
 
 from vllm_elastic.bench import card, compare, gamma, plan, plot, replay, report, run, simulate, tune
+from vllm_elastic.bench.arguments import prepare_outputs
 from vllm_elastic.config import ConfigError
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     # The table alone on standard output.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare_outputs(args)
     try:
         args.function(args)
     except (ConfigError, FileNotFoundError) as error:

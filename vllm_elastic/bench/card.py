@@ -93,7 +93,6 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.json is not None:
         found |= {"flops": rates.flops, "bandwidth": rates.bandwidth}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": found, "passes": rows}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_engine, add_json, add_model
+from vllm_elastic.bench.arguments import add_engine, add_json, add_model, named_knobs, positive
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.decoding.policies import POLICIES
@@ -39,8 +39,8 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--problems", type=int, default=20, metavar="N")
-    parser.add_argument("--gen-length", nargs="+", type=int, default=[256], metavar="N")
+    parser.add_argument("--problems", type=positive, default=20, metavar="N")
+    parser.add_argument("--gen-length", nargs="+", type=positive, default=[256], metavar="N")
     parser.add_argument(
         "--shots",
         nargs="+",
@@ -49,13 +49,13 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="fill prompts with solved examples up to about N tokens; 0: none",
     )
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16], metavar="N")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--batch-size", nargs="+", type=positive, default=[1, 16], metavar="N")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N")
     parser.add_argument("--oracle-problems", type=int, default=4, metavar="N", help="0: no oracle")
     add_engine(parser)
     parser.add_argument(
         "--knobs",
-        type=json.loads,
+        type=named_knobs,
         default={},
         metavar="JSON",
         help='knobs of single policies: {"elastic": {"gamma": 0.8}}; under another name a row of '

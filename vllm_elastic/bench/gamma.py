@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_engine, add_json, add_model
+from vllm_elastic.bench.arguments import add_count, add_engine, add_json, add_model
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, is_right, read_problems, score
+from vllm_elastic.config import POLICIES, STATISTICS, knobs_of
 
 
 def add_parser(commands: Any) -> None:
@@ -26,14 +27,20 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     parser.add_argument("--problems", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N problems")
+    add_count(parser, "problems")
     parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
-    parser.add_argument("--statistics", nargs="*", default=["released", "paper"])
-    parser.add_argument("--policies", nargs="*", default=["dual-cache"], help="further baselines")
+    parser.add_argument("--statistics", nargs="*", default=list(STATISTICS), choices=STATISTICS)
+    parser.add_argument(
+        "--policies",
+        nargs="*",
+        default=["dual-cache"],
+        choices=POLICIES,
+        help="further baselines",
+    )
     parser.add_argument(
         "--configs",
         nargs="*",
-        type=json.loads,
+        type=knobs_of,
         default=[],
         metavar="JSON",
         help='further settings: \'{"policy": "elastic-block", "block_drift": 0.05}\'',

@@ -24,9 +24,15 @@ def add_parser(commands: Any) -> None:
         "Needs matplotlib.",
     )
     parser.add_argument("file", type=Path, help="what --json wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".svg or .png")
+    parser.add_argument("--out", type=_picture, required=True, metavar="FILE", help=".svg or .png")
     parser.add_argument("--title", default=None)
     parser.set_defaults(function=main)
+
+
+def _picture(text: str) -> Path:
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"must end in .svg or .png, got {text!r}")
+    return Path(text)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -135,7 +135,6 @@ def main(args: argparse.Namespace) -> None:
     for batch, run in itertools.product(args.batch_size, runs):
         rows.append(_row(engine, run, batch, args))
         if args.json is not None:  # each time: a card is lent by the minute
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
     print(f"\n{machine.sentence(here)}, {args.dtype}; {shape.layers} layers of {shape.width}")
 

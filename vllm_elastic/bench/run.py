@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_engine, add_model, add_prompts
+from vllm_elastic.bench.arguments import add_count, add_engine, add_model, add_prompts, positive
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, DEFAULT_ROW_BUDGET, BenchEngine
 
 
@@ -25,20 +25,20 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     add_prompts(parser)
-    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
+    add_count(parser, "prompts")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     add_engine(parser, batch_size=1)
-    parser.add_argument("--max-model-len", type=int, default=None, metavar="N")
+    parser.add_argument("--max-model-len", type=positive, default=None, metavar="N")
     parser.add_argument(
         "--max-num-batched-tokens",
-        type=int,
+        type=positive,
         default=DEFAULT_ROW_BUDGET,
         metavar="N",
         help="row budget of a step (default: %(default)s)",
     )
     parser.add_argument(
         "--kv-cache-memory-bytes",
-        type=int,
+        type=positive,
         default=DEFAULT_KV_CACHE_BYTES,
         metavar="N",
         help="keys, values and hidden states of all canvases (default: %(default)s)",
@@ -58,8 +58,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Requests of a file.
 
     Raises:
-        SystemExit: a line is not a JSON object with a prompt; names file and line.
+        SystemExit: a line is not a JSON object with a prompt, or there is none; names file and
+            line.
     """
+    found = False
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -69,7 +71,17 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             raise SystemExit(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(request, dict) or not {"prompt", "prompt_token_ids"} & set(request):
             raise SystemExit(f"{path}:{number}: needs 'prompt' or 'prompt_token_ids'")
+        if not (request.get("prompt_token_ids") or request.get("prompt")):
+            raise SystemExit(f"{path}:{number}: the prompt is empty")
+        length = request.get("max_tokens")
+        if length is not None and not (type(length) is int and length > 0):
+            raise SystemExit(
+                f"{path}:{number}: max_tokens must be a whole number from 1, got {length!r}"
+            )
+        found = True
         yield request
+    if not found:
+        raise SystemExit(f"{path}: has no prompt; write one JSON object with a 'prompt' a line")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_engine, add_model, add_prompts
+from vllm_elastic.bench.arguments import add_count, add_engine, add_model, add_prompts
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
@@ -84,7 +84,7 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     add_prompts(parser)
-    parser.add_argument("--count", type=int, default=None, metavar="N", help="first N prompts")
+    add_count(parser, "prompts")
     parser.add_argument("--policies", nargs="+", default=list(LADDERS), choices=list(LADDERS))
     parser.add_argument(
         "--cost",

@@ -128,6 +128,21 @@ class LeftToRight:
         return np.arange(max(accepted, 1))
 
 
+def check_steps(config: ElasticConfig, num_new_tokens: int) -> None:
+    """Refuse more denoising steps than tokens: an answer's work is bounded by its length.
+
+    Dream's own schedule would take any number, and commit nothing in most of them.
+
+    Raises:
+        ValueError: names the knob.
+    """
+    if config.steps is not None and config.steps > num_new_tokens:
+        raise ValueError(
+            f"'elastic_steps' {config.steps} is more than max_tokens {num_new_tokens}, so that "
+            "steps would commit nothing; lower it, or raise max_tokens."
+        )
+
+
 def growth_of(config: ElasticConfig, own: int) -> int:
     """Positions that a canvas grows by; 0: it is there as a whole from the start.
 

@@ -13,13 +13,14 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import growth_of, make_schedule
+from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
 from vllm_elastic.runner.executor import GRAPH_ROWS
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ logger = init_logger("vllm.vllm_elastic.engine.engine_config")
 _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
 
-_BOTH_WAYS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "CUSTOM")
-"""Of vLLM's backends for CUDA, those that say so; the last one is ours on xformers."""
+_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")
+"""Of vLLM's attention backends for CUDA, those that serve; the last one is ours on xformers."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -152,6 +153,15 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
             f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
             f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
         )
+    operators = vllm_config.model_config.override_generation_config
+    canvas = operators.get("max_new_tokens", length)
+    if canvas >= limit:
+        logger.warning(
+            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
+            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
+            canvas,
+            limit,
+        )
     try:
         growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
     except ValueError as error:
@@ -159,6 +169,7 @@ def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) ->
     if elastic.fixed_steps:
         try:
             make_schedule(elastic, length)
+            check_steps(elastic, length)
         except ValueError as error:
             raise ValueError(
                 f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
@@ -176,14 +187,17 @@ def _splits_tower(vllm_config: VllmConfig) -> bool:
     return bool(uneven)
 
 
-def _attends_one_way(backend: AttentionBackendEnum | None) -> bool:
-    """Of a backend that the operator chose; one that is not installed is left to vLLM."""
+def _fault_of(backend: AttentionBackendEnum | None) -> str:
+    """Why a backend that the operator chose cannot serve, or nothing; one that is not installed is
+    left to vLLM."""
     if backend is None:
-        return False
+        return ""
+    if backend.name in ONE_BATCH_AT_A_TIME:
+        return "prepares one batch at a time, and a pass attends in several"
     try:
-        return not backend.get_class().supports_non_causal()
+        return "" if backend.get_class().supports_non_causal() else "cannot attend both ways"
     except ImportError:
-        return False
+        return ""
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
@@ -196,11 +210,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     layers = vllm_config.model_config.hf_config.num_hidden_layers
     cache = vllm_config.cache_config
     backend = vllm_config.attention_config.backend
+    fault = _fault_of(backend)
     problems = {
         "--attention-backend": (
-            _attends_one_way(backend),
-            f"{backend and backend.name} cannot attend both ways; leave it out, or take "
-            f"{', '.join(_BOTH_WAYS)}",
+            bool(fault),
+            f"{backend and backend.name} {fault}; leave it out, or take {', '.join(_BACKENDS)}",
         ),
         "--block-size": (
             cache.user_specified_block_size

@@ -51,6 +51,8 @@ _CONNECTOR = "KV connectors move causal caches, which are not valid here; leave 
 _ONE_LOADER = "weights stay where they are loaded; leave it out, or take more ranks"
 _OFF = (False, None)
 
+NO_LORA = "LoRA is not supported; merge the adapter first"
+
 REFUSED: dict[str, Refusal] = {
     # what is not built, or needs left-to-right decoding
     "--pipeline-parallel-size": Refusal(
@@ -89,7 +91,7 @@ REFUSED: dict[str, Refusal] = {
         "diffusion_config",
         "it is for vLLM's own diffusion models; set knobs with --elastic-config",
     ),
-    "--enable-lora": Refusal("lora_config", "LoRA is not supported; merge the adapter first"),
+    "--enable-lora": Refusal("lora_config", NO_LORA, also=("--lora-modules",)),
     "--logits-processors": Refusal(
         "model_config.logits_processors",
         "logits processors see one token at a time; use logit_bias, allowed_token_ids or bad_words",
@@ -288,10 +290,9 @@ GROUPS: tuple[Group, ...] = (
         "without --enable-expert-parallel, which is refused",
     ),
     Group(
-        "--lora-modules --max-loras --max-lora-rank --lora-dtype --enable-tower-connector-lora "
-        "--max-cpu-loras --fully-sharded-loras --lora-target-modules --default-mm-loras "
-        "--specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras "
-        "--max-lora-cls-labels",
+        "--max-loras --max-lora-rank --lora-dtype --enable-tower-connector-lora --max-cpu-loras "
+        "--fully-sharded-loras --lora-target-modules --default-mm-loras --specialize-active-lora "
+        "--enable-mixed-moe-lora-format --enable-moe-shared-loras --max-lora-cls-labels",
         "no effect",
         "without --enable-lora, which is refused",
     ),
@@ -424,7 +425,7 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--attention-backend --attention-config",
         "works",
-        "of those that can attend both ways; CUSTOM is [ours, on xformers]"
+        "FLASH_ATTN, TRITON_ATTN or CUSTOM, which is [ours, on xformers]"
         "(recipe-gpu.md#attention-by-xformers)",
     ),
     Group("--kernel-config --ir-op-priority --linear-backend", "works"),

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_elastic.engine.flag_rules import NO_LORA
 from vllm_elastic.runner.runner import ElasticRunner
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -50,4 +52,13 @@ class ElasticWorker(_BaseWorker):
         """Data-parallel engines share nothing, so there is nothing to keep in step."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
+        if self.device.type != "cpu":  # there kernels come compiled
+            self.model_runner.warm_up()
+            freeze_gc_heap()  # as vLLM's own does: weights and graphs are looked at no more
         return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def _no_lora(self, *_: Any) -> NoReturn:
+        """Asked without --enable-lora too: for --lora-modules, at /v1/load_lora_adapter."""
+        raise RuntimeError(f"{NO_LORA} (vllm_elastic).")
+
+    add_lora = remove_lora = pin_lora = list_loras = _no_lora

@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import make_policy
-from vllm_elastic.decoding.schedule import growth_of, make_schedule
+from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.engine_config import is_served_by_us
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.sampling_rules import RULES
@@ -209,6 +209,7 @@ def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfi
     try:
         config = elastic.for_request(params.extra_args)
         make_schedule(config, params.max_tokens or 1)
+        check_steps(config, params.max_tokens or 1)
         growth_of(config, traits_of(vllm_config.model_config.hf_config).grow_by)
         if config.canvas is not None:
             _check_infilling(config.canvas, params.max_tokens or 1, vllm_config)

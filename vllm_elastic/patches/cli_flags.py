@@ -5,31 +5,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_elastic.config import ConfigError, ElasticConfig
-from vllm_elastic.engine.flag_rules import without_effect
+from vllm_elastic.config import knobs_of
+from vllm_elastic.engine.flag_rules import NO_LORA, without_effect
 
 logger = init_logger("vllm.vllm_elastic.cli_flags")
 
 _WRAPPED = "_vllm_elastic_wrapped"
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not JSON ({error}); of a file take the contents: "$(cat FILE)"'
-        ) from None
-    try:
-        ElasticConfig.from_dict(values)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return values
 
 
 def add_elastic_flags() -> None:
@@ -61,7 +46,7 @@ def add_elastic_flags() -> None:
         )
         group.add_argument(
             "--elastic-config",
-            type=_json_object,
+            type=knobs_of,
             default=None,
             metavar="JSON",
             help='Decoding knobs, for instance \'{"preset": "published", "gamma": 0.8}\'.',
@@ -74,7 +59,10 @@ def add_elastic_flags() -> None:
         given = [
             flag for name, flag in ignored.items() if getattr(args, name, None) != defaults[name]
         ]
-        if given and getattr(args, "plugin", None):
+        named = getattr(args, "plugin", None)
+        if named and getattr(args, "lora_modules", None):  # no part of the engine's configuration
+            raise ValueError(f"--lora-modules: {NO_LORA} (vllm_elastic).")
+        if given and named:
             logger.warning(
                 "no effect with a masked diffusion model, see docs/flags.md of vllm_elastic: %s",
                 ", ".join(given),

@@ -17,6 +17,11 @@ from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.row_order import IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
 
+ONE_BATCH_AT_A_TIME = ("FLASHINFER", "FLEX_ATTENTION")
+"""vLLM's attention backends whose metadata is lost when the next is built: they keep it in buffers
+of their own, FLASHINFER in a wrapper with one plan. A pass needs one for each set of rows that some
+layers work on, and one for the window, all at once."""
+
 Piece = tuple[int, int, int]
 """Plan, first and end row of neighbours that attend to the same canvas."""
 
@@ -44,8 +49,9 @@ class BatchBuilder:
         self._max_chunk_rows = max_chunk_rows
         self._calls: list[tuple[AttentionCall, CommonAttentionMetadata]] = []
         blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
-        # int32 [plans, most blocks], filled up with the null block.
-        self._block_table = filled_up(blocks, max(map(len, blocks)), np.int32)
+        # int32 [plans, most blocks], filled up with the null block to a width that is a multiple of
+        # 16: vLLM's Triton kernel is compiled once more for rows of other widths, when they come.
+        self._block_table = filled_up(blocks, -(-max(map(len, blocks)) // 16) * 16, np.int32)
         self._lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
 
     def lay_out(

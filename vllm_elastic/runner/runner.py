@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
+from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -29,7 +30,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
 from vllm_elastic.runner.download import Download
@@ -38,10 +39,11 @@ from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.row_order import RowOrder
-from vllm_elastic.runner.statistics.attention_sums import warm_up
+from vllm_elastic.runner.statistics import attention_sums
 from vllm_elastic.runner.statistics.statistics import statistics_of
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
+from vllm_elastic.runner.warm_up_passes import warm_up_passes
 
 logger = init_logger("vllm.vllm_elastic.runner")
 
@@ -107,7 +109,9 @@ class ElasticRunner:
         started, free = time.perf_counter(), free_bytes()
         executor = GraphExecutor(self.model)
         try:
-            executor.capture(CudaGraphs(self.device), counts)
+            # What is collected inside a capture may end it: a kernel's module that is unloaded.
+            with freeze_gc_for_cudagraph_capture():
+                executor.capture(CudaGraphs(self.device), counts)
         except RuntimeError as error:
             raise RuntimeError(
                 "capturing CUDA graphs failed; --enforce-eager serves without them, "
@@ -151,8 +155,14 @@ class ElasticRunner:
             )
         names = {layer.layer_name for layer in self.model.attention_layers}
         self._attention_group = next(g for g in groups[0] if names & set(g.layer_names))
+        backend = self._attention_group.backend.get_name()
+        if backend in ONE_BATCH_AT_A_TIME:
+            raise RuntimeError(
+                f"vLLM chose the attention backend {backend}, which prepares one batch at a time; "
+                "name another one by --attention-backend, such as TRITON_ATTN (vllm_elastic)."
+            )
         self.cache = CacheView.of(self.model, kv_cache_config)
-        warm_up(self.cache)
+        attention_sums.warm_up(self.cache)
         self._log_capacity(kv_cache_config)
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
@@ -177,6 +187,16 @@ class ElasticRunner:
             self.cache.key_layout.name,
             type(self.model.attention_layers[0].impl).__name__,
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """What some cards compile at a first call is compiled now, and what fails there ends the
+        start."""
+        started = time.perf_counter()
+        canvas, block_size = self.model_config.max_model_len, self.cache.block_size
+        for plans in warm_up_passes(self.traits, canvas, self.max_chunk_rows, block_size):
+            self.run(plans)
+        logger.info("passes of nobody's, as a warm-up, took %.1f s", time.perf_counter() - started)
 
     # Called once a step.
 

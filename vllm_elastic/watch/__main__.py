@@ -18,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--server",
+        type=_url,
         default="http://localhost:8000",
         metavar="URL",
         help="a `vllm serve` with this plugin (default: %(default)s)",
@@ -31,9 +32,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="where the page listens (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=int, default=8080, metavar="N", help="of the page (default: %(default)s)"
+        "--port", type=_port, default=8080, metavar="N", help="of the page (default: %(default)s)"
     )
     return parser
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"must begin with http:// or https://, got {text!r}")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def main() -> None:
