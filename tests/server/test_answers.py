@@ -176,7 +176,7 @@ def test_an_answer_follows_a_grammar(client: Client) -> None:
     """Streamed or not; what the model would say of its own accord is something else."""
     question = "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin"
     for wanted, right in [
-        ({"choice": ["cow", "pin", "elf"]}, "pin"),
+        ({"choice": ["cow", "fig", "elf"]}, "fig"),
         ({"regex": "jet[0-9]+pin[0-9]+"}, "jet 40 pin 62"),
     ]:
         body = {"messages": user(question), "max_tokens": 20, "structured_outputs": wanted}

@@ -352,7 +352,8 @@ GROUPS: tuple[Group, ...] = (
         "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-strict-level "
         "--tool-server --exclude-tools-when-tool-choice-none",
         "works",
-        'on what the model writes of its own accord (`tool_choice: "auto"`)',
+        "on what the model writes of its own accord (`tool_choice` auto), and on "
+        "[grammars](serving.md#structured-output) (required, or by name)",
     ),
     Group("--reasoning-parser --reasoning-parser-plugin", "works", "on the text of an answer"),
     Group(
