@@ -232,6 +232,8 @@ def test_what_does_not_go_together(knobs: dict[str, Any], named: str, spelling: 
     driver = Driver(spelling)
     with pytest.raises(VLLMValidationError, match=f"structured_outputs and '{named}"):
         driver.add(prompt_of(5, 1), 3, grammar(regex="7"), block_length=3, **knobs)
+    with pytest.raises(VLLMValidationError, match="structured_outputs and ignore_eos"):
+        driver.add(prompt_of(5, 1), 3, {**grammar(regex="7"), "ignore_eos": True})
     assert_nothing_left(driver)
 
 

@@ -253,7 +253,7 @@ def check_grammar(
     sent: Mapping[str, str],
     vllm_config: VllmConfig,
 ) -> None:
-    """Refuse a grammar for an answer that is not written from left to right, or not all of it.
+    """Refuse a grammar for an answer that is not written from left to right, or not to its end.
 
     Args:
         config: the request's own settings.
@@ -273,6 +273,12 @@ def check_grammar(
                 "left to right; leave one out.",
                 parameter=called,
             )
+    if params.ignore_eos:
+        raise VLLMValidationError(
+            f"{called} and ignore_eos do not go together: the grammar says where an answer ends; "
+            "leave one out.",
+            parameter="ignore_eos",
+        )
     structured = vllm_config.structured_outputs_config
     if structured.reasoning_parser and not structured.enable_in_reasoning:
         raise VLLMValidationError(
