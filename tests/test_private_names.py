@@ -33,6 +33,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/ray_on_cpu/communicator.py",
     "patches/ray_on_cpu/platform.py",
     "engine/engine_config.py",
+    "engine/grammar.py",
     "engine/graph_flags.py",
     "engine/image_connector.py",
     "engine/image_renderer.py",
@@ -86,6 +87,7 @@ PROCESSING = "vllm.multimodal.processing:"
 PROCESSOR = f"{PROCESSING}BaseMultiModalProcessor"
 SUPPORTS_IMAGES = "vllm.model_executor.models.interfaces:SupportsMultiModal"
 RENDERER = "vllm.renderers.hf:HfRenderer"
+GRAMMAR = "vllm.v1.structured_output.backend_types:StructuredOutputGrammar"
 QUANTIZED = ["bias", "quant_config", "prefix"]
 
 # Our class and method -> the vLLM class whose method it overrides.
@@ -156,6 +158,11 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     ("vllm.v1.core.sched.request_queue:RequestQueue.peek_request", ["self"], []),
     ("vllm.v1.core.sched.request_queue:RequestQueue.pop_request", ["self"], []),
+    ("vllm.v1.core.sched.request_queue:RequestQueue.prepend_request", ["self", "request"], []),
+    (f"{GRAMMAR}.fill_bitmask", ["self", "bitmask", "batch_index"], []),
+    (f"{GRAMMAR}.is_terminated", ["self"], []),
+    (f"{GRAMMAR}.validate_tokens", ["self", "tokens"], []),
+    ("vllm.sampling_params:StructuredOutputsParams.all_constraints_none", ["self"], []),
     ("vllm.v1.request:Request.record_event", ["self", "event_type", "timestamp"], []),
     (
         "vllm.v1.metrics.stats:PrefillStats.set",
@@ -510,7 +517,10 @@ ATTRIBUTES: dict[str, list[str]] = {
         "max_tokens",
         "prompt_logprobs",
         "stop_token_ids",
+        "structured_outputs",
     ],
+    "vllm.config:StructuredOutputsConfig": ["enable_in_reasoning", "reasoning_parser"],
+    "vllm.v1.structured_output.request:StructuredOutputRequest": ["grammar"],
     "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
     "vllm.v1.core.sched.output:SchedulerOutput": ["num_scheduled_tokens", "scheduled_new_reqs"],
     "vllm.v1.core.sched.output:NewRequestData": ["block_ids", "mm_features"],
@@ -554,6 +564,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "sampling_params",
         "status",
         "stop_reason",
+        "structured_output_request",
     ],
     "vllm.v1.request:RequestStatus": [
         "FINISHED_STOPPED",
@@ -566,6 +577,7 @@ ATTRIBUTES: dict[str, list[str]] = {
 # Containers of vLLM's that we fill or iterate over: a release may give one another type.
 CONTAINERS: dict[str, dict[str, str]] = {
     SCHEDULER: {
+        "deferred_waiting": "set[Request]",
         "encoder_cache_mismatch_reqs": "set[str]",
         "requests": "dict[str, Request]",
         "running": "list[Request]",

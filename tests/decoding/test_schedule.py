@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,7 +15,7 @@ from tests.golden import fixed_steps
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.predictions import Predictions
-from vllm_elastic.decoding.schedule import FixedSteps, make_schedule
+from vllm_elastic.decoding.schedule import FixedSteps, LeftToRight, make_schedule
 
 
 def predicted(window: Positions, confidence: npt.NDArray[np.float64]) -> Predictions:
@@ -107,3 +109,38 @@ def test_what_llada_asserts_is_an_error(
     with pytest.raises(ValueError) as error:
         FixedSteps(ElasticConfig.from_dict(values), tokens)
     assert all(name in str(error.value) for name in names)
+
+
+class Rising:
+    """Tokens that only grow."""
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        raise NotImplementedError
+
+    def count_accepted(self, token_ids: list[int]) -> int:
+        falls = [b < a for a, b in pairwise(token_ids)]
+        return 1 + falls.index(True) if True in falls else len(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "probabilities", "committed"),
+    [
+        ([3, 4, 5, 6], [0.9, 0.9, 0.9, 0.9], [0, 1, 2, 3]),
+        ([3, 4, 5, 6], [0.1, 0.9, 0.9, 0.9], [0, 1, 2, 3]),  # the first is, sure or not
+        ([3, 4, 5, 6], [0.9, 0.9, 0.1, 0.9], [0, 1]),  # no gap
+        ([3, 4, 2, 6], [0.9, 0.9, 0.9, 0.9], [0, 1]),  # the grammar refuses the third
+        ([3, 2, 4, 6], [0.1, 0.1, 0.1, 0.9], [0]),
+    ],
+)
+def test_left_to_right_by_hand(
+    token_ids: list[int], probabilities: list[float], committed: list[int]
+) -> None:
+    schedule = make_schedule(ElasticConfig.from_dict({"commit": "threshold"}), 4)
+    canvas = Canvas([7, 7], 4, 99)
+    predictions = Predictions(
+        LeftToRight(schedule, Rising()).window(canvas),
+        np.array(token_ids, dtype=np.int32),
+        np.array(probabilities),
+    )
+    chosen = LeftToRight(schedule, Rising()).choose(canvas, predictions, 0)
+    assert chosen.tolist() == committed

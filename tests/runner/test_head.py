@@ -15,6 +15,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.runner import head as module
+from vllm_elastic.runner.allowed_tokens import AllowedTokens
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.upload import Upload
 
@@ -94,3 +95,29 @@ def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.Monkey
     assert not set(whole.token_ids[head.slices[2]].tolist()) & {1, 2, 3}
     shown = of_host(whole.logprobs[2]).token_ids[:, 1:]
     assert set(shown.ravel().tolist()) & {1, 2, 3}, "the seed shows nothing"
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 8, 20])
+def test_a_grammar_binds_the_first_row_of_its_request(rows_at_once: int) -> None:
+    """Some rows at a time, a vocabulary that ends within a word, and bits of all signs."""
+    vocabulary, counts, bound = 101, (3, 1, 5, 2, 4), (0, 1, 3)
+    rng = np.random.default_rng(rows_at_once)
+    may = rng.random((len(counts), 128)) < 0.3
+    bits = np.packbits(may, axis=1, bitorder="little").view(np.int32)
+    plans = [plan(10 * i, count, None) for i, count in enumerate(counts)]
+    for index in bound:
+        plans[index].allowed = bits[index]
+    ends = np.cumsum(counts).tolist()
+    slices = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    upload = Upload(DEVICE)
+    allowed = AllowedTokens(plans, slices, vocabulary, upload)
+    upload.send()
+    logits = torch.randn(ends[-1], vocabulary, generator=torch.Generator().manual_seed(3))
+    expected = logits.clone()
+    for index in bound:
+        expected[slices[index].start, ~torch.from_numpy(may[index, :vocabulary])] = -torch.inf
+    found = logits.to(DEVICE)
+    for start in range(0, len(found), rows_at_once):
+        rows = slice(start, min(start + rows_at_once, len(found)))
+        allowed.apply(found[rows], rows)
+    assert torch.equal(found.cpu(), expected)

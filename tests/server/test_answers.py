@@ -170,3 +170,20 @@ def test_elastic_metrics(client: Client) -> None:
     grown = {name: value - before[name] for name, value in read().items()}
     work = canvas * layers * 6
     assert grown == dict(zip(counters, (6, work, work, 1, 6), strict=True))
+
+
+def test_an_answer_follows_a_grammar(client: Client) -> None:
+    """Streamed or not; what the model would say of its own accord is something else."""
+    question = "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin"
+    for wanted, right in [
+        ({"choice": ["cow", "fig", "elf"]}, "fig"),
+        ({"regex": "jet[0-9]+pin[0-9]+"}, "jet 40 pin 62"),
+    ]:
+        body = {"messages": user(question), "max_tokens": 20, "structured_outputs": wanted}
+        body["return_token_ids"] = True
+        text, token_ids, reason = joined(client.stream("chat/completions", **body))
+        status, whole = client.post("chat/completions", **body)
+        (choice,) = whole["choices"]
+        assert status == 200
+        assert (choice["message"]["content"], choice["token_ids"]) == (text, token_ids)
+        assert (text.strip(), reason) == (right, "stop")

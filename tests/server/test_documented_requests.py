@@ -21,7 +21,11 @@ CURLS = [
     for words in commands(block.text)
     if words[0] == "curl"
 ]
-ANSWERS = {"README.md": "fig 91 jet 40 pin 62", "docs/recipe-cpu.md": "cow 3 5 elf 4 5 elm 4 4"}
+ANSWERS = {
+    "README.md": "fig 91 jet 40 pin 62",
+    "docs/recipe-cpu.md": "cow 3 5 elf 4 5 elm 4 4",
+    "docs/serving.md": "jet 40 pin 62",
+}
 WITH_IMAGES = "docs/images.md"  # asks LLaDA-V, with its image left out
 
 

@@ -22,7 +22,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "frequency_penalty": {"frequency_penalty": 0.1},
     "repetition_penalty": {"repetition_penalty": 1.1},
     "prompt_logprobs": {"prompt_logprobs": 1},
-    "structured_outputs": {"response_format": {"type": "json_object"}},
     "repetition_detection": {"repetition_detection": {"max_pattern_size": 4, "min_count": 3}},
     "thinking_token_budget": {"thinking_token_budget": 3},
 }
@@ -43,10 +42,15 @@ def test_restricted_parameter(alive: Client, name: str) -> None:
     assert len(message) < 250, "an object was dumped into the message"
 
 
-def test_tool_choice_is_named(alive: Client) -> None:
+def test_tool_choice_without_a_parser(alive: Client) -> None:
+    """As in stock vLLM."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     options = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}
-    assert "tool_choice" in refusal(alive.chat("Sort : 2 1", max_tokens=4, **options))
+    assert "--tool-call-parser" in refusal(alive.chat("Sort : 2 1", max_tokens=4, **options))
+
+
+def test_a_grammar_that_is_none(alive: Client) -> None:
+    assert "regex" in refusal(alive.chat("2", max_tokens=4, structured_outputs={"regex": "("}))
 
 
 def test_likelihoods_are_named(alive: Client) -> None:

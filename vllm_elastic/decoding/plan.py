@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
+from vllm_elastic.decoding.grammar import TokenBits
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure, Measured
 from vllm_elastic.decoding.sampling import Sampling
 
@@ -65,6 +66,7 @@ class PassPlan:
         measure: what the policy wants to know of this pass; None: nothing.
         sampling: what the request wants of its candidates; None: the most probable token.
         stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
+        allowed: what the window's first position may be, by the request's grammar; None: anything.
         num_written: positions whose KV blocks earlier passes have written; what those behind hold
             is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
@@ -80,6 +82,7 @@ class PassPlan:
     measure: Measure | None = None
     sampling: Sampling | None = None
     stored_inputs: Positions = field(default_factory=lambda: NO_POSITIONS)
+    allowed: TokenBits | None = None
     num_written: int = 0
     block_ids: list[int] = field(default_factory=list)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Canvas, Positions, merged
+from vllm_elastic.decoding.grammar import Grammar
 from vllm_elastic.decoding.measurement import MeasuredDrift
 from vllm_elastic.decoding.plan import (
     Logprobs,
@@ -23,7 +24,7 @@ from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.record import DecodingRecord, canvas_of_pass
 from vllm_elastic.decoding.sampling import Sampling
-from vllm_elastic.decoding.schedule import growth_of, make_schedule
+from vllm_elastic.decoding.schedule import LeftToRight, growth_of, make_schedule
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.decoding.validity import BlockValidity
 
@@ -43,6 +44,7 @@ class DenoisingRequest:
 
     Args:
         stored_inputs: positions of the prompt whose input of layer 0 is no token's embedding.
+        grammar: the answer has to follow it; None: any answer will do.
 
     Attributes:
         refresh: ``replay`` or ``next``.
@@ -63,6 +65,7 @@ class DenoisingRequest:
         block_size: int,
         sampling: Sampling | None = None,
         stored_inputs: Positions = NO_POSITIONS,
+        grammar: Grammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.config = config
@@ -87,6 +90,9 @@ class DenoisingRequest:
         reach = self.policy.reach if config.reach is None else config.reach
         self.reach = min(reach, self.canvas.capacity)
         self.schedule = make_schedule(config, max_tokens, sampling.seed if sampling else 0)
+        self.grammar = grammar
+        if grammar is not None:
+            self.schedule = LeftToRight(self.schedule, grammar)
         self.record = DecodingRecord(
             keep_steps=config.record,
             hand_on=config.watch,
@@ -131,7 +137,7 @@ class DenoisingRequest:
         self._num_written = len(plan.tokens)
         self.validity.validate()  # the pass recomputed all that was stale
         if not math.isfinite(result.probabilities.sum()):
-            raise NotFiniteError(f"request {self.request_id}: the model's logits are not finite")
+            raise NotFiniteError(f"request {self.request_id}: {_why_not_finite(plan)}")
         found_stale = self._judge(plan, result)
         self.policy.pass_done(self, plan, result.measured)
         if found_stale and self.refresh == "replay":
@@ -184,6 +190,7 @@ class DenoisingRequest:
             logits_shift=self.traits.logits_shift,
             sampling=self.sampling,
             stored_inputs=self._stored_inputs,
+            allowed=None if self.grammar is None else self.grammar.allowed(),
             num_written=self._num_written,
         )
         rows = self.policy.rows(self, plan.window_rows)
@@ -252,6 +259,14 @@ class DenoisingRequest:
             judged_by = {} if result.measured is None else self.policy.judged_by()
             canvas = canvas_of_pass(plan, result, self.canvas, self.validity, judged_by)
         self.record.add_pass(plan, self.num_layers, committed, similarities, canvas)
+
+
+def _why_not_finite(plan: PassPlan) -> str:
+    if plan.allowed is not None and not plan.allowed.any():
+        return "its grammar lets no token of the vocabulary come next"
+    if plan.allowed is not None:
+        return "its grammar and other constraints leave no token, or the logits are not finite"
+    return "the model's logits are not finite"
 
 
 def _certain(token_id: np.int32) -> Logprobs:

@@ -12,6 +12,7 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import Canvas, Positions
 from vllm_elastic.decoding.commits import by_rank, make_commit_rule
 from vllm_elastic.decoding.dream_steps import DreamSteps
+from vllm_elastic.decoding.grammar import Grammar
 from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.random_numbers import uniform
 
@@ -100,6 +101,31 @@ class FixedSteps(TextBlocks):
         if self._random:
             priorities = uniform(self._seed, step, canvas.length)[predictions.positions]
         return by_rank(priorities, count)
+
+
+class LeftToRight:
+    """Another schedule's commits, as far as they follow the text without a gap and a grammar.
+
+    The first masked position is committed at every step: all before it is decided, so the grammar
+    has said what it may be. What stands behind it was predicted without knowing it, and the
+    grammar has the last word.
+    """
+
+    def __init__(self, schedule: Schedule, grammar: Grammar) -> None:
+        self._schedule, self._grammar = schedule, grammar
+
+    def window(self, canvas: Canvas) -> Positions:
+        return self._schedule.window(canvas)
+
+    def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:
+        chosen = np.zeros(len(predictions.positions), dtype=np.bool_)
+        chosen[self._schedule.choose(canvas, predictions, step)] = True
+        chosen[0] = True
+        # Nothing behind the first mask is committed yet, so what follows it follows without a gap.
+        count = int(np.append(chosen, False).argmin())
+        accepted = self._grammar.count_accepted(predictions.token_ids[:count].tolist())
+        # One that the grammar refuses after all is vLLM's to refuse.
+        return np.arange(max(accepted, 1))
 
 
 def check_steps(config: ElasticConfig, num_new_tokens: int) -> None:

@@ -335,19 +335,25 @@ GROUPS: tuple[Group, ...] = (
         "--io-processor-plugin --enable-flash-late-interaction", "no effect", "of pooling models"
     ),
     Group(
-        "--structured-outputs-config --reasoning-config --per-request-spec-decode-metrics "
+        "--reasoning-config --per-request-spec-decode-metrics "
         "--cohere-is-reasoning-model --cohere-format --reasoning-effort-map "
         "--anthropic-disabled-thinking-effort",
         "no effect",
-        "what they tune is refused in a request (grammars, thinking budgets, speculation) or of "
-        "other models; the reasoning parser in --structured-outputs-config works",
+        "what they tune is refused in a request (thinking budgets, speculation) or of other models",
+    ),
+    Group(
+        "--structured-outputs-config",
+        "works",
+        "with a reasoning parser a request may bring a grammar only if `enable_in_reasoning` is "
+        "true",
     ),
     Group("--collect-detailed-traces", "no effect", "no runner of vLLM V1 reads it"),
     Group(
         "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-strict-level "
         "--tool-server --exclude-tools-when-tool-choice-none",
         "works",
-        'on what the model writes of its own accord (`tool_choice: "auto"`)',
+        "on what the model writes of its own accord (`tool_choice` auto), and on "
+        "[grammars](serving.md#structured-output) (required, or by name)",
     ),
     Group("--reasoning-parser --reasoning-parser-plugin", "works", "on the text of an answer"),
     Group(

@@ -89,9 +89,10 @@ RULES: dict[str, Rule] = {
     "repetition_penalty": Rule("refused", _PENALTY, (1.0,)),
     "repetition_detection": Rule("refused", "leave it out.", (None,)),
     "structured_outputs": Rule(
-        "refused",
-        'a grammar needs left-to-right decoding; leave it out (with tools: tool_choice "auto").',
-        (None,),
+        "deviates",
+        "the answer follows the grammar; its tokens are then committed from left to right, several "
+        "a step, and not in the order in which the model is sure of them "
+        "([structured output](serving.md#structured-output))",
     ),
     "thinking_token_budget": Rule("refused", "leave it out.", (None,)),
     "watermarking": Rule("refused", "leave it out or send false.", (None, False)),

@@ -25,6 +25,7 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
+from vllm_elastic.engine.grammar import AnswerGrammar
 from vllm_elastic.engine.report import ENDED, PASSES, SPAN, EndedRequest, attach
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.engine.span import Attributes, span_attributes
@@ -163,8 +164,12 @@ class ElasticScheduler(Scheduler):
 
     def _admit(self) -> None:
         """Move waiting requests to running while blocks for their whole canvases are free."""
+        unready: list[Request] = []
         while self.waiting and len(self.running) < self.max_num_active_reqs:
             request = self.waiting.peek_request()
+            if not self._has_its_grammar(request):
+                unready.append(self.waiting.pop_request())
+                continue
             blocks = self.kv_cache_manager.allocate_slots(
                 request,
                 request.num_prompt_tokens,
@@ -172,8 +177,9 @@ class ElasticScheduler(Scheduler):
                 has_scheduled_reqs=bool(self.running),
             )
             if blocks is None:
-                return
+                break
             self.waiting.pop_request()
+            self.deferred_waiting.discard(request)
             resumed = request.status == RequestStatus.PREEMPTED
             request.status = RequestStatus.RUNNING
             if request.prefill_stats is not None and not resumed:
@@ -191,6 +197,19 @@ class ElasticScheduler(Scheduler):
                 self._canvases[request.request_id] = self._new_canvas(request)
             self._round_robin.add(request.request_id)
             self.running.append(request)
+        for request in reversed(unready):
+            self.waiting.prepend_request(request)
+
+    def _has_its_grammar(self, request: Request) -> bool:
+        """Whether nothing is being compiled for it any more; others need not wait for that."""
+        wanted = request.structured_output_request
+        if wanted is None:
+            return True
+        if isinstance(wanted.grammar, Exception):
+            logger.error("request %s: no grammar: %s", request.request_id, wanted.grammar)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)  # see update_from_output
+            return False
+        return wanted.grammar is not None
 
     def _new_canvas(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
@@ -216,7 +235,15 @@ class ElasticScheduler(Scheduler):
                 end_token_ids,
                 seed=self._seeds.getrandbits(63),
             ),
+            grammar=self._grammar_of(request),
         )
+
+    def _grammar_of(self, request: Request) -> AnswerGrammar | None:
+        wanted = request.structured_output_request
+        if wanted is None:
+            return None
+        assert wanted.grammar is not None and not isinstance(wanted.grammar, Exception)
+        return AnswerGrammar(wanted.grammar, self.vllm_config.model_config.get_vocab_size())
 
     def _plan_step(self) -> list[PassPlan]:
         free = [r.request_id for r in self.running if r.request_id not in self._in_flight]

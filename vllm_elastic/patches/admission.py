@@ -56,6 +56,7 @@ def check_requests_at_admission() -> None:
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params, sent_as(sent))
+            check_grammar(params, config, sent_as(sent), self.vllm_config)
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
             check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
@@ -244,6 +245,48 @@ def check_sampling_params(params: SamplingParams, sent: Mapping[str, str]) -> No
                 "whose tokens are not committed in order; ban words of one token, or use stop.",
                 parameter="bad_words",
             )
+
+
+def check_grammar(
+    params: SamplingParams,
+    config: ElasticConfig,
+    sent: Mapping[str, str],
+    vllm_config: VllmConfig,
+) -> None:
+    """Refuse a grammar for an answer that is not written from left to right, or not to its end.
+
+    Args:
+        config: the request's own settings.
+        sent: from ``sent_as``.
+
+    Raises:
+        VLLMValidationError: names what does not go together.
+    """
+    wanted = params.structured_outputs
+    if wanted is None or wanted.all_constraints_none():
+        return
+    called = sent.get("structured_outputs", "structured_outputs")
+    for knob in ("canvas", "steps", "alg"):
+        if getattr(config, knob) is not None:
+            raise VLLMValidationError(
+                f"{called} and 'elastic_{knob}' do not go together: a grammar is followed from "
+                "left to right; leave one out.",
+                parameter=called,
+            )
+    if params.ignore_eos:
+        raise VLLMValidationError(
+            f"{called} and ignore_eos do not go together: the grammar says where an answer ends; "
+            "leave one out.",
+            parameter="ignore_eos",
+        )
+    structured = vllm_config.structured_outputs_config
+    if structured.reasoning_parser and not structured.enable_in_reasoning:
+        raise VLLMValidationError(
+            f"{called}: this server takes what an answer begins with for reasoning, which no "
+            "grammar would bind; start it without --reasoning-parser, or with "
+            "--structured-outputs-config.enable_in_reasoning true.",
+            parameter=called,
+        )
 
 
 def check_candidates(

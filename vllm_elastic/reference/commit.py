@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -63,6 +63,8 @@ class CommitOptions:
         tokens_per_step: commit this many, the most confident, whatever the rule.
         drop_after_every_eos, grow_by, grow_ahead: see ``Canvas``.
         never, unconfident: token ids, see ``candidates``.
+        grammar: the token ids that may follow an answer so far; none after its last one.
+            See ``decoding.commit_predictions``.
     """
 
     commit: Rule = "threshold"
@@ -82,6 +84,7 @@ class CommitOptions:
     grow_ahead: int = 0
     never: tuple[int, ...] = ()
     unconfident: tuple[int, ...] = ()
+    grammar: Callable[[list[int]], Collection[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens_per_step is not None and self.tokens_per_step < 1:

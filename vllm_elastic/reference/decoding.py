@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import margin
@@ -39,8 +40,17 @@ def commit_predictions(
 
     ``window`` (W,) positions, ``hidden`` (W, d) the last layer's output of the rows that predict
     them. Returns (n,) the positions committed, and tells ``result`` by what margin.
+
+    With a grammar the window's first position, before which all is decided, is predicted among the
+    tokens that may come next, and committed whatever the rule; behind it commits end where the rule
+    leaves one out or the grammar does.
     """
     logits, mask = model.head(hidden), model.config.mask_token_id
+    answer = canvas.tokens[canvas.prompt_length : int(window[0])].tolist()
+    if options.grammar is not None:
+        next_ones = set(options.grammar(answer))
+        others = [token for token in range(logits.shape[1]) if token not in next_ones]
+        logits = torch.cat([without(logits[:1], others), logits[1:].double()])
     token_ids, confidence = candidates(logits, mask, options.never, options.unconfident)
     if options.commit == "credit" and options.tokens_per_step is None:
         confidence = result.credited(window, token_ids, confidence, options)
@@ -49,9 +59,16 @@ def commit_predictions(
         result.lasting(window, token_ids, confidence),
     )
     chosen = choose(confidence, window, options, evidence)
+    if options.grammar is not None:
+        chosen[0] = True
+        for index, token_id in enumerate(token_ids.tolist()):
+            if not chosen[index] or token_id not in options.grammar(answer):
+                chosen[index:] = False
+                break
+            answer.append(token_id)
     canvas.commit(window[chosen], token_ids[chosen])
     # Where which token it is decides about a row, those that are not committed decide, too.
-    by_token = options.unconfident or options.commit in ("steady", "credit")
+    by_token = options.unconfident or options.grammar or options.commit in ("steady", "credit")
     deciding = logits if by_token else logits[chosen]
     result.close_call(
         margin.of_commit(confidence, window, options, evidence),

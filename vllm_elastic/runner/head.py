@@ -14,6 +14,7 @@ import torch
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
+from vllm_elastic.runner.allowed_tokens import AllowedTokens
 from vllm_elastic.runner.candidates import (
     as_dream,
     entropies_of,
@@ -57,6 +58,7 @@ class Head:
         self.slices = [
             slice(end - len(plan.window), end) for plan, end in zip(plans, ends, strict=True)
         ]
+        self._allowed = AllowedTokens(plans, self.slices, traits.vocab_size, upload)
         self._never_chosen = upload.put(np.array(traits.never_chosen, dtype=np.int64))
         self._positions = upload.put(
             np.concatenate([plan.window for plan in plans]).astype(np.int64)
@@ -126,6 +128,7 @@ class Head:
             if sampling.num_logprobs is not None:
                 raw[index] = logits[own].clone()
             self._constraints[index].apply(logits[own], self._positions[at])
+        self._allowed.apply(logits, rows)
         token_ids, confidence = most_probable(logits)
         for index, own, at in self._wishes(rows):
             plan, sampling = self._plans[index], self._plans[index].sampling
