@@ -84,25 +84,24 @@ def test_torch_lists_what_is_used() -> None:
         assert torch.arange(3).is_meta and torch.tensor([1]).is_meta
 
 
-ON_SECOND_DEVICE = {
-    "parts": [
+ON_SECOND_DEVICE = [
+    *(
         f"tests/runner/test_{name}.py"
         for name in ("totals", "batch", "head", "candidates", "upload")
-    ],
-    "oracles": [f"tests/reference/test_reference_{name}.py" for name in ("devices", "diffusion")],
-    "engine": ["tests/engine/test_second_device.py"],
-}
+    ),
+    *(f"tests/reference/test_reference_{name}.py" for name in ("devices", "diffusion")),
+    "tests/engine/test_second_device.py",
+]
 
 
-@pytest.mark.parametrize("files", ON_SECOND_DEVICE)
-def test_on_a_device_that_is_not_the_cpu(files: str) -> None:
+def test_on_a_device_that_is_not_the_cpu() -> None:
     """What the host has and what the device has would meet in one operator, numbers would be read
     that were not fetched, or be used before they are sent: ``tests/second_device.py``.
 
     In a process of its own: torch is told of the device once and for all.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *ON_SECOND_DEVICE[files]],
+        [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *ON_SECOND_DEVICE],
         cwd=ROOT,
         env=os.environ | {"ON_SECOND_DEVICE": "1"},
         capture_output=True,

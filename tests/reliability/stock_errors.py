@@ -41,6 +41,15 @@ STOCK_ERRORS = (
         lambda ask, answer: "object has no attribute 'get'" in answer.error,
     ),
     StockError(
+        "a grammar that no token of the model goes on with",
+        "All logits are masked, whatever is chosen is rejected by the grammar, and the request "
+        "ends with FINISHED_ERROR, for which the server has one text. The test model's words "
+        "cannot spell everything, a tokenizer of bytes can.",
+        lambda ask, answer: (
+            "structured_outputs" in str(ask) and "Internal server error" in answer.error
+        ),
+    ),
+    StockError(
         "deeply nested JSON at /invocations",
         "`sagemaker/api_router.py` parses the body itself and catches JSONDecodeError only: "
         "RecursionError of json.loads.",

@@ -49,6 +49,12 @@ def test_tool_choice_without_a_parser(alive: Client) -> None:
     assert "--tool-call-parser" in refusal(alive.chat("Sort : 2 1", max_tokens=4, **options))
 
 
+def test_json_of_a_model_without_quotation_marks(alive: Client) -> None:
+    """The first thing that one tries with the test model."""
+    message = refusal(alive.chat("2", max_tokens=4, response_format={"type": "json_object"}))
+    assert message.startswith("response_format: no token of this model has a quotation mark")
+
+
 def test_a_grammar_that_is_none(alive: Client) -> None:
     assert "regex" in refusal(alive.chat("2", max_tokens=4, structured_outputs={"regex": "("}))
 

@@ -57,6 +57,7 @@ def check_requests_at_admission() -> None:
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params, sent_as(sent))
             check_grammar(params, config, sent_as(sent), self.vllm_config)
+            check_spelling(params, sent_as(sent), self.tokenizer)
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
             check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
@@ -287,6 +288,32 @@ def check_grammar(
             "--structured-outputs-config.enable_in_reasoning true.",
             parameter=called,
         )
+
+
+def check_spelling(params: SamplingParams, sent: Mapping[str, str], tokenizer: Any) -> None:
+    """Refuse JSON of a model that has no quotation mark to write it with, as the test model.
+
+    Args:
+        sent: from ``sent_as``.
+
+    Raises:
+        VLLMValidationError: names what was sent.
+    """
+    wanted = params.structured_outputs
+    if wanted is None or tokenizer is None or (wanted.json is None and not wanted.json_object):
+        return
+    if not _has_quotation_mark(tokenizer):
+        called = sent.get("structured_outputs", "structured_outputs")
+        raise VLLMValidationError(
+            f"{called}: no token of this model has a quotation mark, so it cannot write JSON; send "
+            "a choice or a regex of what it can write.",
+            parameter=called,
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _has_quotation_mark(tokenizer: Any) -> bool:
+    return any('"' in token or token == "<0x22>" for token in tokenizer.get_vocab())
 
 
 def check_candidates(
