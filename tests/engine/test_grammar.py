@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -216,6 +217,19 @@ def test_one_bad_grammar_costs_nobody_else(
     driver.run()
     assert bytes(driver.tokens[slow]) == b"slow"
     assert_nothing_left(driver)
+
+
+def test_a_grammar_that_fails_while_it_is_asked_for(spelling: Served) -> None:
+    """A request without a grammar would be admitted, and end the engine."""
+    answers = iter([None, ValueError("just now")])
+
+    class Compiling:
+        @property
+        def grammar(self) -> Any:
+            return next(answers)
+
+    request = SimpleNamespace(structured_output_request=Compiling(), request_id="0")
+    assert not spelling.engine.scheduler._has_its_grammar(request)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

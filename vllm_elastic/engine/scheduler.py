@@ -205,11 +205,12 @@ class ElasticScheduler(Scheduler):
         wanted = request.structured_output_request
         if wanted is None:
             return True
-        if isinstance(wanted.grammar, Exception):
-            logger.error("request %s: no grammar: %s", request.request_id, wanted.grammar)
+        grammar = wanted.grammar  # asked once: a moment later it may be there
+        if isinstance(grammar, Exception):
+            logger.error("request %s: no grammar: %s", request.request_id, grammar)
             self.encoder_cache_mismatch_reqs.add(request.request_id)  # see update_from_output
             return False
-        return wanted.grammar is not None
+        return grammar is not None
 
     def _new_canvas(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
