@@ -11,7 +11,7 @@ from tests.qwen2_oracle import DREAM
 
 from .full_width import full_width
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 LAYERS = 2
 KEYS_VALUES = 2 * 4 * 128 * 2 * LAYERS  # bytes a position: 4 KV heads of 128

@@ -250,7 +250,7 @@ def one_in(count: int) -> list[tuple[int, str]]:
     ("model", "count"),
     [
         # The models differ in layers and heads, not in how they are decoded.
-        *((model, 2 if model == MODELS[0] else 4) for model in MODELS),
+        *((model, 3 if model == MODELS[0] else 6) for model in MODELS),
         *(pytest.param(model, 1, marks=pytest.mark.long) for model in MODELS),
     ],
 )

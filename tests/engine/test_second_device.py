@@ -101,7 +101,7 @@ def linear_on_host(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return lambda *args: OnSecond(linear(*map(on_host, args)))
 
 
-@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+@pytest.mark.parametrize("model", ["gqa-tied", pytest.param("dream", marks=pytest.mark.long)])
 def test_every_policy_equals_the_oracle(model: str, serve: Callable[[str], Served]) -> None:
     served = serve(model)
     engine: Any = served.engine
