@@ -56,8 +56,7 @@ def check_requests_at_admission() -> None:
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params, sent_as(sent))
-            check_grammar(params, config, sent_as(sent), self.vllm_config)
-            check_spelling(params, sent_as(sent), self.tokenizer)
+            check_grammar(params, config, sent_as(sent), self.vllm_config, self.tokenizer)
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
             check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
@@ -253,15 +252,18 @@ def check_grammar(
     config: ElasticConfig,
     sent: Mapping[str, str],
     vllm_config: VllmConfig,
+    tokenizer: Any,
 ) -> None:
-    """Refuse a grammar for an answer that is not written from left to right, or not to its end.
+    """Refuse a grammar for an answer that is not written from left to right, or not to its end, and
+    JSON of a model that has no quotation mark to write it with, as the test model.
 
     Args:
         config: the request's own settings.
         sent: from ``sent_as``.
+        tokenizer: the model's; None: vLLM was started without it.
 
     Raises:
-        VLLMValidationError: names what does not go together.
+        VLLMValidationError: names what does not go together, or what was sent.
     """
     wanted = params.structured_outputs
     if wanted is None or wanted.all_constraints_none():
@@ -288,22 +290,8 @@ def check_grammar(
             "--structured-outputs-config.enable_in_reasoning true.",
             parameter=called,
         )
-
-
-def check_spelling(params: SamplingParams, sent: Mapping[str, str], tokenizer: Any) -> None:
-    """Refuse JSON of a model that has no quotation mark to write it with, as the test model.
-
-    Args:
-        sent: from ``sent_as``.
-
-    Raises:
-        VLLMValidationError: names what was sent.
-    """
-    wanted = params.structured_outputs
-    if wanted is None or tokenizer is None or (wanted.json is None and not wanted.json_object):
-        return
-    if not _has_quotation_mark(tokenizer):
-        called = sent.get("structured_outputs", "structured_outputs")
+    of_json = wanted.json is not None or wanted.json_object
+    if of_json and tokenizer is not None and not _has_quotation_mark(tokenizer):
         raise VLLMValidationError(
             f"{called}: no token of this model has a quotation mark, so it cannot write JSON; send "
             "a choice or a regex of what it can write.",

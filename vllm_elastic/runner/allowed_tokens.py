@@ -39,6 +39,8 @@ class AllowedTokens:
 
     def apply(self, logits: torch.Tensor, rows: slice) -> None:
         """Forbid all others, in place, in logits [R, V] of some of the window rows."""
+        if not self._rows:  # most passes
+            return
         first, last = np.searchsorted(self._rows, (rows.start, rows.stop)).tolist()
         if first == last:
             return
