@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.siglip import SiglipVisionModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from vllm_elastic.models.image_layout import ImageRules
 from vllm_elastic.models.llada_v_config import LLaDAVConfig
@@ -26,15 +26,6 @@ class ImageEncoder(nn.Module):
     Attributes:
         rules: how images are cut.
     """
-
-    checkpoint_names = WeightsMapper(
-        orig_to_new_prefix={
-            "model.vision_tower.vision_tower.": "tower.",
-            "model.mm_projector.0.": "projector_in.",
-            "model.mm_projector.2.": "projector_out.",
-            "model.image_newline": "newline",
-        }
-    )
 
     def __init__(self, vllm_config: VllmConfig, config: LLaDAVConfig, prefix: str) -> None:
         super().__init__()
@@ -83,5 +74,5 @@ class ImageEncoder(nn.Module):
         return self.projector_out(F.gelu(self.projector_in(self.tower(tiles))))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load tensors under the checkpoint's names; returns the parameters that were filled."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.checkpoint_names)
+        """Load tensors under names of here; returns the parameters that were filled."""
+        return AutoWeightsLoader(self).load_weights(weights)

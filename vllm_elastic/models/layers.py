@@ -109,13 +109,14 @@ class AttentionProjection(nn.Module):
             rope_parameters=rope_parameters,
             is_neox_style=True,
         )
+        # Without a quant_config: statistics read keys in the model's own type, so a checkpoint does
+        # not get to say that they are kept in fewer bits.
         self.attn = Attention(
             self.num_heads,
             head_dim,
             self.scale,
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
 
@@ -152,7 +153,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         quant_config = vllm_config.quant_config
         self.gate_up_proj = MergedColumnParallelLinear(
-            width, [inner] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up"
+            width,
+            [inner] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
         )
         self.down_proj = RowParallelLinear(
             inner, width, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"

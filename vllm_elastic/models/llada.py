@@ -3,37 +3,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
-from vllm_elastic.models.llama_like import LlamaLike
-from vllm_elastic.models.transformer import Stacked
+from vllm.model_executor.models.utils import WeightsMapper
 
-IN_BLOCKS = {
-    "attn_norm": "attention_norm",
-    "attn_out": "attention.o_proj",
-    "ff_norm": "mlp_norm",
-    "ff_out": "mlp.down_proj",
-}
-OUTSIDE = {"wte": "embed_tokens", "ln_f": "norm", "ff_out": "lm_head"}
+from vllm_elastic.models.llama_like import LlamaLike, in_blocks
 
 
 class LLaDAModelLM(LlamaLike):
     """Weight names are those of the released checkpoints (``model.transformer.*``)."""
 
-    stacked: ClassVar[Stacked] = {
-        "q_proj": ("attention.qkv_proj", "q"),
-        "k_proj": ("attention.qkv_proj", "k"),
-        "v_proj": ("attention.qkv_proj", "v"),
-        "ff_proj": ("mlp.gate_up_proj", 0),
-        "up_proj": ("mlp.gate_up_proj", 1),
-    }
-
-    def _name_of(self, name: str) -> str | None:
-        name = name.removeprefix("model.").removeprefix("transformer.")
-        if name.startswith("blocks."):
-            _, index, module, suffix = name.split(".", 3)
-            return f"blocks.{index}.{IN_BLOCKS.get(module, module)}.{suffix}"
-        module, _, suffix = name.partition(".")
-        if module == "ff_out" and self.tied:
-            return None
-        return f"{OUTSIDE.get(module, module)}.{suffix}"
+    hf_to_vllm_mapper: ClassVar[WeightsMapper] = WeightsMapper(
+        orig_to_new_regex={
+            re.compile(r"^(model\.)?transformer\.ff_out\b"): "lm_head",
+            re.compile(r"^(model\.)?transformer\."): "",
+            re.compile(r"^wte\b"): "embed_tokens",
+            re.compile(r"^ln_f\b"): "norm",
+            **in_blocks(
+                {
+                    "attn_norm": "attention_norm",
+                    "([qkv]_proj)": r"attention.\2",
+                    "attn_out": "attention.o_proj",
+                    "ff_norm": "mlp_norm",
+                    "ff_proj": "mlp.gate_proj",
+                    "up_proj": "mlp.up_proj",
+                    "ff_out": "mlp.down_proj",
+                }
+            ),
+        }
+    )

@@ -49,7 +49,7 @@ class LLaDAMoEModelLM(LlamaLike):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = set()
-        return self.load_named(self._dense(weights, loaded), self._name_of, self.stacked) | loaded
+        return self.load_named(self._dense(weights, loaded)) | loaded
 
     def _dense(
         self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]

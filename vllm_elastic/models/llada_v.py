@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsMultiModal
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_elastic.models.image_encoder import ImageEncoder
@@ -21,13 +21,19 @@ from vllm_elastic.models.image_processor import DummyImages, ImageInfo, ImagePro
 from vllm_elastic.models.llada_v_config import PLACEHOLDER, LLaDAVConfig
 from vllm_elastic.models.llama_like import LlamaLike
 
-_OF_IMAGES = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
-
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
 class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
     """Weight names are those of the released checkpoint (``model.layers.*``)."""
 
+    hf_to_vllm_mapper = LlamaLike.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_prefix={
+            "vision_tower.vision_tower": "images.tower",
+            "mm_projector.0": "images.projector_in",
+            "mm_projector.2": "images.projector_out",
+            "image_newline": "images.newline",
+        }
+    )
     supports_encoder_tp_data = True
     loaded_apart = ("images.",)
 
@@ -73,13 +79,14 @@ class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
         Raises:
             ValueError: a tensor that LLaDA-V does not have, or one that the checkpoint does not.
         """
-        first_load = self._to_be_filled
+        first_load = self._to_be_filled and not self._quantised
         of_images: list[tuple[str, torch.Tensor]] = []
 
         def of_text() -> Iterable[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                if name.startswith(_OF_IMAGES):
-                    of_images.append((name, weight))
+                ours = self.hf_to_vllm_mapper.map_name(name) or ""
+                if ours.startswith("images."):
+                    of_images.append((ours.removeprefix("images."), weight))
                 else:
                     yield name, weight
 

@@ -6,40 +6,50 @@ A family adds its configuration, and where it differs its MLP and tensor names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_elastic.models.layers import AttentionProjection, GatedMLP, KernelRMSNorm, PreNormBlock
 from vllm_elastic.models.llada_config import LLaDAConfig
 from vllm_elastic.models.llama_config import LlamaKeysConfig
-from vllm_elastic.models.transformer import DiffusionTransformer, Stacked
+from vllm_elastic.models.transformer import DiffusionTransformer
 
-IN_BLOCKS = {
-    "self_attn": "attention",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
+
+def in_blocks(names: dict[str, str]) -> dict[re.Pattern[str], str | None]:
+    """For a ``WeightsMapper``: patterns of what a checkpoint calls the parts of a block.
+
+    They also match where a name starts at the block, as in the lists of quantised checkpoints.
+
+    Args:
+        names: patterns -> our names.
+    """
+    return {re.compile(rf"^(blocks\.\d+\.)?{old}\b"): rf"\1{new}" for old, new in names.items()}
 
 
 class LlamaLike(DiffusionTransformer):
     """Weight names are those of a Llama checkpoint (``model.layers.0.self_attn.q_proj``), unless a
     family has its own.
-
-    Attributes:
-        stacked: parts of fused weights, by their module's name in the checkpoint.
     """
 
-    stacked: ClassVar[Stacked] = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", 0),
-        "up_proj": ("gate_up_proj", 1),
-    }
+    hf_to_vllm_mapper: ClassVar[WeightsMapper] = WeightsMapper(
+        orig_to_new_regex={
+            re.compile(r"^model\."): "",
+            re.compile(r"^layers\."): "blocks.",
+            **in_blocks(
+                {
+                    "self_attn": "attention",
+                    "input_layernorm": "attention_norm",
+                    "post_attention_layernorm": "mlp_norm",
+                }
+            ),
+        }
+    )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config: LlamaKeysConfig | LLaDAConfig = vllm_config.model_config.hf_config
@@ -89,13 +99,4 @@ class LlamaLike(DiffusionTransformer):
         Raises:
             ValueError: a tensor that the model does not have.
         """
-        return self.load_named(weights, self._name_of, self.stacked)
-
-    def _name_of(self, name: str) -> str | None:
-        if name == "lm_head.weight" and self.tied:
-            return None
-        name = name.removeprefix("model.")
-        if not name.startswith("layers."):
-            return name
-        _, index, module, suffix = name.split(".", 3)
-        return f"blocks.{index}.{IN_BLOCKS.get(module, module)}.{suffix}"
+        return self.load_named(weights)

@@ -8,8 +8,10 @@ different layers need no merging.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
@@ -35,14 +37,21 @@ from vllm_elastic.models.rows import (
     chunks,
 )
 
-Stacked = Mapping[str, tuple[str, str | int]]
-"""A checkpoint's name of a part of a fused weight -> the weight, and which part it is."""
+FUSED: dict[str, dict[str, str | int]] = {
+    "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+    "gate_up_proj": {"gate_proj": 0, "up_proj": 1},
+}
+"""A fused linear layer -> the layers of checkpoints that are its parts, and vLLM's name of each."""
+
+
+_NO_SCALES = WeightsMapper(orig_to_new_regex={re.compile(r"\.[qkv]_(scale|zero_point)$"): None})
+"""Of keys and values in a quantised checkpoint: they are kept as the model computes them."""
 
 
 class DiffusionTransformer(nn.Module):
     """Embedding, blocks, norm and head, with paged keys, values and hidden states.
 
-    A family is a subclass that makes its blocks and names its weights.
+    A family is a subclass that makes its blocks and says how its checkpoints name them.
 
     Args:
         make_block: a block by the prefix of its name.
@@ -51,9 +60,16 @@ class DiffusionTransformer(nn.Module):
         tied: the head is the embedding.
 
     Attributes:
+        hf_to_vllm_mapper: from a checkpoint's names to ours, a fused layer's parts still apart.
+            vLLM takes by it what a quantised checkpoint says of its layers.
+        packed_modules_mapping: the parts of fused layers, for vLLM.
         loaded_apart: parts of parameters' names that a family does not load by ``load_named``.
     """
 
+    hf_to_vllm_mapper: ClassVar[WeightsMapper]
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        fused: list(parts) for fused, parts in FUSED.items()
+    }
     loaded_apart: tuple[str, ...] = ()
 
     def __init__(
@@ -101,8 +117,11 @@ class DiffusionTransformer(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(vocab_size)
         # The first load has to fill everything; later ones may bring parts (weight transfer).
-        loads = vllm_config.load_config.load_format
-        self._to_be_filled = vllm_config.quant_config is None and loads != "dummy"
+        self._to_be_filled = vllm_config.load_config.load_format != "dummy"
+        self._quantised = vllm_config.quant_config is not None
+        self._names = self.hf_to_vllm_mapper
+        if vllm_config.quant_config is not None:
+            self._names |= vllm_config.quant_config.get_checkpoint_weight_mapper() | _NO_SCALES
 
     @property
     def attention_layers(self) -> list[Attention]:
@@ -255,35 +274,28 @@ class DiffusionTransformer(nn.Module):
             del q, k, v
             return self.norm(_finish(block, x, attended, calls))
 
-    def load_named(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        name_of: Callable[[str], str | None],
-        stacked: Stacked,
-    ) -> set[str]:
+    def load_named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the parameters that were filled.
-
-        Args:
-            name_of: our name of a tensor by the checkpoint's, a part of a fused weight under the
-                part's name; None: not needed.
-            stacked: parts of fused weights, by their module's name.
 
         Raises:
             ValueError: a tensor that the model does not have, or none for one that it has.
         """
         params = dict(self.named_parameters())
+        fused_of = {part: (f, shard) for f, parts in FUSED.items() for part, shard in parts.items()}
         loaded: set[str] = set()
-        parts: set[tuple[str, str | int | None]] = set()
+        parts: set[str] = set()
         for full_name, weight in weights:
-            name, shard = name_of(full_name), None
-            if name is None:
+            name = self._names.map_name(full_name)
+            if name is None or (self.tied and name.startswith("lm_head.")):
                 continue
+            part = name
             path, _, suffix = name.rpartition(".")
             parent, _, module = path.rpartition(".")
-            if module in stacked:
-                fused, shard = stacked[module]
-                name = f"{parent}.{fused}.{suffix}"
+            fused, shard = fused_of.get(module, (module, None))
+            name = f"{parent}.{fused}.{suffix}" if parent else name
             if name not in params:
+                if self._quantised and suffix == "bias" and not weight.any():
+                    continue  # AutoGPTQ gives every layer one
                 raise ValueError(
                     f"{type(self).__name__} has no tensor {full_name!r} (looked for {name!r})."
                 )
@@ -291,29 +303,34 @@ class DiffusionTransformer(nn.Module):
             loader = getattr(param, "weight_loader", default_weight_loader)
             loader(param, weight) if shard is None else loader(param, weight, shard)
             loaded.add(name)
-            parts.add((name, shard))
+            parts.add(part)
         if self.tied:
             loaded.add("lm_head.weight")
         if self._to_be_filled:
-            self._refuse_unfilled(loaded, parts, stacked)
+            self._refuse_unfilled(loaded | parts)
             self._to_be_filled = False
         return loaded
 
-    def _refuse_unfilled(
-        self, loaded: set[str], parts: set[tuple[str, str | int | None]], stacked: Stacked
-    ) -> None:
-        """vLLM looks for what a checkpoint lacks too, but not in linear layers."""
+    def _refuse_unfilled(self, filled: set[str]) -> None:
+        """vLLM looks for what a checkpoint lacks too, but not in linear layers.
+
+        What belongs to a quantised layer is for its method to say: one tensor of it is enough.
+        """
+        layers = {name.rpartition(".")[0] for name in filled}
         missing = []
         for name, _ in self.named_parameters():
             if any(part in name for part in self.loaded_apart):
                 continue
-            if name not in loaded:
-                missing.append(name)
-            path = name.rpartition(".")[0]
-            for part, (fused, shard) in stacked.items():
-                if path.endswith(f".{fused}") and (name, shard) not in parts and name in loaded:
-                    missing.append(f"{name} ({part})")
+            path, _, suffix = name.rpartition(".")
+            parent, _, module = path.rpartition(".")
+            for part in FUSED.get(module, (module,)):
+                layer = f"{parent}.{part}" if parent else part
+                if self._quantised and layer not in layers:
+                    missing.append(layer)
+                elif not self._quantised and f"{layer}.{suffix}" not in filled:
+                    missing.append(f"{layer}.{suffix}")
         if missing:
+            missing = list(dict.fromkeys(missing))
             shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
             raise ValueError(
                 f"the checkpoint has nothing for {len(missing)} of {type(self).__name__}'s "

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised checkpoints: each layer computes what its checkpoint stands for, or the start ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from tests.quantised import FORMATS, quantise
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.problems import accuracy_of
+
+from .conftest import Served
+from .test_accuracy import LEAST, PROBLEMS, TINY
+
+sys.path.insert(0, str(TINY))
+
+pytestmark = pytest.mark.engine
+
+CLOSE = {"gptq": 0.005, "awq": 0.005, "packed": 0.005, "int8": 0.015}
+"""Of a product's norm: activations have 8 bits in bfloat16, 7 and a scale for each row in int8."""
+
+NAMES = {
+    "gqa-tied": {
+        "attention.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "attention.o_proj": ("attn_out",),
+        "mlp.gate_up_proj": ("ff_proj", "up_proj"),
+        "mlp.down_proj": ("ff_out",),
+    },
+    "dream": {
+        "attention.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.o_proj": ("self_attn.o_proj",),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj": ("mlp.down_proj",),
+    },
+}
+"""A model's layers -> what its checkpoints call their parts."""
+
+BLOCKS = {"gqa-tied": "model.transformer.blocks", "dream": "model.layers"}
+
+
+def engine_of(directory: Path, **options: Any) -> Any:
+    options = {"max_model_len": 64, "kv_cache_memory_bytes": 8 << 20} | options
+    return BenchEngine(directory, dtype="bfloat16", **options)
+
+
+def relative_errors(model: Any, family: str, stands_for: dict[str, Tensor]) -> dict[str, float]:
+    """Of each linear layer on random rows; negative where its weights are as they were."""
+    generator, errors = torch.Generator().manual_seed(5), {}
+    for index, block in enumerate(model.blocks):
+        prefix = f"{BLOCKS[family]}.{index}"
+        for ours, theirs in NAMES[family].items():
+            layer = block.get_submodule(ours)
+            weight = torch.cat([stands_for[f"{prefix}.{name}.weight"] for name in theirs])
+            biases = [stands_for.get(f"{prefix}.{name}.bias") for name in theirs]
+            bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+            rows = torch.randn(7, weight.shape[1], generator=generator).to(torch.bfloat16)
+            with torch.inference_mode():
+                found = layer(rows)[0].float()
+            wanted = F.linear(rows.float(), weight, bias)
+            error = ((found - wanted).norm() / wanted.norm()).item()
+            as_it_was = isinstance(layer.quant_method, UnquantizedLinearMethod)
+            errors[f"{index}.{ours}"] = -error if as_it_was else error
+    return errors
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_layers_are_what_the_checkpoint_stands_for(
+    name: str, family: str, serve: Callable[[str], Served], tmp_path: Path
+) -> None:
+    stands_for = quantise(serve(family).directory, tmp_path / name, name)
+    engine = engine_of(tmp_path / name)
+    errors = relative_errors(engine.runner.model, family, stands_for)
+    assert all(0 < error < CLOSE[name] for error in errors.values()), errors
+    (result,) = engine.run([{"prompt_token_ids": [3, 4, 5], "max_tokens": 12}])
+    assert len(result["token_ids"]) == 12
+
+
+BLOCK_0 = "model.transformer.blocks.0"
+MLP = [f"{BLOCK_0}.{name}" for name in ("ff_proj", "up_proj", "ff_out")]
+ATTENTION = [["q_proj", "k_proj", "v_proj"], ["attn_out"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "blocks", "left"),
+    [
+        ("gptq", {}, 1, MLP),  # told by the tensors
+        ("gptq", {"modules_in_block_to_quantize": ATTENTION}, 5, MLP),
+        ("gptq", {"dynamic": {r"-:.*\.0\.mlp\..*": {}}}, 1, MLP),
+        ("awq", {}, 1, MLP),
+        ("awq", {"modules_to_not_convert": MLP[:2]}, 1, MLP[:2]),
+        ("int8", {"ignore": MLP}, 1, MLP),
+    ],
+)
+def test_what_is_left_as_it_was(
+    name: str,
+    said: dict[str, Any],
+    blocks: int,
+    left: list[str],
+    serve: Callable[[str], Served],
+    tmp_path: Path,
+) -> None:
+    """A checkpoint says under its own names which layers those are, here of the first blocks."""
+    family, source = "gqa-tied", serve("gqa-tied").directory
+    everywhere = [path.replace(".0.", f".{i}.") for path in left for i in range(blocks)]
+    stands_for = quantise(source, tmp_path / name, name, left=everywhere, **said)
+    errors = relative_errors(engine_of(tmp_path / name).runner.model, family, stands_for)
+    as_they_were = {layer for layer, error in errors.items() if error <= 0}
+    layers = ["gate_up_proj", "down_proj"][: len(left) - 1]
+    assert as_they_were == {f"{i}.mlp.{layer}" for i in range(blocks) for layer in layers}
+    assert all(abs(error) < CLOSE[name] for error in errors.values()), errors
+
+
+def test_as_many_problems_solved_with_8_bits(tmp_path: Path) -> None:
+    """Weights and activations of 8 bits cost the trained model nothing that 80 problems show."""
+    from heldout import HELD_OUT_SEED, records
+
+    quantise(TINY / "checkpoint", tmp_path / "int8", "int8")
+    options = {"max_model_len": 640, "kv_cache_memory_bytes": 200 << 20}
+    engine = engine_of(tmp_path / "int8", batch_size=16, **options)
+    problems = list(records(HELD_OUT_SEED, PROBLEMS, None))
+    accuracy = accuracy_of(problems, engine.run(problems))
+    assert accuracy is not None and accuracy >= LEAST
+
+
+def test_a_layer_that_is_missing_is_named(serve: Callable[[str], Served], tmp_path: Path) -> None:
+    quantise(serve("gqa-tied").directory, tmp_path / "part", "packed")
+    file = tmp_path / "part" / "model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if f"{BLOCK_0}.k_proj" not in name}
+    save_file(kept, file)
+    with pytest.raises(ValueError, match=r"nothing for 1 of .*blocks\.0\.attention\.k_proj"):
+        engine_of(tmp_path / "part")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bias_that_the_model_has_not(
+    value: float, serve: Callable[[str], Served], tmp_path: Path
+) -> None:
+    """AutoGPTQ gives every layer one, of zeros; one that says something is not left out."""
+    bias = {f"{BLOCK_0}.attn_out.bias": torch.full((128,), value, dtype=torch.bfloat16)}
+    quantise(serve("gqa-tied").directory, tmp_path / "biased", "gptq", beside=bias)
+    if not value:
+        engine_of(tmp_path / "biased")
+        return
+    with pytest.raises(ValueError, match=r"has no tensor .*attn_out\.bias"):
+        engine_of(tmp_path / "biased")
+
+
+def test_keys_stay_as_the_model_computes_them(
+    serve: Callable[[str], Served], tmp_path: Path
+) -> None:
+    """Statistics read them: a checkpoint that has scales for keys of 8 bits does not get these."""
+    scales = {f"{BLOCK_0}.{which}_scale": torch.tensor(2.0) for which in "kv"}
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+    source = serve("gqa-tied").directory
+    quantise(source, tmp_path / "int8", "int8", beside=scales, kv_cache_scheme=scheme)
+    engine = engine_of(tmp_path / "int8")
+    assert {cache.dtype for cache in engine.runner.kv_caches.values()} == {torch.bfloat16}
