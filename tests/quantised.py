@@ -4,10 +4,13 @@
 Weights are rounded to the nearest step of their group, without calibration. Formats: GPTQ and AWQ
 (4 bits, Hugging Face's AutoGPTQ and AutoAWQ layouts), compressed-tensors with 8 bits for weights
 and activations, or 4 bits for weights alone.
+
+    python -m tests.quantised examples/tiny_llada/checkpoint out/int8 int8
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -146,7 +149,7 @@ def quantise(
     for file in sorted(source.glob("*.safetensors")):
         for full_name, weight in load_file(file).items():
             path, _, kind = full_name.rpartition(".")
-            in_block = ".layers." in path or ".blocks." in path
+            in_block = path.startswith(("model.layers.", "model.transformer.blocks."))
             module = path.rpartition(".")[2]
             if path in left or not (kind == "weight" and in_block and module in LAYERS):
                 tensors[full_name], stands_for[full_name] = weight, weight.float()
@@ -159,3 +162,16 @@ def quantise(
     raw["quantization_config"] = config | said
     (directory / "config.json").write_text(json.dumps(raw))
     return stands_for
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, help="a checkpoint's directory")
+    parser.add_argument("directory", type=Path, help="where the quantised one goes")
+    parser.add_argument("format", choices=list(FORMATS))
+    return parser
+
+
+if __name__ == "__main__":
+    args = make_parser().parse_args()
+    quantise(args.source, args.directory, args.format)

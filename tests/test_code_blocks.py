@@ -110,6 +110,12 @@ def parse_watch(words: list[str]) -> None:
     make_parser().parse_args(words)
 
 
+def parse_quantised(words: list[str]) -> None:
+    from tests.quantised import make_parser
+
+    make_parser().parse_args(words)
+
+
 def parse_serve(words: list[str]) -> None:
     from tests.serve_arguments import parse_as_vllm_serve
 
@@ -128,6 +134,7 @@ def parse_vllm_bench_serve(words: list[str]) -> None:
 PARSED: dict[str, Callable[[list[str]], None]] = {
     "python -m vllm_elastic.bench": parse_bench,
     "python -m vllm_elastic.watch": parse_watch,
+    "python -m tests.quantised": parse_quantised,
     "vllm serve": parse_serve,
     "vllm bench serve": parse_vllm_bench_serve,
 }

@@ -52,6 +52,7 @@ FILES_THAT_IMPORT_VLLM = {
     "models/config_parser.py",
     "models/experts.py",
     "models/layers.py",
+    "models/llada.py",
     "models/llada_moe.py",
     "models/llama_like.py",
     "models/transformer.py",
@@ -83,6 +84,7 @@ VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 OPENAI = "vllm.entrypoints.openai"
 COMPLETIONS = f"{OPENAI}.completion.serving:OpenAIServingCompletion"
 BEAM_SEARCH = "vllm.entrypoints.generate.beam_search"
+QUANTIZATION = "vllm.model_executor.layers.quantization.base_config:QuantizationConfig"
 PROCESSING = "vllm.multimodal.processing:"
 PROCESSOR = f"{PROCESSING}BaseMultiModalProcessor"
 SUPPORTS_IMAGES = "vllm.model_executor.models.interfaces:SupportsMultiModal"
@@ -184,9 +186,12 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     (
         "vllm.model_executor.models.utils:AutoWeightsLoader.load_weights",
         ["self", "weights"],
-        ["mapper"],
+        [],
     ),
-    ("vllm.model_executor.models.utils:WeightsMapper.apply", ["self", "weights"], []),
+    ("vllm.model_executor.models.utils:WeightsMapper.map_name", ["self", "key"], []),
+    ("vllm.model_executor.models.utils:WeightsMapper.__or__", ["self", "other"], []),
+    (f"{QUANTIZATION}.get_checkpoint_weight_mapper", [], []),
+    (f"{QUANTIZATION}.apply_vllm_mapper", ["self", "hf_to_vllm_mapper"], []),
     (
         "vllm.renderers.registry:RendererRegistry.register",
         ["self", "renderer_mode", "module", "class_name"],

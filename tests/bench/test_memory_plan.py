@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.device import DEVICE
 from tests.engine.test_family_configs import ILLADA, LLADA_MOE
 from tests.live_bytes import LiveBytes
+from tests.quantised import quantise
 from tests.qwen2_oracle import DREAM
 from tests.tiny_llada_v import TinyLLaDAV
 from vllm_elastic.bench.__main__ import make_parser
@@ -139,6 +141,15 @@ def test_one_rank_holds_the_oracles_tensors(plan: Any, dtype: str) -> None:
     numbers = sum(math.prod(shape) for shape in shapes)
     (rank,) = plan("--model", TINY, "--memory", 1, "--dtype", dtype).json["ranks"]
     assert rank["weights"] == numbers * {"bfloat16": 2, "float32": 4}[dtype]
+
+
+def test_quantised_weights_are_those_of_a_checkpoint(plan: Any, tmp_path: Path) -> None:
+    """4 bits in groups of 32 with a scale of 16 each: 4.5; what is not quantised has 16."""
+    quantise(TINY, tmp_path / "packed", "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    kept = [tensor for name, tensor in tensors.items() if not name.endswith("weight_shape")]
+    (rank,) = plan("--model", TINY, "--memory", 1, "--weight-bits", 4.5).json["ranks"]
+    assert rank["weights"] == bytes_of(kept)
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied"])
@@ -404,11 +415,12 @@ def test_table_and_file_say_the_same(plan: Any) -> None:
     [
         (
             ["--memory", "25", "--max-num-seqs", "1024", "--row-budget", "16384"],
-            {"--tp", "--max-num-seqs", "--canvas", "--memory"},
+            {"--tp", "--weight-bits", "--max-num-seqs", "--canvas", "--memory"},
         ),
         (
             ["--memory", "43", "--dtype", "float32", "--max-num-seqs", "16"],
-            {"--tp", "--hidden-stride", "--dtype", "--max-window", "--canvas", "--memory"},
+            {"--tp", "--hidden-stride", "--dtype", "--weight-bits"}
+            | {"--max-window", "--canvas", "--memory"},
         ),
         (["--memory", "16", "--tp", "32"], set()),
     ],
@@ -461,6 +473,8 @@ BAD: list[tuple[list[object], str]] = [
     (["--gpu-memory-utilization", 1.1], "must be above 0 and at most 1, got '1.1'"),
     (["--gpu-memory-utilization", 0], "must be above 0 and at most 1, got '0'"),
     (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    (["--weight-bits", "0.5"], "argument --weight-bits: must be from 1 to 32 bits, got '0.5'"),
+    (["--weight-bits", "int4"], "argument --weight-bits: must be from 1 to 32 bits, got 'int4'"),
     (["--hidden-stride", 32], "argument --hidden-stride: 32 stores no hidden state of a model of 32"
         " layers; lower it to at most 31"),
     (["--hidden-stride", 2048], "hidden_stride"),

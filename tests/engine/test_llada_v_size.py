@@ -69,7 +69,7 @@ def test_released_sizes_run(tmp_path: Path) -> None:
         tmp_path, CONFIG, max_model_len=2048, kv_cache_memory_bytes=128 << 20
     ) as engine:
         model = engine.runner.model
-        assert len(model.images.tower.vision_model.encoder.layers) == 26
+        assert len(model.images.vision_tower.vision_model.encoder.layers) == 26
         (result,) = engine.run(
             [
                 {

@@ -16,11 +16,13 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.quantised import FORMATS, quantise
+from tests.tiny_llada_v import TinyLLaDAV, picture
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import accuracy_of
 
 from .conftest import Served
 from .test_accuracy import LEAST, PROBLEMS, TINY
+from .test_images import made_of
 
 sys.path.insert(0, str(TINY))
 
@@ -131,6 +133,27 @@ def test_as_many_problems_solved_with_8_bits(tmp_path: Path) -> None:
     problems = list(records(HELD_OUT_SEED, PROBLEMS, None))
     accuracy = accuracy_of(problems, engine.run(problems))
     assert accuracy is not None and accuracy >= LEAST
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("int8", {"ignore": ["lm_head", "re:.*vision_tower.*", "re:.*mm_projector.*"]}),
+        ("gptq", {}),
+        ("awq", {}),
+    ],
+)
+def test_images_of_a_quantised_model(name: str, said: dict[str, Any], tmp_path: Path) -> None:
+    """The tower is left as it is, and images become the same rows to the last bit."""
+    TinyLLaDAV().save(tmp_path / "plain")
+    quantise(tmp_path / "plain", tmp_path / name, name, **said)
+    images = [picture(56, 56, seed=7), picture(100, 60, seed=8)]
+    options = {"max_model_len": 256, "mm_processor_cache_gb": 0}
+    plain, engine = (engine_of(tmp_path / which, **options) for which in ("plain", name))
+    for rows, wanted in zip(made_of(engine, images)[1], made_of(plain, images)[1], strict=True):
+        assert torch.equal(rows, wanted)
+    methods = {type(block.mlp.down_proj.quant_method) for block in engine.runner.model.blocks}
+    assert UnquantizedLinearMethod not in methods
 
 
 def test_a_layer_that_is_missing_is_named(serve: Callable[[str], Served], tmp_path: Path) -> None:

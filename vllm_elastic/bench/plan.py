@@ -44,7 +44,8 @@ measured on a GPU.
 
 with b bytes a number, rows the row budget, graph rows the same but at most 512 or
 --max-cudagraph-capture-size, and saved rows 4 * max-window (or canvas, if that is less), or 2 *
-max-num-seqs * window if that is more, of which the row budget is the most. Long canvases, worked on
+max-num-seqs * window if that is more, of which the row budget is the most. Weights of the layers'
+products may have --weight-bits of their own. Long canvases, worked on
 in chunks of the row budget, and several ranks take somewhat more. It is what a trial run at start
 allocates, by which vLLM sizes the cache. Not counted is what CUDA takes, for itself and for each
 graph, and what NCCL and attention kernels take; it comes out of what is left, so leave some. With
@@ -94,6 +95,14 @@ def add_parser(commands: Any) -> None:
         help="share of it that vLLM may use (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=list(BYTES_PER_NUMBER), default="bfloat16")
+    parser.add_argument(
+        "--weight-bits",
+        type=_bits,
+        default=None,
+        metavar="N",
+        help="of a quantised checkpoint's weights with their scales: 8 for FP8 and INT8, some 4.2 "
+        "for GPTQ and AWQ by groups of 128 (default: those of --dtype)",
+    )
     parser.add_argument(
         "--hidden-stride",
         type=positive,
@@ -156,6 +165,13 @@ def _memory(text: str) -> int:
     if not 0 < number <= 1 << 20:  # false for NaN too
         raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")
     return int(number * GIB)
+
+
+def _bits(text: str) -> float:
+    number = _number(text)
+    if not 1 <= number <= 32:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 32 bits, got {text!r}")
+    return number
 
 
 def _share(text: str) -> float:
@@ -309,5 +325,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         max_window=args.max_window,
         block_size=BLOCK_SIZE,
         graph_rows=0 if args.enforce_eager else graph_rows,
+        weight_bits=args.weight_bits,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

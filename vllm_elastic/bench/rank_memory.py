@@ -23,6 +23,8 @@ class Setting:
 
     Attributes:
         shape: the whole model's sizes, and its bytes a number.
+        weight_bits: of a weight of the layers' products, its share of scales included; None: as
+            of any other number.
         kv_heads: of the whole model.
         ranks: that share the model; they divide it evenly.
         memory: bytes of a rank's device. utilization: share of it that vLLM may use.
@@ -47,6 +49,7 @@ class Setting:
     max_window: int
     block_size: int
     graph_rows: int
+    weight_bits: float | None = None
 
     @property
     def blocks_of_canvas(self) -> int:
@@ -85,7 +88,7 @@ class RankMemory:
 def rank_memory(setting: Setting) -> RankMemory:
     """What one rank holds; all ranks hold the same."""
     shape, ranks = setting.shape, setting.ranks
-    weights, step = weight_bytes(shape, setting.kv_heads, ranks), step_bytes(setting)
+    weights, step = weight_bytes(setting), step_bytes(setting)
     graphs = graph_bytes(setting)
     left = int(setting.memory * setting.utilization) - weights - step - graphs
     parts = position_bytes(shape, setting.kv_heads, ranks, setting.hidden_stride)
@@ -104,20 +107,24 @@ def rank_memory(setting: Setting) -> RankMemory:
     )
 
 
-def weight_bytes(shape: ModelShape, kv_heads: int, ranks: int) -> int:
+def weight_bytes(setting: Setting) -> int:
     """Bytes of one rank's weights, split as vLLM's parallel layers split them.
 
     Queries, attention output, MLP and each expert are shared; a KV head is kept whole, by several
     ranks where there are fewer heads than ranks; rows of embedding and head are padded and shared;
     norms, and what chooses experts, are on every rank. What makes rows of images is counted whole
-    on every rank, as it is with ``--mm-encoder-tp-mode data``.
+    on every rank, as it is with ``--mm-encoder-tp-mode data``. In a quantised checkpoint
+    embedding, head, norms and what chooses experts are as ever.
     """
     from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
 
-    layer = shape.layer_parameters(_key_width(shape, kv_heads, ranks), ranks)
+    shape, ranks = setting.shape, setting.ranks
+    layer = shape.layer_parameters(_key_width(shape, setting.kv_heads, ranks), ranks)
     rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
-    text = shape.layers * layer + (rows + 1) * shape.width
-    return shape.bytes_per_number * (text + shape.image_parameters)
+    products = shape.layers * (layer - shape.whole_parameters)
+    rest = shape.layers * shape.whole_parameters + (rows + 1) * shape.width
+    bits = 8 * shape.bytes_per_number if setting.weight_bits is None else setting.weight_bits
+    return shape.bytes_per_number * (rest + shape.image_parameters) + round(products * bits / 8)
 
 
 def position_bytes(
@@ -184,6 +191,8 @@ def remedies(setting: Setting, shareable: Callable[[int], bool]) -> list[str]:
         found.append(f"--hidden-stride {stride}")
     if shape.bytes_per_number > 2 and fits(shape=replace(shape, bytes_per_number=2)):
         found.append("--dtype bfloat16")
+    if setting.weight_bits is None and fits(weight_bits=8.0):
+        found.append("--weight-bits 8")
     halves = [setting.seats >> n for n in range(1, setting.seats.bit_length())]
     if seats := next((n for n in halves if fits(seats=n)), None):
         found.append(f"--max-num-seqs {seats}")

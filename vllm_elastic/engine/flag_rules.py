@@ -236,7 +236,11 @@ GROUPS: tuple[Group, ...] = (
         "rows a step; a canvas of more rows is computed alone, in chunks inside each layer",
     ),
     Group("--tensor-parallel-size", "ours", "a number that divides heads, MLP and vocabulary"),
-    Group("--kv-cache-dtype", "ours", "`auto`, or the model's own type"),
+    Group(
+        "--kv-cache-dtype",
+        "ours",
+        "`auto`, or the model's own type, which keys have whatever a quantised checkpoint says",
+    ),
     Group("--enable-prefix-caching", "no effect", "attention is bidirectional; a log line says so"),
     Group(
         "--prefix-caching-hash-algo --prefix-cache-retention-interval --prefix-match-unit "
@@ -377,7 +381,8 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--quantization --quantization-config --allow-deprecated-quantization",
         "works",
-        "vLLM's linear layers do it; not tested here",
+        "vLLM's linear layers do it; quantised checkpoints need no flag "
+        "([which were tested](models.md#quantised-weights))",
     ),
     Group(
         "--grpc --grpc-port --enable-fault-tolerance --fault-tolerance-config "

@@ -31,12 +31,12 @@ class ImageEncoder(nn.Module):
         super().__init__()
         vision, width = config.vision_config, config.d_model
         self.rules: ImageRules = config.image_rules()
-        self.tower = SiglipVisionModel(
+        self.vision_tower = SiglipVisionModel(
             vision,
             vllm_config.quant_config,
             num_hidden_layers_override=vision.num_hidden_layers - 1,
             require_post_norm=False,
-            prefix=f"{prefix}.tower",
+            prefix=f"{prefix}.vision_tower",
         )
         self.projector_in = nn.Linear(vision.hidden_size, width)
         self.projector_out = nn.Linear(width, width)
@@ -71,7 +71,7 @@ class ImageEncoder(nn.Module):
 
     def _project(self, tiles: torch.Tensor) -> torch.Tensor:
         """[tiles, patches, d] of tiles [tiles, 3, side, side]."""
-        return self.projector_out(F.gelu(self.projector_in(self.tower(tiles))))
+        return self.projector_out(F.gelu(self.projector_in(self.vision_tower(tiles))))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors under names of here; returns the parameters that were filled."""

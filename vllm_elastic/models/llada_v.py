@@ -28,7 +28,7 @@ class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
 
     hf_to_vllm_mapper = LlamaLike.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_prefix={
-            "vision_tower.vision_tower": "images.tower",
+            "vision_tower.vision_tower": "images.vision_tower",
             "mm_projector.0": "images.projector_in",
             "mm_projector.2": "images.projector_out",
             "image_newline": "images.newline",
