@@ -245,8 +245,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
         "--kv-cache-dtype": (
             # vLLM writes the model's numbers into it as they are.
             cache.cache_dtype not in ("auto", dtype),
-            f"keys and values of another type than the model's are not supported; use {dtype}, "
-            "whatever a quantised checkpoint says",
+            f"keys and values of another type than the model's ({dtype}) are not supported; take "
+            "that one, whatever a quantised checkpoint says",
         ),
     }
     for flag, (present, reason) in problems.items():
