@@ -74,5 +74,5 @@ class ImageEncoder(nn.Module):
         return self.projector_out(F.gelu(self.projector_in(self.vision_tower(tiles))))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load tensors under names of here; returns the parameters that were filled."""
+        """Load tensors by this module's own names; returns the parameters that were filled."""
         return AutoWeightsLoader(self).load_weights(weights)

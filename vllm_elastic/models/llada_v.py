@@ -84,7 +84,7 @@ class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
 
         def of_text() -> Iterable[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                ours = self.hf_to_vllm_mapper.map_name(name) or ""
+                ours = self._names.map_name(name) or ""
                 if ours.startswith("images."):
                     of_images.append((ours.removeprefix("images."), weight))
                 else:

@@ -43,6 +43,7 @@ FUSED: dict[str, dict[str, str | int]] = {
 }
 """A fused linear layer -> the layers of checkpoints that are its parts, and vLLM's name of each."""
 
+_PART_OF = {part: (fused, name) for fused, parts in FUSED.items() for part, name in parts.items()}
 
 _NO_SCALES = WeightsMapper(orig_to_new_regex={re.compile(r"\.[qkv]_(scale|zero_point)$"): None})
 """Of keys and values in a quantised checkpoint: they are kept as the model computes them."""
@@ -281,18 +282,15 @@ class DiffusionTransformer(nn.Module):
             ValueError: a tensor that the model does not have, or none for one that it has.
         """
         params = dict(self.named_parameters())
-        fused_of = {part: (f, shard) for f, parts in FUSED.items() for part, shard in parts.items()}
         loaded: set[str] = set()
-        parts: set[str] = set()
+        filled: set[str] = set()  # likewise, a fused layer's parts apart
         for full_name, weight in weights:
-            name = self._names.map_name(full_name)
-            if name is None or (self.tied and name.startswith("lm_head.")):
+            part = self._names.map_name(full_name)
+            if part is None or (self.tied and part.startswith("lm_head.")):
                 continue
-            part = name
-            path, _, suffix = name.rpartition(".")
-            parent, _, module = path.rpartition(".")
-            fused, shard = fused_of.get(module, (module, None))
-            name = f"{parent}.{fused}.{suffix}" if parent else name
+            parent, module, suffix = _split(part)
+            fused, shard = _PART_OF.get(module, (module, None))
+            name = part if shard is None else f"{parent}.{fused}.{suffix}"
             if name not in params:
                 if self._quantised and suffix == "bias" and not weight.any():
                     continue  # AutoGPTQ gives every layer one
@@ -303,11 +301,11 @@ class DiffusionTransformer(nn.Module):
             loader = getattr(param, "weight_loader", default_weight_loader)
             loader(param, weight) if shard is None else loader(param, weight, shard)
             loaded.add(name)
-            parts.add(part)
+            filled.add(part)
         if self.tied:
             loaded.add("lm_head.weight")
         if self._to_be_filled:
-            self._refuse_unfilled(loaded | parts)
+            self._refuse_unfilled(filled)
             self._to_be_filled = False
         return loaded
 
@@ -316,26 +314,35 @@ class DiffusionTransformer(nn.Module):
 
         What belongs to a quantised layer is for its method to say: one tensor of it is enough.
         """
-        layers = {name.rpartition(".")[0] for name in filled}
-        missing = []
-        for name, _ in self.named_parameters():
-            if any(part in name for part in self.loaded_apart):
-                continue
-            path, _, suffix = name.rpartition(".")
-            parent, _, module = path.rpartition(".")
-            for part in FUSED.get(module, (module,)):
-                layer = f"{parent}.{part}" if parent else part
-                if self._quantised and layer not in layers:
-                    missing.append(layer)
-                elif not self._quantised and f"{layer}.{suffix}" not in filled:
-                    missing.append(f"{layer}.{suffix}")
+        wanted = [
+            part
+            for name, _ in self.named_parameters()
+            if not any(apart in name for apart in self.loaded_apart)
+            for part in _parts(name)
+        ]
+        if self._quantised:
+            wanted = list(dict.fromkeys(part.rpartition(".")[0] for part in wanted))
+            filled = {part.rpartition(".")[0] for part in filled}
+        missing = [part for part in wanted if part not in filled]
         if missing:
-            missing = list(dict.fromkeys(missing))
             shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
             raise ValueError(
                 f"the checkpoint has nothing for {len(missing)} of {type(self).__name__}'s "
                 f"weights: {shown}. Is it another architecture, or were files left out?"
             )
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Of a parameter's name: what its layer is in ("" if nothing), the layer, the parameter."""
+    path, _, suffix = name.rpartition(".")
+    parent, _, module = path.rpartition(".")
+    return parent, module, suffix
+
+
+def _parts(name: str) -> list[str]:
+    """A parameter's name, or of a fused layer the names of its parts."""
+    parent, module, suffix = _split(name)
+    return [f"{parent}.{part}.{suffix}" for part in FUSED[module]] if module in FUSED else [name]
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
