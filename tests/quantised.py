@@ -169,9 +169,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="a checkpoint's directory")
     parser.add_argument("directory", type=Path, help="where the quantised one goes")
     parser.add_argument("format", choices=list(FORMATS))
+    parser.add_argument(
+        "--written-out", action="store_true", help="what the weights stand for, in bfloat16"
+    )
     return parser
 
 
 if __name__ == "__main__":
     args = make_parser().parse_args()
-    quantise(args.source, args.directory, args.format)
+    stands_for = quantise(args.source, args.directory, args.format)
+    if args.written_out:
+        plain = {name: weight.to(torch.bfloat16) for name, weight in stands_for.items()}
+        save_file(plain, args.directory / "model.safetensors", metadata={"format": "pt"})
+        shutil.copy(args.source / "config.json", args.directory)
