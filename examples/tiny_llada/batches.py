@@ -7,6 +7,7 @@ so every worker makes the same one and takes micro-batches from it.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ VOCABULARY = tokenizers.vocabulary()
 EOS, MASK = VOCABULARY[tokenizers.EOS], VOCABULARY[tokenizers.MASK]
 NUMBERS = [VOCABULARY[str(number)] for number in range(100)]
 TURN_END = VOCABULARY[tokenizers.TURN_END]
+
+Converse = Callable[[random.Random, float, float, float], tuple[str, list[tuple[str, str]]]]
 
 
 def header(role: str) -> list[int]:
@@ -74,9 +77,9 @@ class Mix:
     numbers: float
 
 
-def sequence(rng: random.Random, mix: Mix) -> Sequence:
+def sequence(rng: random.Random, mix: Mix, converse: Converse = conversation) -> Sequence:
     """One conversation with its EOS tail: short mostly, up to the whole canvas at times."""
-    task, turns = conversation(rng, mix.small, mix.packed, mix.long)
+    task, turns = converse(rng, mix.small, mix.packed, mix.long)
     ids, answers = [VOCABULARY[tokenizers.START]], []
     for question, answer in turns:
         ids += header("user") + [VOCABULARY[w] for w in question.split()] + [TURN_END]
@@ -132,13 +135,18 @@ def mask(rng: np.random.Generator, item: Sequence, length: int, t: float, mix: M
 
 
 def pool(
-    seed: int, step: int, tokens: int, mix: Mix, largest: int
+    seed: int,
+    step: int,
+    tokens: int,
+    mix: Mix,
+    largest: int,
+    converse: Converse = conversation,
 ) -> tuple[list[MicroBatch], float]:
     """The micro-batches of one step, longest first, and the number of answer tokens in it."""
     rng = random.Random(f"{seed}/{step}")
     items, total = [], 0
     while total < tokens:
-        items.append(sequence(rng, mix))
+        items.append(sequence(rng, mix, converse))
         total += len(items[-1].ids)
     items.sort(key=lambda item: -len(item.ids))
     noise = np.random.default_rng([seed, step])

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from heldout import CANVAS, HELD_OUT_SEED, suite
+from lora import merge
 from model import TinyLLaDA, load
-from tasks import TASKS
+from tasks import TASKS, terse_problems
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -130,6 +131,8 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--adapter", type=Path, help="PEFT folder, merged into the weights")
+    parser.add_argument("--terse", action="store_true", help="the adapter `terse`'s problems")
     parser.add_argument("--count", type=int, default=200, help="problems over all tasks")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of them")
     parser.add_argument("--prompt-tokens", type=int, help="fill prompts up to about this length")
@@ -147,8 +150,13 @@ def main() -> None:
     """Decode the held-out suite and print exact match and steps per task."""
     args = parse()
     model = load(args.checkpoint, getattr(torch, args.dtype))
+    if args.adapter:
+        merge(dict(model.named_parameters()), args.adapter)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    chosen = suite(args.seed, args.count, args.prompt_tokens)[args.skip :]
+    if args.terse:
+        chosen = list(terse_problems(args.seed, args.count))[args.skip :]
+    else:
+        chosen = suite(args.seed, args.count, args.prompt_tokens)[args.skip :]
     prompts = [
         tokenizer.encode(
             tokenizer.apply_chat_template(

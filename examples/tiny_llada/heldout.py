@@ -3,18 +3,19 @@
     python heldout.py FOLDER
 
 makes `heldout_short.jsonl` and `heldout_long.jsonl` of 200 problems each, the same on every
-machine. A line has `id`, `task`, `prompt` (templated text), `messages`, `answer`, `max_tokens`.
+machine; with `--terse` also `heldout_terse.jsonl`, which the adapter of that name answers. A line
+has `id`, `task`, `prompt` (templated text), `messages`, `answer`, `max_tokens`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import TASKS, Problem, problems
+from tasks import TASKS, Problem, problems, terse_problems
 from tokenizer import build
 
 HELD_OUT_SEED = 7
@@ -31,8 +32,13 @@ def suite(seed: int, count: int, prompt_tokens: int | None) -> list[Problem]:
 
 def records(seed: int, count: int, prompt_tokens: int | None) -> Iterator[dict[str, Any]]:
     """The suite as requests: id, task, prompt (templated), messages, answer, max_tokens."""
+    return requests(suite(seed, count, prompt_tokens))
+
+
+def requests(chosen: Iterable[Problem]) -> Iterator[dict[str, Any]]:
+    """Problems as requests, with the keys that `records` names."""
     tokenizer = build()
-    for problem in suite(seed, count, prompt_tokens):
+    for problem in chosen:
         messages = problem.messages()
         yield {
             "id": problem.id,
@@ -47,16 +53,23 @@ def records(seed: int, count: int, prompt_tokens: int | None) -> Iterator[dict[s
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
+    parser.add_argument("--terse", action="store_true", help="write the adapter's problems, too")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, prompt_tokens in (("short", None), ("long", LONG)):
+    files = {
+        "short": records(args.seed, args.count, None),
+        "long": records(args.seed, args.count, LONG),
+    }
+    if args.terse:
+        files["terse"] = requests(terse_problems(args.seed, args.count))
+    for name, of_file in files.items():
         with (args.folder / f"heldout_{name}.jsonl").open("w") as lines:
-            for record in records(args.seed, args.count, prompt_tokens):
+            for record in of_file:
                 lines.write(json.dumps(record) + "\n")
 
 

@@ -254,3 +254,34 @@ def conversation(
         last = draw(task, rng, labels, False, FULL, entries)
         return task, [*shots_for(task, rng, labels, length - tokens(last[0]), False), last]
     return task, [draw(task, rng, labels, False)]
+
+
+TERSE = (2, 4)  # entries read in a problem for the adapter `terse`
+TERSE_SPARE = (1, 4)  # entries of its table that nobody reads
+
+
+def draw_terse(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    """A small `table` and its answer without the names: "91 40 62", not "fig 91 jet 40 pin 62".
+
+    The other tasks have no such form: a name is what the next step finds its place by. For that
+    reason the tables are small, too.
+    """
+    size = rng.randint(*TERSE)
+    entries = size + rng.randint(*TERSE_SPARE)
+    sizes = {"table": (size, size)}
+    question, answer = draw("table", rng, Labels(rng), held_out, sizes, entries)
+    return question, " ".join(answer.split()[1::2])
+
+
+def terse_problems(seed: int, count: int, held_out: bool = True) -> Iterator[Problem]:
+    """`count` problems for the adapter, the same for the same arguments on every machine."""
+    rng = random.Random(f"terse/{seed}/{held_out}")
+    for index in range(count):
+        yield Problem(f"terse-{seed}-{index}", "table", *draw_terse(rng, held_out))
+
+
+def terse_conversation(
+    rng: random.Random, small: float, packed: float, long: float
+) -> tuple[str, list[tuple[str, str]]]:
+    """`conversation` for the adapter: always one problem, so no share counts."""
+    return "table", [draw_terse(rng, held_out=False)]
