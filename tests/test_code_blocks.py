@@ -69,6 +69,7 @@ ASKS_A_SERVER = ("curl", "python ../stream.py")  # tests/server/test_documented_
 PYTHON = {
     "LLM(model=...": "tests/test_code_blocks.py::test_keywords_of_llm",
     "class EveryOther": "tests/decoding/test_policies.py::test_the_policy_of_the_docs",
+    "from vllm import LLM\nfrom vllm.lora": "tests/engine/test_adapters.py::test_documented_calls",
     "llm.generate(": "tests/engine/test_images.py::test_documented_calls",
 }
 

@@ -56,6 +56,7 @@ FILES_THAT_IMPORT_VLLM = {
     "models/llada_moe.py",
     "models/llama_like.py",
     "models/transformer.py",
+    "runner/adapters.py",
     "runner/batch.py",
     "runner/cache_view.py",
     "runner/cuda_graphs.py",
@@ -89,6 +90,8 @@ PROCESSING = "vllm.multimodal.processing:"
 PROCESSOR = f"{PROCESSING}BaseMultiModalProcessor"
 SUPPORTS_IMAGES = "vllm.model_executor.models.interfaces:SupportsMultiModal"
 RENDERER = "vllm.renderers.hf:HfRenderer"
+ADAPTERS = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
+ADAPTERS_OF_WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 GRAMMAR = "vllm.v1.structured_output.backend_types:StructuredOutputGrammar"
 QUANTIZED = ["bias", "quant_config", "prefix"]
 
@@ -129,6 +132,10 @@ OVERRIDDEN = [
         )
     ),
     ("models.llada_v:LlavaLLaDAModelLM.get_placeholder_str", SUPPORTS_IMAGES),
+    ("runner.adapters:_Manager._init_punica_wrapper", ADAPTERS),
+    ("runner.adapters:_Manager._add_adapter", ADAPTERS),
+    ("runner.adapters:_Manager._create_lora_modules", ADAPTERS),
+    ("runner.adapters:_Manager.activate_adapter", ADAPTERS),
     ("models.config_parser:ConfigByArchitecture.parse", CONFIG_PARSER),
     ("patches.ray_on_cpu.platform:RayCpuPlatform.get_device_communicator_cls", CPU_PLATFORM),
     (
@@ -163,6 +170,13 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ("vllm.v1.core.sched.request_queue:RequestQueue.prepend_request", ["self", "request"], []),
     (f"{GRAMMAR}.fill_bitmask", ["self", "bitmask", "batch_index"], []),
     (f"{GRAMMAR}.is_terminated", ["self"], []),
+    (ADAPTERS_OF_WORKER, ["vllm_config", "device", "embedding_modules"], []),
+    (f"{ADAPTERS_OF_WORKER}.create_lora_manager", ["self", "model", "vllm_config"], []),
+    (f"{ADAPTERS_OF_WORKER}.add_adapter", ["self", "lora_request"], []),
+    (f"{ADAPTERS_OF_WORKER}.remove_adapter", ["self", "adapter_id"], []),
+    (f"{ADAPTERS_OF_WORKER}.pin_adapter", ["self", "adapter_id"], []),
+    (f"{ADAPTERS_OF_WORKER}.list_adapters", ["self"], []),
+    (f"{ADAPTERS_OF_WORKER}.remove_all_adapters", ["self"], []),
     (f"{GRAMMAR}.validate_tokens", ["self", "tokens"], []),
     ("vllm.sampling_params:StructuredOutputsParams.all_constraints_none", ["self"], []),
     ("vllm.v1.request:Request.record_event", ["self", "event_type", "timestamp"], []),
@@ -581,6 +595,13 @@ ATTRIBUTES: dict[str, list[str]] = {
 
 # Containers of vLLM's that we fill or iterate over: a release may give one another type.
 CONTAINERS: dict[str, dict[str, str]] = {
+    "vllm.lora.model_manager:LoRAModelManager": {
+        "lora_index_to_id": "list[int | None]",
+        "modules": "dict[str, BaseLayerWithLoRA]",
+        "packed_modules": "dict[str, list[str]]",
+        "punica_wrapper_mapping": "dict[str, PunicaWrapperBase]",
+    },
+    "vllm.lora.lora_model:LoRAModel": {"loras": "dict[str, LoRALayerWeights]"},
     SCHEDULER: {
         "deferred_waiting": "set[Request]",
         "encoder_cache_mismatch_reqs": "set[str]",
@@ -628,11 +649,6 @@ NOT_ASKED_OF_OUR_RUNNER = {
     "lora_config": "warm-up",
     "needs_cudagraph_capture": "Model Runner V2",
     "profile_cudagraph_memory": "CUDA graphs are off with enforce_eager",
-    # ElasticWorker answers: LoRA is not supported
-    "add_lora": "LoRA",
-    "list_loras": "LoRA",
-    "pin_lora": "LoRA",
-    "remove_lora": "LoRA",
     # development and RL endpoints
     "get_encoder_timing_stats": "multimodal models",
     # asked with hasattr

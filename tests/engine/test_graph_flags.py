@@ -32,10 +32,12 @@ pytestmark = pytest.mark.engine
 def config_of(**options: Any) -> Any:
     """What vLLM's configuration has before it fills in what was left open."""
     given = dict(eager=False, mode=None, sizes=None, most=None, level=2, ranks=1, budget=8192)
+    given["adapters"] = None
     assert options.keys() <= given.keys()
     given |= options
     return SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=given["eager"]),
+        lora_config=given["adapters"],
         optimization_level=given["level"],
         parallel_config=SimpleNamespace(tensor_parallel_size=given["ranks"]),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=given["budget"]),
@@ -83,13 +85,14 @@ def test_flags_that_switch_graphs_off(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-def test_several_ranks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"ranks": 2}, {"adapters": object()}])
+def test_who_gets_none_is_told(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(graph_flags.logger, "info", lambda line, *_: said.append(line))
     graph_rows(config_of())
-    graph_rows(config_of(ranks=2, eager=True))
+    graph_rows(config_of(eager=True, **options))
     assert not said
-    graph_rows(config_of(ranks=2))
+    assert graph_rows(config_of(**options)) == []
     assert [line.split(":")[0] for line in said] == ["CUDA graphs are off"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import nn
 
 from tests.device import ON_SECOND
 from tests.second_device import SECOND, OnSecond
+from vllm_elastic.runner.adapters import Slices
 from vllm_elastic.runner.upload import Upload
 
+from .adapted import Adapted
 from .conftest import Served, poison
 from .driver import Driver, prompt_of
 from .test_images import Tiny, problems
@@ -118,6 +121,22 @@ def test_every_policy_equals_the_oracle(model: str, serve: Callable[[str], Serve
     driver.run()
     driver.take_records()
     assert all(driver.tokens[name] for name in names)
+
+
+def test_adapters(serve: Callable[[str], Served], tmp_path: Path) -> None:
+    adapted = Adapted(serve("mha-head64"), tmp_path)
+    cases = [(index, name, index % 3) for index in (4, 6, 11) for name in ("none", "block")]
+    adapted.compare(cases)  # loads them
+    move(adapted.engine.runner)
+    for module in adapted.engine.runner.model.modules():
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            stacked = getattr(module, name, None)
+            if isinstance(stacked, Slices):
+                stacked.whole = there(stacked.whole)
+            elif stacked is not None:  # the head's
+                setattr(module, name, there(stacked))
+    poison(adapted.engine)
+    adapted.compare(cases)
 
 
 def test_images(tiny: Tiny) -> None:

@@ -68,7 +68,7 @@ def messages() -> Iterator[list[str]]:
             "--speculative-config",
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         ),
-        ("--enable-lora", {"enable_lora": True}),
+        ("--fully-sharded-loras", {"enable_lora": True, "fully_sharded_loras": True}),
         ("--kv-cache-dtype", {"kv_cache_dtype": "fp8"}),
         ("--kv-cache-dtype: .* the model's .float32.", {"kv_cache_dtype": "bfloat16"}),
         (
@@ -192,9 +192,9 @@ def test_llm_defaults(serve: Callable[[str], Served]) -> None:
 def test_a_worker_that_is_asked_for_adapters(
     serve: Callable[[str], Served], method: str, asked: object
 ) -> None:
-    """The server asks without --enable-lora too."""
+    """The server asks without --enable-lora too: for --lora-modules."""
     engine: Any = serve("gqa-tied").engine
-    with pytest.raises(Exception, match=r"LoRA is not supported; merge .* \(vllm_elastic\)"):
+    with pytest.raises(Exception, match=r"start with --enable-lora \(vllm_elastic\)"):
         engine.llm.collective_rpc(method, args=() if asked is None else (asked,))
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
+from tests.adapters import write_adapter
 from tests.device import NUM_CARDS, ON_CARD
 from tests.engines_kept import end_ranks
 from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA
 
+from .adapted import everything, weights_of, with_weights
 from .agreement import agrees
 from .asynchronous import on_cpus
 from .collectives import count_collectives, expected_traffic, take_collectives
@@ -149,6 +153,55 @@ def test_two_passes_in_flight(directory_of: Callable[[str], tuple[LLaDA, Path]])
             assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
         finally:
             end_ranks(served.engine)
+
+
+def test_adapters_equal_oracle(
+    directory_of: Callable[[str], tuple[LLaDA, Path]], tmp_path: Path
+) -> None:
+    """Each rank has its share of a layer, of an adapter's matrices, and of the head's."""
+    oracle, directory = directory_of("dream")
+    changed = write_adapter(tmp_path, weights_of(oracle), everything, size=2.0)
+    adapted = Served("adapted", directory, with_weights(oracle, changed), None)
+    served = start(oracle, directory, "dream", "mp", enable_lora=True)
+    try:
+        workers(served, poison_worker)
+        names = ["none", "released-high", "block-fine"]
+        asked = requests_of({name: CONFIGS[name] for name in names})
+        for request in asked[::2]:
+            request["lora_request"] = LoRARequest("a", 1, str(tmp_path))
+        results = served.engine.run(asked)  # type: ignore[attr-defined]
+        for request, result in zip(asked, results, strict=True):
+            whose = adapted if "lora_request" in request else served
+            index, name = result["id"]
+            expected = ask_oracle(whose, *problems()[index], CONFIGS[name])
+            assert agrees(result, expected, result["id"])
+        # One that a rank alone cannot load ends its requests; the ranks go on in step.
+        workers(served, unable_to_load)
+        llm, params = served.engine.llm, SamplingParams(max_tokens=12, detokenize=False)  # type: ignore[attr-defined]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in problems()]
+        for number, reasons in ((2, ["error", "length"]), (1, ["length", "length"])):
+            adapter = LoRARequest(str(number), number, str(tmp_path))
+            outputs = llm.generate(prompts, params, lora_request=[adapter, None])
+            assert [output.outputs[0].finish_reason for output in outputs] == reasons
+        results = served.engine.run([asked[0]])  # type: ignore[attr-defined]
+        index, name = results[0]["id"]
+        expected = ask_oracle(adapted, *problems()[index], CONFIGS[name])
+        assert agrees(results[0], expected, "afterwards")
+    finally:
+        end_ranks(served.engine)
+
+
+def unable_to_load(worker: Any) -> None:
+    """Runs in a worker: the second one cannot load the adapter of number 2."""
+    manager = worker.model_runner.adapters._worker
+    load = manager._load_adapter
+
+    def failing(asked: Any) -> Any:
+        if worker.rank == 1 and asked.lora_int_id == 2:
+            raise OSError("this disk is gone")
+        return load(asked)
+
+    manager._load_adapter = failing
 
 
 def poison_worker(worker: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,20 @@ def test_a_flag_without_effect_is_said_at_start(
     monkeypatch.setattr(cli_flags.logger, "warning", lambda text, *args: said.append(text % args))
     engine_args.from_cli_args(parse(engine_args.add_cli_args, ARGUMENTS))
     assert said == [], "nothing that the user did not set"
-    some = ["--disable-cascade-attn", "--max-num-seqs", "4", "--max-loras", "2"]
+    some = ["--disable-cascade-attn", "--max-num-seqs", "4", "--mamba-block-size", "8"]
     engine_args.from_cli_args(parse(engine_args.add_cli_args, [*ARGUMENTS, *some]))
     (line,) = said
-    assert line.endswith(": --disable-cascade-attn, --max-loras")
+    assert line.endswith(": --disable-cascade-attn, --mamba-block-size")
 
 
-def test_adapters_are_refused_where_they_are_named(engine_args: Any) -> None:
+def test_adapters_for_an_engine_that_takes_none(engine_args: Any) -> None:
     """The engine's configuration says nothing of them: its first sight is a worker's traceback."""
-    args = parse(engine_args.add_cli_args, ARGUMENTS)
-    args.lora_modules = ["a=/an/adapter"]  # of the server's own parser
-    with pytest.raises(ValueError, match="--lora-modules: LoRA is not supported; merge"):
-        engine_args.from_cli_args(args)
+    for extra in ([], ["--enable-lora"]):
+        args = parse(engine_args.add_cli_args, [*ARGUMENTS, *extra])
+        args.lora_modules = ["a=/an/adapter"]  # of the server's own parser
+        refused = pytest.raises(ValueError, match=r"--lora-modules: .* also give --enable-lora")
+        with contextlib.nullcontext() if extra else refused:
+            engine_args.from_cli_args(args)
 
 
 def test_a_path_in_place_of_json(engine_args: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ ANSWERS = {
     "docs/serving.md": "jet 40 pin 62",
 }
 WITH_IMAGES = "docs/images.md"  # asks LLaDA-V, with its image left out
+WITH_ADAPTERS = "docs/adapters.md"  # tests/server/test_adapters.py
 
 
 @pytest.mark.parametrize("page", ANSWERS)
@@ -43,7 +44,7 @@ def test_curl_is_answered(page: str, client: Client) -> None:
 
 
 def test_all_curls_are_known() -> None:
-    assert sorted(page for page, _ in CURLS) == sorted([*ANSWERS, WITH_IMAGES])
+    assert sorted(page for page, _ in CURLS) == sorted([*ANSWERS, WITH_IMAGES, WITH_ADAPTERS])
     words = dict(CURLS)[WITH_IMAGES]
     body = json.loads(words[words.index("-d") + 1])
     assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]

@@ -107,8 +107,8 @@ class BenchEngine:
 
         Args:
             requests: ``prompt`` or ``prompt_token_ids``; optional ``id``, ``multi_modal_data``
-                (vLLM's), ``max_tokens`` (default: the engine's ``default_max_tokens``) and
-                ``elastic_*`` knobs.
+                and ``lora_request`` (vLLM's), ``max_tokens`` (default: the engine's
+                ``default_max_tokens``) and ``elastic_*`` knobs.
 
         Returns:
             id, policy, layers (the model's), canvas (positions), prompt_tokens, token_ids (up to
@@ -139,7 +139,12 @@ class BenchEngine:
                     stop_token_ids=None if self._has_tokenizer else self._end_token_ids(),
                 )
             )
-        outputs = self.llm.generate(prompts, params, use_tqdm=progress_bar(_setting(requests)))
+        outputs = self.llm.generate(
+            prompts,
+            params,
+            use_tqdm=progress_bar(_setting(requests)),
+            lora_request=[request.get("lora_request") for request in requests],
+        )
         return [
             self._result(request, index, output, asked.max_tokens)
             for index, (request, output, asked) in enumerate(

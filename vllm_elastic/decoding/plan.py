@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ class PassPlan:
         sampling: what the request wants of its candidates; None: the most probable token.
         stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
         allowed: what the window's first position may be, by the request's grammar; None: anything.
+        adapter: of the request (LoRA), filled in by whoever knows it; None: it has none.
         num_written: positions whose KV blocks earlier passes have written; what those behind hold
             is another request's.
         block_ids: the request's KV blocks, filled in by whoever owns them.
@@ -83,6 +85,7 @@ class PassPlan:
     sampling: Sampling | None = None
     stored_inputs: Positions = field(default_factory=lambda: NO_POSITIONS)
     allowed: TokenBits | None = None
+    adapter: Any = None
     num_written: int = 0
     block_ids: list[int] = field(default_factory=list)
 
@@ -153,6 +156,7 @@ class PassResult:
         entropies: float64 [W], of the distributions that they are of, in nats; None: not asked for.
         logprobs: of the window's candidates; None: not asked for.
         measured: of the kind that the plan's ``measure`` asks for; None: nothing was.
+        fault: why all this is of no use and the request has to end; None: there is none.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -160,6 +164,7 @@ class PassResult:
     entropies: npt.NDArray[np.float64] | None = None
     logprobs: Logprobs | None = None
     measured: Measured | None = None
+    fault: str | None = None
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

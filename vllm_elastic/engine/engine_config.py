@@ -19,7 +19,7 @@ from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
-from vllm_elastic.models.registry import traits_of
+from vllm_elastic.models.registry import FAMILIES, traits_of
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
 from vllm_elastic.runner.executor import GRAPH_ROWS
 
@@ -201,8 +201,8 @@ def _fault_of(backend: AttentionBackendEnum | None) -> str:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
-    parallel = vllm_config.parallel_config
-    head_dim = vllm_config.model_config.get_head_size()
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    head_dim = model.get_head_size()
     tp_size = parallel.tensor_parallel_size
     undivided = undivided_by(vllm_config.model_config.hf_config, tp_size)
     stride = elastic.hidden_stride
@@ -241,6 +241,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
             1 < stride >= layers,
             f"hidden_stride {stride} stores no hidden state of a model of {layers} layers, so no "
             f"refresh could save a layer; lower it to at most {layers - 1}",
+        ),
+        "--enable-lora": (
+            vllm_config.lora_config is not None and not FAMILIES[model.architecture].takes_adapters,
+            f"a {model.architecture} takes no adapters; merge the adapter's weights into the "
+            "checkpoint",
         ),
         "--kv-cache-dtype": (
             # vLLM writes the model's numbers into it as they are.

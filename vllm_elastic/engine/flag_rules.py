@@ -51,8 +51,6 @@ _CONNECTOR = "KV connectors move causal caches, which are not valid here; leave 
 _ONE_LOADER = "weights stay where they are loaded; leave it out, or take more ranks"
 _OFF = (False, None)
 
-NO_LORA = "LoRA is not supported; merge the adapter first"
-
 REFUSED: dict[str, Refusal] = {
     # what is not built, or needs left-to-right decoding
     "--pipeline-parallel-size": Refusal(
@@ -91,7 +89,16 @@ REFUSED: dict[str, Refusal] = {
         "diffusion_config",
         "it is for vLLM's own diffusion models; set knobs with --elastic-config",
     ),
-    "--enable-lora": Refusal("lora_config", NO_LORA, also=("--lora-modules",)),
+    "--fully-sharded-loras": Refusal(
+        "lora_config.fully_sharded_loras",
+        "each rank has the whole of an adapter's smaller matrix; leave it out",
+        _OFF,
+    ),
+    "--enable-tower-connector-lora": Refusal(
+        "lora_config.enable_tower_connector_lora",
+        "adapters change the language model only; leave it out",
+        _OFF,
+    ),
     "--logits-processors": Refusal(
         "model_config.logits_processors",
         "logits processors see one token at a time; use logit_bias, allowed_token_ids or bad_words",
@@ -294,11 +301,16 @@ GROUPS: tuple[Group, ...] = (
         "without --enable-expert-parallel, which is refused",
     ),
     Group(
-        "--max-loras --max-lora-rank --lora-dtype --enable-tower-connector-lora --max-cpu-loras "
-        "--fully-sharded-loras --lora-target-modules --default-mm-loras --specialize-active-lora "
-        "--enable-mixed-moe-lora-format --enable-moe-shared-loras --max-lora-cls-labels",
+        "--enable-lora --lora-modules --max-loras --max-lora-rank --lora-dtype --max-cpu-loras "
+        "--lora-target-modules",
+        "works",
+        "[adapters](adapters.md)",
+    ),
+    Group(
+        "--specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras "
+        "--default-mm-loras --max-lora-cls-labels",
         "no effect",
-        "without --enable-lora, which is refused",
+        "they are for kernels and models that have no adapters here",
     ),
     Group(
         "--cpu-offload-params --offload-num-in-group --offload-prefetch-step --offload-params",

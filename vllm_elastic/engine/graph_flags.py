@@ -51,4 +51,7 @@ def graph_rows(vllm_config: VllmConfig) -> list[int]:
     if counts and parallel.tensor_parallel_size > 1:
         logger.info("CUDA graphs are off: what ranks exchange in a pass was not captured yet")
         return []
+    if counts and vllm_config.lora_config is not None:
+        logger.info("CUDA graphs are off: which rows an adapter changes differs from pass to pass")
+        return []
     return counts

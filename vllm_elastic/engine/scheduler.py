@@ -125,6 +125,10 @@ class ElasticScheduler(Scheduler):
             request_id = plan.request_id
             canvas = self._canvases[request_id]
             served.append(request_id)
+            if result.fault is not None:
+                logger.error("%s; request %s is ended with an error", result.fault, request_id)
+                failed.append(request_id)
+                continue
             try:
                 tokens = canvas.finish_pass(result)
             except NotFiniteError as error:
@@ -165,10 +169,12 @@ class ElasticScheduler(Scheduler):
     def _admit(self) -> None:
         """Move waiting requests to running while blocks for their whole canvases are free."""
         unready: list[Request] = []
+        adapters = {self._adapter_of(request) for request in self.running} - {0}
         while self.waiting and len(self.running) < self.max_num_active_reqs:
             request = self.waiting.peek_request()
-            if not self._has_its_grammar(request):
+            if not self._has_its_grammar(request) or not self._has_a_slot(request, adapters):
                 unready.append(self.waiting.pop_request())
+                self.deferred_waiting.add(request)  # vLLM's metrics tell them from the others
                 continue
             blocks = self.kv_cache_manager.allocate_slots(
                 request,
@@ -197,6 +203,7 @@ class ElasticScheduler(Scheduler):
                 self._canvases[request.request_id] = self._new_canvas(request)
             self._round_robin.add(request.request_id)
             self.running.append(request)
+            adapters |= {self._adapter_of(request)} - {0}
         for request in reversed(unready):
             self.waiting.prepend_request(request)
 
@@ -211,6 +218,11 @@ class ElasticScheduler(Scheduler):
             self.encoder_cache_mismatch_reqs.add(request.request_id)  # see update_from_output
             return False
         return grammar is not None
+
+    def _has_a_slot(self, request: Request, in_use: set[int]) -> bool:
+        """Whether its adapter is in use or one more may be; others need not wait for that."""
+        own = self._adapter_of(request)
+        return not own or own in in_use or len(in_use) < self.lora_config.max_loras
 
     def _new_canvas(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
@@ -252,12 +264,20 @@ class ElasticScheduler(Scheduler):
         if self._overlaps:
             most = self._in_flight.most_in_next([self._plan_of(each) for each in free])
         taken = self._round_robin.take(free, self._plan_of, self.limits, most)
+        if self.lora_config is not None:  # neighbours with one adapter are multiplied at once
+            taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))
         for request_id, plan in taken:
             self._in_flight.add(plan)
             (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
             # A canvas that grows has blocks for all that it may grow to.
             plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
+            plan.adapter = self.requests[request_id].lora_request
         return [plan for _, plan in taken]
+
+    @staticmethod
+    def _adapter_of(request: Request) -> int:
+        """Its number; 0: it has none."""
+        return 0 if request.lora_request is None else request.lora_request.lora_int_id
 
     def _plan_of(self, request_id: str) -> PassPlan:
         return self._canvases[request_id].plan()

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_elastic.engine.flag_rules import NO_LORA
 from vllm_elastic.runner.runner import ElasticRunner
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -56,9 +55,3 @@ class ElasticWorker(_BaseWorker):
             self.model_runner.warm_up()
             freeze_gc_heap()  # as vLLM's own does: weights and graphs are looked at no more
         return CompilationTimes(language_model=0.0, encoder=0.0)
-
-    def _no_lora(self, *_: Any) -> NoReturn:
-        """Asked without --enable-lora too: for --lora-modules, at /v1/load_lora_adapter."""
-        raise RuntimeError(f"{NO_LORA} (vllm_elastic).")
-
-    add_lora = remove_lora = pin_lora = list_loras = _no_lora

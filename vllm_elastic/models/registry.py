@@ -21,11 +21,13 @@ class Family:
         model: ``module:Class`` of its model, a ``models.transformer.DiffusionTransformer``.
         tokenizer: ``module:Class`` of what stands in for a checkpoint's remote code; None where
             transformers knows the tokenizer.
+        takes_adapters: whether adapters (LoRA) can be added to its layers.
     """
 
     config: str
     model: str
     tokenizer: str | None = None
+    takes_adapters: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "LlavaLLaDAModelLM": Family(
         config="vllm_elastic.models.llada_v_config:LLaDAVConfig",
         model="vllm_elastic.models.llada_v:LlavaLLaDAModelLM",
+        takes_adapters=False,
     ),
     "DreamModel": Family(
         config="vllm_elastic.models.dream_config:DreamConfig",
@@ -49,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "LLaDAMoEModelLM": Family(
         config="vllm_elastic.models.llada_moe_config:LLaDAMoEConfig",
         model="vllm_elastic.models.llada_moe:LLaDAMoEModelLM",
+        takes_adapters=False,
     ),
 }
 """By the name that a config.json has under ``architectures``."""

@@ -42,6 +42,14 @@ def chunks(calls: list[AttentionCall], total: int) -> list[tuple[int, int]]:
     return list(pairwise([*(call.start for call in calls), total]))
 
 
+class RowAdapters(Protocol):
+    """Which adapter (LoRA) each of a set of rows has."""
+
+    def use(self, start: int, stop: int) -> None:
+        """Layers work on rows [start, stop) of the set next."""
+        ...
+
+
 @dataclass(slots=True)
 class LayerRows:
     """The rows that are active in a layer; layers between two join layers share one.
@@ -55,6 +63,7 @@ class LayerRows:
         num_queries: how many of the recorder's query rows are active.
         calls: over the active rows. More than one: the canvas exceeds the row budget and is
             worked on in these row chunks.
+        adapters: of the projected rows; None: the pass has none.
     """
 
     num_rows: int
@@ -63,6 +72,7 @@ class LayerRows:
     slots: torch.Tensor
     num_queries: int
     calls: list[AttentionCall]
+    adapters: RowAdapters | None = None
 
 
 @dataclass(slots=True)
@@ -71,10 +81,12 @@ class CandidateRows:
 
     Attributes:
         rows: int64 [W filled up], plan by plan; calls: over the W rows.
+        adapters: of the W rows filled up; None: the pass has none.
     """
 
     rows: torch.Tensor
     calls: list[AttentionCall]
+    adapters: RowAdapters | None = None
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
@@ -34,6 +35,7 @@ from vllm_elastic.models.rows import (
     LayerRows,
     PassRows,
     Recorder,
+    RowAdapters,
     chunks,
 )
 
@@ -49,7 +51,7 @@ _NO_SCALES = WeightsMapper(orig_to_new_regex={re.compile(r"\.[qkv]_(scale|zero_p
 """Of keys and values in a quantised checkpoint: they are kept as the model computes them."""
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(nn.Module, SupportsLoRA):
     """Embedding, blocks, norm and head, with paged keys, values and hidden states.
 
     A family is a subclass that makes its blocks and says how its checkpoints name them.
@@ -64,6 +66,7 @@ class DiffusionTransformer(nn.Module):
         hf_to_vllm_mapper: from a checkpoint's names to ours, a fused layer's parts still apart.
             vLLM takes by it what a quantised checkpoint says of its layers.
         packed_modules_mapping: the parts of fused layers, for vLLM.
+        embedding_modules: beside linear layers, what an adapter may change; vLLM's names.
         loaded_apart: parts of parameters' names that a family does not load by ``load_named``.
     """
 
@@ -71,6 +74,7 @@ class DiffusionTransformer(nn.Module):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         fused: list(parts) for fused, parts in FUSED.items()
     }
+    embedding_modules: ClassVar[dict[str, str]] = {"lm_head": "output_embeddings"}
     loaded_apart: tuple[str, ...] = ()
 
     def __init__(
@@ -87,6 +91,7 @@ class DiffusionTransformer(nn.Module):
         make_block: Callable[[str], PreNormBlock],
     ) -> None:
         super().__init__()
+        self.config = vllm_config.model_config.hf_config  # adapters' layers are given it
         self.width = width
         self.num_layers = num_layers
         self.tied = tied
@@ -169,19 +174,20 @@ class DiffusionTransformer(nn.Module):
                     x = self._store_and_join(layer, x, before, now)
                 projected = self._with_old(layer, x, now, recorder)
                 positions = _first(now.positions, projected.shape[0])
-                q, k, v = _project(block, projected, positions, now.calls)
+                q, k, v = _project(block, projected, positions, now.calls, now.adapters)
                 del projected
                 if recorder is not None:
                     recorder.save_queries(layer, now, q)
                 _write(block.attn, k, v, now.slots)
-                before, calls = now, now.calls
+                before, calls, adapters = now, now.calls, now.adapters
                 if layer == self.num_layers - 1:
-                    x, q, calls = x[rows.window.rows], q[rows.window.rows], rows.window.calls
+                    x, q = x[rows.window.rows], q[rows.window.rows]
+                    calls, adapters = rows.window.calls, rows.window.adapters
                 count = x.shape[0]
                 q, k, v = _first(q, count), _first(k, count), _first(v, count)
                 attended = _attend(block, q, k, v, calls)
                 del q, k, v  # the MLP needs the room
-                x = _finish(block, x, attended, calls)
+                x = _finish(block, x, attended, calls, adapters)
         return self.norm(x)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -248,7 +254,13 @@ class DiffusionTransformer(nn.Module):
 
     # Memory and weights.
 
-    def run_without_cache(self, num_rows: int, num_tested: int, chunk_rows: int) -> torch.Tensor:
+    def run_without_cache(
+        self,
+        num_rows: int,
+        num_tested: int,
+        chunk_rows: int,
+        adapters: RowAdapters | None = None,
+    ) -> torch.Tensor:
         """Allocate what a pass allocates at its peak, for vLLM's memory profiling.
 
         One block is enough, all are alike; attention itself is left out, there is no cache yet.
@@ -256,6 +268,7 @@ class DiffusionTransformer(nn.Module):
         Args:
             num_tested: of the rows, projected once more as they were stored.
             chunk_rows: rows that are worked on at a time.
+            adapters: of all rows, tested ones once more; None: none.
 
         Returns:
             [num_rows, d] of no meaning.
@@ -269,11 +282,11 @@ class DiffusionTransformer(nn.Module):
         x = self.embed_tokens(positions[:num_rows])
         projected = torch.cat([x, x[:num_tested]])
         with self.pass_context():
-            q, k, v = _project(block, projected, positions, calls)
+            q, k, v = _project(block, projected, positions, calls, adapters)
             del projected
             attended = block.room(q[:num_rows]).view(num_rows, -1)
             del q, k, v
-            return self.norm(_finish(block, x, attended, calls))
+            return self.norm(_finish(block, x, attended, calls, adapters))
 
     def load_named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the parameters that were filled.
@@ -281,7 +294,8 @@ class DiffusionTransformer(nn.Module):
         Raises:
             ValueError: a tensor that the model does not have, or none for one that it has.
         """
-        params = dict(self.named_parameters())
+        # Where adapters are on, a layer's own weights are one level down.
+        params = {_own_name(name): param for name, param in self.named_parameters()}
         loaded: set[str] = set()
         filled: set[str] = set()  # likewise, a fused layer's parts apart
         for full_name, weight in weights:
@@ -316,7 +330,7 @@ class DiffusionTransformer(nn.Module):
         """
         wanted = [
             part
-            for name, _ in self.named_parameters()
+            for name in map(_own_name, dict(self.named_parameters()))
             if not any(apart in name for apart in self.loaded_apart)
             for part in _parts(name)
         ]
@@ -330,6 +344,10 @@ class DiffusionTransformer(nn.Module):
                 f"the checkpoint has nothing for {len(missing)} of {type(self).__name__}'s "
                 f"weights: {shown}. Is it another architecture, or were files left out?"
             )
+
+
+def _own_name(name: str) -> str:
+    return name.replace(".base_layer.", ".")
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -352,14 +370,27 @@ def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _project(
-    block: Block, x: torch.Tensor, positions: torch.Tensor, calls: list[AttentionCall]
+    block: Block,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    calls: list[AttentionCall],
+    adapters: RowAdapters | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
     if len(calls) == 1:
+        _use(adapters, 0, x.shape[0])
         return block.project(x, positions)
-    parts = [block.project(x[a:b], positions[a:b]) for a, b in chunks(calls, len(x))]
+    parts = []
+    for a, b in chunks(calls, len(x)):
+        _use(adapters, a, b)
+        parts.append(block.project(x[a:b], positions[a:b]))
     q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
     return q, k, v
+
+
+def _use(adapters: RowAdapters | None, start: int, stop: int) -> None:
+    if adapters is not None:
+        adapters.use(start, stop)
 
 
 def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
@@ -391,9 +422,18 @@ def _attend(
 
 
 def _finish(
-    block: Block, x: torch.Tensor, attended: torch.Tensor, calls: list[AttentionCall]
+    block: Block,
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    calls: list[AttentionCall],
+    adapters: RowAdapters | None,
 ) -> torch.Tensor:
     """The layer's output [R filled up, d]."""
     if len(calls) == 1:
+        _use(adapters, 0, x.shape[0])
         return block.finish(x, attended)
-    return torch.cat([block.finish(x[a:b], attended[a:b]) for a, b in chunks(calls, len(x))])
+    parts = []
+    for a, b in chunks(calls, len(x)):
+        _use(adapters, a, b)
+        parts.append(block.finish(x[a:b], attended[a:b]))
+    return torch.cat(parts)

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_elastic.config import knobs_of
-from vllm_elastic.engine.flag_rules import NO_LORA, without_effect
+from vllm_elastic.engine.flag_rules import without_effect
 
 logger = init_logger("vllm.vllm_elastic.cli_flags")
 
@@ -60,8 +60,12 @@ def add_elastic_flags() -> None:
             flag for name, flag in ignored.items() if getattr(args, name, None) != defaults[name]
         ]
         named = getattr(args, "plugin", None)
-        if named and getattr(args, "lora_modules", None):  # no part of the engine's configuration
-            raise ValueError(f"--lora-modules: {NO_LORA} (vllm_elastic).")
+        # No part of the engine's configuration, so a worker would be the first to say so.
+        if named and getattr(args, "lora_modules", None) and not args.enable_lora:
+            raise ValueError(
+                "--lora-modules: the engine takes no adapters; also give --enable-lora "
+                "(vllm_elastic)."
+            )
         if given and named:
             logger.warning(
                 "no effect with a masked diffusion model, see docs/flags.md of vllm_elastic: %s",

@@ -11,7 +11,15 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_elastic.decoding.plan import PassPlan
-from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows, PassRows, bucket
+from vllm_elastic.models.rows import (
+    AttentionCall,
+    CandidateRows,
+    LayerRows,
+    PassRows,
+    RowAdapters,
+    bucket,
+)
+from vllm_elastic.runner.adapters import PassAdapters
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.row_order import IntArray, RowOrder
@@ -31,6 +39,7 @@ class BatchBuilder:
 
     Args:
         cache: whose blocks the plans name.
+        adapters: of the plans; None: they have none.
         max_chunk_rows: rows that are worked on at a time; more go chunk by chunk.
     """
 
@@ -42,11 +51,13 @@ class BatchBuilder:
         attention_group: AttentionGroup,
         cache: CacheView,
         max_chunk_rows: int,
+        adapters: PassAdapters | None = None,
     ) -> None:
         self._plans, self._order, self._upload = plans, order, upload
         self._attention_group = attention_group
         self._null_slots = cache.block_size  # vLLM's null block is the first one
         self._max_chunk_rows = max_chunk_rows
+        self._adapters = adapters
         self._calls: list[tuple[AttentionCall, CommonAttentionMetadata]] = []
         blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
         # int32 [plans, most blocks], filled up with the null block to a width that is a multiple of
@@ -110,6 +121,12 @@ class BatchBuilder:
             slots=self._upload.put(slots),
             num_queries=int(np.searchsorted(query_rows, num_rows)),
             calls=self._chunked([(span.plan, span.start, span.stop) for span in spans]),
+            adapters=self._adapters_of(
+                [span.plan for span in spans] + list(range(len(self._plans))),
+                [span.stop - span.start for span in spans]
+                + [plan.tested.size for plan in self._plans],
+                num_projected,
+            ),
         )
 
     def _window(self, window_rows: list[IntArray]) -> CandidateRows:
@@ -120,7 +137,18 @@ class BatchBuilder:
         return CandidateRows(
             rows=self._upload.put(rows),
             calls=self._chunked(list(zip(range(len(ends)), starts, ends, strict=True))),
+            adapters=self._adapters_of(range(len(ends)), list(map(len, window_rows)), len(rows)),
         )
+
+    def _adapters_of(
+        self, owners: Sequence[int], lengths: Sequence[int], num_rows: int
+    ) -> RowAdapters | None:
+        """Args:
+        owners: plan of each piece of rows; lengths: its rows; num_rows: all, filled up.
+        """
+        if self._adapters is None:
+            return None
+        return self._adapters.of_rows(np.repeat(np.array(owners, np.int64), lengths), num_rows)
 
     def _chunked(self, pieces: list[Piece]) -> list[AttentionCall]:
         """Cut rows into calls of at most the row budget."""

@@ -14,6 +14,7 @@ import torch
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models import ranks
+from vllm_elastic.models.rows import RowAdapters
 from vllm_elastic.runner.allowed_tokens import AllowedTokens
 from vllm_elastic.runner.candidates import (
     as_dream,
@@ -69,7 +70,9 @@ class Head:
             if plan.sampling is not None
         }
 
-    def predict(self, model: Any, hidden: torch.Tensor) -> Candidates | None:
+    def predict(
+        self, model: Any, hidden: torch.Tensor, adapters: RowAdapters | None = None
+    ) -> Candidates | None:
         """Candidates of the W window rows; None on ranks that do not report.
 
         All ranks take part: each has a part of the vocabulary.
@@ -77,6 +80,7 @@ class Head:
         Args:
             hidden: [W filled up, d], final. What fills up goes through the head too, so that its
                 product has few shapes, and no further.
+            adapters: of these rows; None: they have none.
         """
         num_rows = self.slices[-1].stop
         token_ids, probabilities = [], []
@@ -87,7 +91,10 @@ class Head:
         count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
         for start in range(0, num_rows, count):
             rows = slice(start, min(start + count, num_rows))
-            logits = model.compute_logits(hidden[start : start + count])
+            own_hidden = hidden[start : start + count]
+            if adapters is not None:
+                adapters.use(start, start + len(own_hidden))
+            logits = model.compute_logits(own_hidden)
             if not ranks.reports():
                 continue
             own = logits[: rows.stop - rows.start]

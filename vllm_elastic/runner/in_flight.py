@@ -38,6 +38,7 @@ class PassInFlight(AsyncModelRunnerOutput):
     Args:
         slices: each plan's window rows among the candidates.
         measured: by the plan's index; belongs to ``download``, as the candidates will.
+        faults: why a plan's result is of no use, by its index.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class PassInFlight(AsyncModelRunnerOutput):
         candidates: Candidates,
         measured: dict[int, Fetched[Measured]],
         download: Download,
+        faults: dict[int, str],
     ) -> None:
         self._plans, self._slices, self._measured = plans, slices, measured
+        self._faults = faults
         self._logprobs = {
             index: download.of(Logprobs, *parts) for index, parts in candidates.logprobs.items()
         }
@@ -67,6 +70,7 @@ class PassInFlight(AsyncModelRunnerOutput):
                 entropies=None if entropies is None else entropies[own],
                 logprobs=self._logprobs[i].get() if i in self._logprobs else None,
                 measured=self._measured[i].get() if i in self._measured else None,
+                fault=self._faults.get(i),
             )
             for i, own in enumerate(self._slices)
         ]

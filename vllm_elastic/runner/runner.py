@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
@@ -30,6 +31,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.adapters import Adapters
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
@@ -63,6 +65,7 @@ class ElasticRunner:
         self.model_memory_usage = 0
         self.traits = traits_of(self.model_config.hf_config)
         self.model: Any = None
+        self._adapters: Adapters | None = None  # without --enable-lora
         self.kv_caches: dict[str, torch.Tensor] = {}
         self._upload = Upload(device)
         # Whether vLLM queues a step while another one runs (--async-scheduling).
@@ -73,12 +76,17 @@ class ElasticRunner:
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if self.device.type == "cpu":
-            self.model = get_model(vllm_config=self.vllm_config)
+            self._load_model()
         else:
             with DeviceMemoryProfiler(self.device) as profiler:
-                self.model = get_model(vllm_config=self.vllm_config)
+                self._load_model()
             self.model_memory_usage = profiler.consumed_memory
         self._executor: PassExecutor = EagerExecutor(self.model)
+
+    def _load_model(self) -> None:
+        self.model = get_model(vllm_config=self.vllm_config)
+        if self.vllm_config.lora_config is not None:
+            self._adapters = Adapters(self.model, self.vllm_config, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return get_kv_cache_spec(self.vllm_config)
@@ -100,7 +108,7 @@ class ElasticRunner:
         seats = self.vllm_config.scheduler_config.max_num_seqs
         limits = StepLimits.of_engine(self.vllm_config)
         canvas = self.model_config.max_model_len
-        trial_run(self.model, self.traits, limits, seats, canvas, self._upload)
+        trial_run(self.model, self.traits, limits, seats, canvas, self._upload, self._adapters)
 
     def _capture_graphs(self, counts: list[int]) -> None:
         """Raises:
@@ -239,13 +247,20 @@ class ElasticRunner:
         On a GPU it is queued behind the passes that were started before, and nothing of it is
         waited for here. So what a pass frees or overwrites, an earlier one has done with.
         """
+        faults = {} if self._adapters is None else self._adapters.activate(plans)
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
         statistics = statistics_of(plans, order, self.cache, self._upload)
         head = Head(plans, self.traits, self._upload)
         builder = BatchBuilder(
-            plans, order, self._upload, self._attention_group, self.cache, self.max_chunk_rows
+            plans,
+            order,
+            self._upload,
+            self._attention_group,
+            self.cache,
+            self.max_chunk_rows,
+            None if self._adapters is None else self._adapters.of_pass(plans),
         )
         rows = builder.lay_out(
             self.traits.num_layers, statistics.tested_positions, statistics.query_rows
@@ -259,7 +274,7 @@ class ElasticRunner:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
         hidden = self._executor.run(rows, statistics.recorder)
-        candidates = head.predict(self.model, hidden)
+        candidates = head.predict(self.model, hidden, rows.window.adapters)
         del hidden  # the statistics need the room
         statistics.after()
         if candidates is None:
@@ -267,7 +282,7 @@ class ElasticRunner:
         # Back.
         download = Download()
         measured = statistics.results(download)
-        return PassInFlight(plans, head.slices, candidates, measured, download)
+        return PassInFlight(plans, head.slices, candidates, measured, download, faults)
 
     def _half_filled(self, plans: list[PassPlan]) -> torch.Tensor | None:
         """Blocks that canvases begin to fill, in part, and that have to be zeroed; None: none.
@@ -301,6 +316,7 @@ class ElasticRunner:
         reload_weights(
             self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format
         )
+        self.reset_lora_state()
 
     def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
         return ("generate",)
@@ -323,5 +339,31 @@ class ElasticRunner:
         """Asked by the GPU worker's ``sleep`` and weight updates: there is none."""
         return None
 
+    # Adapters (LoRA).
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        return self.adapters.add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        return self.adapters.remove(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return self.adapters.pin(lora_id)
+
+    def list_loras(self) -> set[int]:
+        return self.adapters.ids()
+
     def reset_lora_state(self) -> None:
-        """Asked by the GPU worker after a weight update: there is none."""
+        """Asked by the GPU worker after a weight update."""
+        if self._adapters is not None:
+            self._adapters.forget()
+
+    @property
+    def adapters(self) -> Adapters:
+        """Raises:
+        RuntimeError: there are none, and yet the server asks: for --lora-modules, at
+            /v1/load_lora_adapter.
+        """
+        if self._adapters is None:
+            raise RuntimeError("adapters (LoRA) are off; start with --enable-lora (vllm_elastic).")
+        return self._adapters

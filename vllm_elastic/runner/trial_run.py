@@ -12,13 +12,20 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.runner.adapters import Adapters
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
 from vllm_elastic.runner.upload import Upload
 
 
 def trial_run(
-    model: Any, traits: DecodingTraits, limits: StepLimits, seats: int, canvas: int, upload: Upload
+    model: Any,
+    traits: DecodingTraits,
+    limits: StepLimits,
+    seats: int,
+    canvas: int,
+    upload: Upload,
+    adapters: Adapters | None = None,
 ) -> None:
     """Hold, one after the other, what a step of all that the limits allow holds in its phases.
 
@@ -27,6 +34,7 @@ def trial_run(
 
     Args:
         seats: requests that run at a time; canvas: positions of the longest one.
+        adapters: None: the engine has none.
     """
     if traits.stores_input:  # images come before anything of the pass is held
         model.embed_multimodal(**model.largest_image())
@@ -46,7 +54,10 @@ def trial_run(
     # A canvas beyond the row budget is computed alone, chunk by chunk.
     num_rows = max(limits.rows, canvas)
     num_tested = min(num_rows, limits.saved_rows // 4)
-    hidden = model.run_without_cache(num_rows, num_tested, limits.rows)
+    of_rows = None
+    if adapters is not None:
+        of_rows = adapters.of_trial(num_rows + num_tested)
+    hidden = model.run_without_cache(num_rows, num_tested, limits.rows, of_rows)
     _predict_everything(model, traits, hidden, upload)
     del hidden
     room(reading_bytes(canvas, *sizes))
@@ -56,7 +67,8 @@ def trial_run(
 def _predict_everything(
     model: Any, traits: DecodingTraits, hidden: torch.Tensor, upload: Upload
 ) -> None:
-    """The head for a request that wants all that takes memory."""
+    """The head for a request that wants all that takes memory; of the rows' adapters, what the
+    layers used last."""
     window = np.arange(len(hidden), dtype=np.int32)
     wishes = Sampling(temperature=1.0, top_p=0.9, num_logprobs=1)
     plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
