@@ -247,3 +247,23 @@ def test_run_records_what_report_shows(problems: Path, tmp_path: Path) -> None:
                 for step in made["steps"]
                 for first, stop, join in step["canvas"]["spans"]
             )
+
+
+def test_an_adapters_prompts(tmp_path: Path) -> None:
+    """``--adapter``: the fine-tune's answers, and its own knobs to be found."""
+    sys.path.insert(0, str(TINY))
+    try:
+        from heldout import HELD_OUT_SEED, requests
+        from tasks import terse_problems
+    finally:
+        sys.path.remove(str(TINY))
+    asked = list(requests(terse_problems(HELD_OUT_SEED, 4)))
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = (json.dumps(line | {"max_tokens": 64}) + "\n" for line in asked)
+    prompts.write_text("".join(lines))
+    words = ["run", "--model", MODEL, "--prompts", str(prompts), "--out", str(out)]
+    run(*words, "--adapter", str(TINY / "terse"))
+    found = [json.loads(line)["text"].split() for line in out.read_text().splitlines()]
+    assert found == [line["answer"].split() for line in asked]
+    with pytest.raises(SystemExit, match=r"--adapter: .*nowhere.*: no adapter as PEFT writes it"):
+        run(*words, "--adapter", str(tmp_path / "nowhere"))

@@ -33,6 +33,17 @@ def add_engine(parser: ArgumentParser, batch_size: int | None = None) -> None:
     parser.add_argument("--elastic-config", type=knobs_of, default={}, metavar="JSON")
 
 
+def add_adapter(parser: ArgumentParser) -> None:
+    """``--adapter`` of a ``BenchEngine``."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="a LoRA adapter, as PEFT writes it, that all requests are for",
+    )
+
+
 def add_json(parser: ArgumentParser) -> None:
     """``--json``: a file for the figures that are printed."""
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -42,6 +43,7 @@ class BenchEngine:
         similarities: keep every drift test's similarities in the records.
         rows: keep the rows of each join layer in the records.
         canvas: keep what ``bench report`` shows in the records.
+        adapter: directory of a LoRA adapter that requests are for, unless they say otherwise.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class BenchEngine:
         similarities: bool = False,
         rows: bool = False,
         canvas: bool = False,
+        adapter: Path | None = None,
         **llm_options: Any,
     ) -> None:
         # The scheduler must live in this process: its records are the result.
@@ -65,6 +68,12 @@ class BenchEngine:
         knobs = dict(elastic_config or {}, record=True)
         knobs |= {"record_similarities": similarities, "record_rows": rows, "record_canvas": canvas}
         ElasticConfig.from_dict(knobs)
+        self._adapter = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
+            llm_options |= {"enable_lora": True, "max_lora_rank": _slot_rank(adapter)}
         tokenizer = (Path(model) / "tokenizer.json").exists()
         self.llm = LLM(
             model=str(model),
@@ -143,7 +152,7 @@ class BenchEngine:
             prompts,
             params,
             use_tqdm=progress_bar(_setting(requests)),
-            lora_request=[request.get("lora_request") for request in requests],
+            lora_request=[request.get("lora_request", self._adapter) for request in requests],
         )
         return [
             self._result(request, index, output, asked.max_tokens)
@@ -200,6 +209,25 @@ class BenchEngine:
             return {str(token_id): f" {token_id}" for token_id in sorted(token_ids)}
         tokenizer = self.llm.get_tokenizer()
         return {str(token_id): tokenizer.decode([token_id]) for token_id in sorted(token_ids)}
+
+
+def _slot_rank(adapter: Path) -> int:
+    """The smallest rank of slots that vLLM has and the adapter fits.
+
+    Raises:
+        SystemExit: the folder has no adapter, or one of a rank beyond them.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    path = adapter / "adapter_config.json"
+    try:
+        rank = int(json.loads(path.read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--adapter: {path}: no adapter as PEFT writes it ({error!r})") from None
+    fitting = [size for size in get_args(MaxLoRARanks) if size >= rank]
+    if not fitting:
+        raise SystemExit(f"--adapter: {path}: rank {rank} is beyond vLLM's slots")
+    return int(min(fitting))
 
 
 def _knobs(request: Mapping[str, Any]) -> dict[str, Any]:

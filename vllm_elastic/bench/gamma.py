@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_count, add_engine, add_json, add_model
+from vllm_elastic.bench.arguments import add_adapter, add_count, add_engine, add_json, add_model
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, is_right, read_problems, score
 from vllm_elastic.config import POLICIES, STATISTICS, knobs_of
@@ -46,6 +46,7 @@ def add_parser(commands: Any) -> None:
         help='further settings: \'{"policy": "elastic-block", "block_drift": 0.05}\'',
     )
     add_engine(parser, batch_size=16)
+    add_adapter(parser)
     add_json(parser)
     parser.set_defaults(function=main)
 
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         batch_size=args.batch_size,
         elastic_config=args.elastic_config,
+        adapter=args.adapter,
     )
     runs: list[tuple[str, dict[str, Any]]] = [("none", {"elastic_policy": "none"})]
     runs += [(policy, {"elastic_policy": policy}) for policy in args.policies]

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_count, add_engine, add_model, add_prompts, positive
+from vllm_elastic.bench.arguments import (
+    add_adapter,
+    add_count,
+    add_engine,
+    add_model,
+    add_prompts,
+    positive,
+)
 from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, DEFAULT_ROW_BUDGET, BenchEngine
 
 
@@ -28,6 +35,7 @@ def add_parser(commands: Any) -> None:
     add_count(parser, "prompts")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     add_engine(parser, batch_size=1)
+    add_adapter(parser)
     parser.add_argument("--max-model-len", type=positive, default=None, metavar="N")
     parser.add_argument(
         "--max-num-batched-tokens",
@@ -92,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         batch_size=args.batch_size,
         elastic_config=args.elastic_config,
+        adapter=args.adapter,
         max_model_len=args.max_model_len,
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,

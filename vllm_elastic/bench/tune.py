@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_elastic.bench.arguments import add_count, add_engine, add_model, add_prompts
+from vllm_elastic.bench.arguments import add_adapter, add_count, add_engine, add_model, add_prompts
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
@@ -117,6 +117,7 @@ def add_parser(commands: Any) -> None:
         help="of the prompts, drawn at random, to check the setting found (default: %(default)s)",
     )
     add_engine(parser, batch_size=16)
+    add_adapter(parser)
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the config found")
     parser.set_defaults(function=main)
 
@@ -193,6 +194,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         batch_size=args.batch_size,
         elastic_config=args.elastic_config,
+        adapter=args.adapter,
     )
 
     def trial(chosen: list[int]) -> Trial:
