@@ -365,12 +365,13 @@ def test_elastic_block_rows(scenario: Scenario) -> None:
 @drives
 @given(scenarios(policies=("elastic-block",)))
 def test_elastic_block_leaves_what_is_behind_the_end(scenario: Scenario) -> None:
-    """Work would be done for what nobody will read."""
+    """Work would be done for what nobody will read. A step in which every block is stale from
+    layer 0 on computes all of it, and its replay may be what finds them so."""
     for p in drive(scenario).passes:
         rows = np.concatenate([segment.positions for segment in p.plan.segments])
         if p.plan.kind in ("first", "full"):
             assert p.plan.computes_everything
-        else:
+        elif not (p.plan.kind == "replay" and p.plan.computes_everything):
             assert (rows < p.end).all()
         if isinstance(p.plan.measure, BlockProbe):
             assert not p.plan.measure.watched[p.end :].any()
