@@ -2,7 +2,8 @@
 """Every `LLM` of a test session is kept to its end.
 
 Freeing one takes the process's parallel groups with it, whenever the garbage collector gets to it,
-and then the next one cannot start.
+and then the next one cannot start. They are eager unless a test says otherwise: compiling takes
+seconds for each, and is tested where it matters.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def keep_engines() -> None:
     @functools.wraps(make)
     def kept(self: Any, *args: Any, **kwargs: Any) -> None:
         _engines.append(self)
+        kwargs.setdefault("enforce_eager", True)
         if ON_CARD:  # each asks for nine tenths of it to be free, though it takes less than one
             kwargs.setdefault("gpu_memory_utilization", 0.2)
         make(self, *args, **kwargs)

@@ -25,7 +25,7 @@ from tests.recorded_graphs import NAN, RecordedGraphs
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import PassRows, Recorder, bucket
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
-from vllm_elastic.runner.executor import EagerExecutor, GraphExecutor
+from vllm_elastic.runner.executor import GraphExecutor
 from vllm_elastic.runner.graphed_block import (
     Graph,
     GraphedBlock,
@@ -34,6 +34,7 @@ from vllm_elastic.runner.graphed_block import (
     Tensors,
 )
 
+from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, make_engine, poison
 from .driver import Driver, prompt_of
 from .random_families import FAMILIES, save_family
@@ -45,9 +46,6 @@ pytestmark = pytest.mark.engine
 
 COUNTS = sorted({bucket(count) for count in range(1, 65)})
 """Passes of these tests have more rows now and then."""
-
-KEPT = ("queries", "old_queries")
-"""What a pass puts into its recorder."""
 
 
 class Counted:
@@ -68,80 +66,46 @@ class Counted:
         return SimpleNamespace(outputs=graph.outputs, replay=replay)
 
 
-class CheckedExecutor:
-    """Runs every pass by graphs, then eagerly, and compares all that either leaves.
+class CheckedGraphs(CheckedExecutor):
+    """Graphs over poisoned buffers."""
 
-    A pass can be run twice: a row overwrites what is stored of it only behind the layer where it
-    joins, and reads nothing else that the pass writes.
-    """
+    tested: GraphExecutor
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self._eager, self._by_graphs = EagerExecutor(runner.model), GraphExecutor(runner.model)
+        super().__init__(runner, GraphExecutor(runner.model))
         self._graphs = Counted(CudaGraphs(runner.device) if ON_CARD else RecordedGraphs())
         with torch.inference_mode():
-            self._by_graphs.capture(self._graphs, COUNTS)
-        self.passes: Counter[str] = Counter()
+            self.tested.capture(self._graphs, COUNTS)
 
     def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
         self._poison()
         before = self._graphs.replays
-        hidden = self._by_graphs.run(rows, recorder).clone()
-        left = self._left(rows, recorder)
-        expected = self._eager.run(rows, recorder)
-        for name, wanted in self._left(rows, recorder).items():
-            assert _same(left[name], wanted), name
-        assert _same(hidden, expected), "hidden"
-        self._count(rows, self._graphs.replays - before)
+        hidden = super().run(rows, recorder)
+        replays = self._graphs.replays - before
+        active = sum(layer is not None for layer in rows.layers)
+        kind = "eager" if not replays else "all" if replays == 2 * active else "some"
+        self.passes[kind] += 1
         return hidden
 
     def _poison(self) -> None:
-        static = self._by_graphs._static
+        static = self.tested._static
         assert static is not None
         static.x.fill_(NAN)
         static.attended.fill_(NAN)
         static.positions.fill_(self._runner.model_config.max_model_len - 1)
 
-    def _left(self, rows: PassRows, recorder: Recorder | None) -> dict[str, torch.Tensor]:
-        """Copies of the KV blocks that the pass writes, and of what it recorded."""
-        last = rows.layers[-1]
-        assert last is not None
-        blocks = torch.unique(last.slots[: last.num_rows] // self._runner.cache.block_size)
-        left = {name: cache[blocks] for name, cache in self._runner.kv_caches.items()}
-        for name in KEPT:
-            kept = getattr(recorder, name, None)
-            if kept is not None:
-                left[name] = kept.clone()
-        return left
-
-    def _count(self, rows: PassRows, replays: int) -> None:
-        active = [layer for layer in rows.layers if layer is not None]
-        joins = len({id(layer) for layer in active})
-        kind = "eager" if not replays else "all" if replays == 2 * len(active) else "some"
-        self.passes[kind] += 1
-        self.passes[f"join {'later' if joins > 1 else 'at one layer'}"] += 1
-        self.passes["chunks"] += rows.in_chunks
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
 
 @contextlib.contextmanager
-def checked(served: Served) -> Iterator[CheckedExecutor]:
+def checked(served: Served) -> Iterator[CheckedGraphs]:
     """An engine whose passes are run both ways."""
-    runner = served.engine.runner  # type: ignore[attr-defined]
-    name, eager = served.name, runner._executor
+    name = served.name
     if name not in _executors:
-        _executors[name] = CheckedExecutor(runner)
-    runner._executor = _executors[name]
-    try:
+        _executors[name] = CheckedGraphs(served.engine.runner)  # type: ignore[attr-defined]
+    with run_by(served, _executors[name]):
         yield _executors[name]
-    finally:
-        runner._executor = eager
 
 
-_executors: dict[str, CheckedExecutor] = {}
+_executors: dict[str, CheckedGraphs] = {}
 
 
 def test_passes_by_graphs_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
@@ -345,7 +309,7 @@ def test_a_fault_is_seen(
     runner = served.engine.runner  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
-        executor = CheckedExecutor(runner)
+        executor = CheckedGraphs(runner)
         patch.setattr(runner, "_executor", executor)
         driver = Driver(served)
         name = driver.add(prompt_of(45, 3), 24, policy="elastic-block", window=16)

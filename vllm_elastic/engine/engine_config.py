@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
+from vllm_elastic.engine.compile_flags import compiles
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.graph_flags import graph_rows
 from vllm_elastic.engine.image_renderer import render_images
@@ -21,7 +22,7 @@ from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import FAMILIES, traits_of
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
-from vllm_elastic.runner.executor import GRAPH_ROWS
+from vllm_elastic.runner.executor import COMPILES, GRAPH_ROWS
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, VllmConfig
@@ -84,7 +85,10 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
         counts = graph_rows(vllm_config)
-        vllm_config.additional_config = vllm_config.additional_config | {GRAPH_ROWS: counts}
+        vllm_config.additional_config = vllm_config.additional_config | {
+            GRAPH_ROWS: counts,
+            COMPILES: compiles(vllm_config),
+        }
         if counts:
             logger.info(
                 "CUDA graphs of each layer are captured for %d numbers of rows up to %d; vLLM's "

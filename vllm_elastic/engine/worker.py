@@ -51,7 +51,8 @@ class ElasticWorker(_BaseWorker):
         """Data-parallel engines share nothing, so there is nothing to keep in step."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
+        compiling = self.model_runner.compile_layers()
         if self.device.type != "cpu":  # there kernels come compiled
             self.model_runner.warm_up()
             freeze_gc_heap()  # as vLLM's own does: weights and graphs are looked at no more
-        return CompilationTimes(language_model=0.0, encoder=0.0)
+        return CompilationTimes(language_model=compiling, encoder=0.0)

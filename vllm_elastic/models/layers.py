@@ -170,14 +170,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(Protocol):
-    """A layer as two functions of rows, with attention between them.
-
-    Attributes:
-        attn: vLLM's attention layer.
-    """
-
-    @property
-    def attn(self) -> Attention: ...
+    """A layer as two functions of rows, with attention between them."""
 
     def project(
         self, x: torch.Tensor, positions: torch.Tensor

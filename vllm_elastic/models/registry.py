@@ -22,12 +22,15 @@ class Family:
         tokenizer: ``module:Class`` of what stands in for a checkpoint's remote code; None where
             transformers knows the tokenizer.
         takes_adapters: whether adapters (LoRA) can be added to its layers.
+        compiles: whether its layers differ in their tensors alone. Experts do not: vLLM finds a
+            layer's by a name.
     """
 
     config: str
     model: str
     tokenizer: str | None = None
     takes_adapters: bool = True
+    compiles: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -53,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         config="vllm_elastic.models.llada_moe_config:LLaDAMoEConfig",
         model="vllm_elastic.models.llada_moe:LLaDAMoEModelLM",
         takes_adapters=False,
+        compiles=False,
     ),
 }
 """By the name that a config.json has under ``architectures``."""

@@ -28,7 +28,8 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
-from vllm_elastic.models.layers import Block, PreNormBlock
+from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, finish, first, project
+from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import (
     AttentionCall,
@@ -36,7 +37,6 @@ from vllm_elastic.models.rows import (
     PassRows,
     Recorder,
     RowAdapters,
-    chunks,
 )
 
 FUSED: dict[str, dict[str, str | int]] = {
@@ -99,6 +99,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         self.blocks = nn.ModuleList(
             make_block(maybe_prefix(prefix, f"blocks.{i}")) for i in range(num_layers)
         )
+        self._layers = [LayerAsWritten(block) for block in self.blocks]
         # Layer 0's input is the embedding of the canvas and needs no storage, unless images are
         # in it.
         self.input_states: HiddenStateCache | None = None
@@ -149,13 +150,13 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         self,
         rows: PassRows,
         recorder: Recorder | None = None,
-        blocks: Sequence[Block] | None = None,
+        layers: Sequence[Layer] | None = None,
     ) -> torch.Tensor:
         """Run a pass.
 
         Args:
             recorder: keeps what the pass's measurements need; None: it measures nothing.
-            blocks: stand-ins for the model's own, which compute the same in another way.
+            layers: stand-ins for the model's own, which compute the same in another way.
 
         Returns:
             [W filled up, d] final normed hidden states of the rows whose candidates are wanted.
@@ -165,29 +166,18 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         """
         x = self._embed(rows)
         before: LayerRows | None = None
+        computed = zip(self._layers if layers is None else layers, self.blocks, strict=True)
         with self.pass_context():
-            for layer, block in enumerate(self.blocks if blocks is None else blocks):
-                now = rows.layers[layer]
+            for number, (layer, block) in enumerate(computed):
+                now = rows.layers[number]
                 if now is None:
                     continue
-                if layer:
-                    x = self._store_and_join(layer, x, before, now)
-                projected = self._with_old(layer, x, now, recorder)
-                positions = _first(now.positions, projected.shape[0])
-                q, k, v = _project(block, projected, positions, now.calls, now.adapters)
-                del projected
-                if recorder is not None:
-                    recorder.save_queries(layer, now, q)
-                _write(block.attn, k, v, now.slots)
-                before, calls, adapters = now, now.calls, now.adapters
-                if layer == self.num_layers - 1:
-                    x, q = x[rows.window.rows], q[rows.window.rows]
-                    calls, adapters = rows.window.calls, rows.window.adapters
-                count = x.shape[0]
-                q, k, v = _first(q, count), _first(k, count), _first(v, count)
-                attended = _attend(block, q, k, v, calls)
-                del q, k, v  # the MLP needs the room
-                x = _finish(block, x, attended, calls, adapters)
+                if number:
+                    x = self._store_and_join(number, x, before, now)
+                window = rows.window if number == self.num_layers - 1 else None
+                between = Between(number, block.attn, now, window, recorder)
+                x = layer(x, self._with_old(number, x, now, recorder), between)
+                before = now
         return self.norm(x)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -207,7 +197,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         if self.input_states is None or rows.layers[0] is None:
             raise RuntimeError("rows start from stored inputs, of which the model keeps none")
         # All rows' slots are read, so that the shape does not depend on what they hold.
-        stored = self.input_states.read(_first(rows.layers[0].slots, len(x)))
+        stored = self.input_states.read(first(rows.layers[0].slots, len(x)))
         return torch.where(rows.stored[:, None], stored, x)
 
     def store_inputs(self, inputs: torch.Tensor, slots: torch.Tensor) -> None:
@@ -233,7 +223,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         num_on = 0
         if before is not None:
             num_on = before.num_rows
-            store.write(x, _first(before.slots, before.num_finished))
+            store.write(x, first(before.slots, before.num_finished))
         if now is before:
             return x
         joining = store.read(now.slots[num_on : now.num_rows])
@@ -282,11 +272,11 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         x = self.embed_tokens(positions[:num_rows])
         projected = torch.cat([x, x[:num_tested]])
         with self.pass_context():
-            q, k, v = _project(block, projected, positions, calls, adapters)
+            q, k, v = project(block, projected, positions, calls, adapters)
             del projected
             attended = block.room(q[:num_rows]).view(num_rows, -1)
             del q, k, v
-            return self.norm(_finish(block, x, attended, calls, adapters))
+            return self.norm(finish(block, x, attended, calls, adapters))
 
     def load_named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the parameters that were filled.
@@ -361,79 +351,3 @@ def _parts(name: str) -> list[str]:
     """A parameter's name, or of a fused layer the names of its parts."""
     parent, module, suffix = _split(name)
     return [f"{parent}.{part}.{suffix}" for part in FUSED[module]] if module in FUSED else [name]
-
-
-def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """The first so many rows; no operator where they are all."""
-    # Not by len(), which is several calls of Python's for a tensor.
-    return rows if rows.shape[0] == count else rows[:count]
-
-
-def _project(
-    block: Block,
-    x: torch.Tensor,
-    positions: torch.Tensor,
-    calls: list[AttentionCall],
-    adapters: RowAdapters | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [P, Hq, D], k and v [P, Hkv, D] of all chunks: every chunk attends to all of them."""
-    if len(calls) == 1:
-        _use(adapters, 0, x.shape[0])
-        return block.project(x, positions)
-    parts = []
-    for a, b in chunks(calls, len(x)):
-        _use(adapters, a, b)
-        parts.append(block.project(x[a:b], positions[a:b]))
-    q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
-    return q, k, v
-
-
-def _use(adapters: RowAdapters | None, start: int, stop: int) -> None:
-    if adapters is not None:
-        adapters.use(start, stop)
-
-
-def _write(attn: Attention, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Put keys and values [P, Hkv, D] into their slots [>= P] of the paged cache."""
-    attn.impl.do_kv_cache_update(attn, k, v, attn.kv_cache, _first(slots, k.shape[0]))
-
-
-def _attend(
-    block: Block,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    calls: list[AttentionCall],
-) -> torch.Tensor:
-    """Attention output [R, Hq * D] of the queries [R, Hq, D]; 0 in rows of no call.
-
-    The backends attend to the paged keys; of the rows' own they take the number.
-    """
-    attn, output = block.attn, block.room(q)
-    if len(calls) == 1:  # as many rows as its metadata has
-        attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
-    else:
-        for call in calls:
-            own = slice(call.start, call.stop)
-            attn.impl.forward(
-                attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
-            )
-    return output.view(q.shape[0], -1)
-
-
-def _finish(
-    block: Block,
-    x: torch.Tensor,
-    attended: torch.Tensor,
-    calls: list[AttentionCall],
-    adapters: RowAdapters | None,
-) -> torch.Tensor:
-    """The layer's output [R filled up, d]."""
-    if len(calls) == 1:
-        _use(adapters, 0, x.shape[0])
-        return block.finish(x, attended)
-    parts = []
-    for a, b in chunks(calls, len(x)):
-        _use(adapters, a, b)
-        parts.append(block.finish(x[a:b], attended[a:b]))
-    return torch.cat(parts)

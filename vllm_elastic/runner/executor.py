@@ -9,11 +9,16 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from vllm_elastic.models.layer_pass import Layer, LayerAsWritten
 from vllm_elastic.models.rows import PassRows, Recorder
+from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 
 GRAPH_ROWS = "elastic_graph_rows"
 """Where vLLM's ``additional_config`` has the numbers of rows that graphs are captured for."""
+
+COMPILES = "elastic_compiles"
+"""Where it has whether layers are compiled."""
 
 
 class PassExecutor(Protocol):
@@ -52,7 +57,7 @@ class GraphExecutor:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._static: StaticRows | None = None
-        self._blocks: list[GraphedBlock] = []
+        self._layers: list[Layer] = []
 
     def capture(self, graphs: Graphs, counts: Iterable[int]) -> None:
         """All layers for each number of rows; until then, and for others, a pass is eager.
@@ -62,17 +67,39 @@ class GraphExecutor:
         """
         largest_first = sorted(counts, reverse=True)
         self._static = static = StaticRows(largest_first[0], self._model)
-        self._blocks = [GraphedBlock(block, static) for block in self._model.blocks]
+        blocks = [GraphedBlock(block, static) for block in self._model.blocks]
         for count in tqdm(largest_first, desc="Capturing CUDA graphs"):
             with self._model.pass_context():
-                for block in self._blocks:
+                for block in blocks:
                     block.capture(graphs, count)
+        self._layers = [LayerAsWritten(block) for block in blocks]
 
     def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        blocks = None
+        layers = None
         # Row chunks of one layer would overwrite each other's results.
         if self._static is not None and not rows.in_chunks:
             self._static.start()
-            blocks = self._blocks
-        hidden: torch.Tensor = self._model.run(rows, recorder, blocks)
+            layers = self._layers
+        hidden: torch.Tensor = self._model.run(rows, recorder, layers)
+        return hidden
+
+
+class CompiledExecutor:
+    """Each layer by one compiled function, on CPUs.
+
+    Args:
+        model: a ``DiffusionTransformer``.
+        most_rows: rows that a pass works on at a time; beyond them it is eager.
+
+    Raises:
+        Exception: whatever a compiler may raise; the model is as it was.
+    """
+
+    def __init__(self, model: Any, most_rows: int) -> None:
+        self._model = model
+        self._layers = compile_layers(model, most_rows)
+
+    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
+        layers = None if rows.in_chunks else self._layers
+        hidden: torch.Tensor = self._model.run(rows, recorder, layers)
         return hidden

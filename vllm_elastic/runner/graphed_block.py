@@ -93,10 +93,6 @@ class GraphedBlock:
         self._project: dict[int, Graph] = {}
         self._finish: dict[int, Graph] = {}
 
-    @property
-    def attn(self) -> Any:
-        return self._block.attn
-
     def capture(self, graphs: Graphs, count: int) -> None:
         """Both parts, for so many rows."""
         block, static = self._block, self._static

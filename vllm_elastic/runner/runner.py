@@ -31,12 +31,20 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.adapters import Adapters
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
 from vllm_elastic.runner.download import Download
-from vllm_elastic.runner.executor import GRAPH_ROWS, EagerExecutor, GraphExecutor, PassExecutor
+from vllm_elastic.runner.executor import (
+    COMPILES,
+    GRAPH_ROWS,
+    CompiledExecutor,
+    EagerExecutor,
+    GraphExecutor,
+    PassExecutor,
+)
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
@@ -195,6 +203,24 @@ class ElasticRunner:
             self.cache.key_layout.name,
             type(self.model.attention_layers[0].impl).__name__,
         )
+
+    @torch.inference_mode()
+    def compile_layers(self) -> float:
+        """Seconds that it took; 0 where flags switch it off. Where it fails, passes stay eager."""
+        if not self.vllm_config.additional_config[COMPILES]:
+            return 0.0
+        started = time.perf_counter()
+        try:
+            self._executor = CompiledExecutor(self.model, bucket(self.max_chunk_rows))
+        except Exception as error:  # there are many compilers
+            logger.warning(
+                "layers are not compiled, passes run operator by operator with the same numbers "
+                "(--enforce-eager does not try): %s",
+                str(error).strip().split("\n")[0],
+            )
+        taken = time.perf_counter() - started
+        logger.info("compiling a layer took %.1f s; --enforce-eager goes without", taken)
+        return taken
 
     @torch.inference_mode()
     def warm_up(self) -> None:

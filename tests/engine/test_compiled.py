@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes by compiled layers against the same passes run eagerly, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from torch._dynamo.utils import counters
+from vllm.config import CompilationMode
+
+from tests.device import ON_CARD
+from vllm_elastic.engine import compile_flags
+from vllm_elastic.engine.compile_flags import compiles
+from vllm_elastic.models.registry import FAMILIES
+from vllm_elastic.runner import runner as runner_module
+from vllm_elastic.runner.compiled_layer import CompiledLayer
+from vllm_elastic.runner.executor import COMPILES, CompiledExecutor, EagerExecutor
+
+from .checked_passes import CheckedExecutor, run_by
+from .conftest import Served, make_engine, poison
+from .driver import Driver
+from .random_families import save_family
+from .schedules import Schedule, play, schedules
+from .test_oracle import CONFIGS, compare, request
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(ON_CARD, reason="layers are compiled on CPUs"),
+]
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_llada" / "checkpoint"
+
+
+def compiled(served: Served) -> CompiledExecutor:
+    runner = served.engine.runner  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        return CompiledExecutor(runner.model, runner.max_chunk_rows + 32)
+
+
+@pytest.fixture(scope="module")
+def checked(serve: Callable[[str], Served]) -> Callable[[str], CheckedExecutor]:
+    """By a model's name, compiled once."""
+    made: dict[str, CheckedExecutor] = {}
+
+    def make(name: str) -> CheckedExecutor:
+        if name not in made:
+            served = serve(name)
+            made[name] = CheckedExecutor(served.engine.runner, compiled(served))  # type: ignore[attr-defined]
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def layers_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How many layers ran compiled, and how many graphs torch compiled meanwhile."""
+    seen: Counter[str] = Counter()
+    call = CompiledLayer.__call__
+
+    def counted(layer: CompiledLayer, *args: Any) -> torch.Tensor:
+        seen["layers"] += 1
+        return call(layer, *args)
+
+    monkeypatch.setattr(CompiledLayer, "__call__", counted)
+    yield seen
+
+
+def graphs_compiled() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_passes_by_compiled_layers_are_the_eager_ones(
+    serve: Callable[[str], Served],
+    checked: Callable[[str], CheckedExecutor],
+    layers_run: Counter[str],
+) -> None:
+    """Full passes, windows, refreshes and replays, of several requests, in changing batches; of
+    models whose layers have other sizes, in one process."""
+    names: set[str] = set()
+
+    @settings(
+        max_examples=12, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate]
+    )
+    @given(schedule=schedules())
+    def check(schedule: Schedule) -> None:
+        names.add(schedule.model)
+        driver = Driver(serve(schedule.model))
+        poison(driver.engine)
+        with run_by(serve(schedule.model), checked(schedule.model)):
+            play(driver, schedule)
+
+    check()
+    seen = sum((checked(name).passes for name in names), Counter[str]())
+    for kind in ("join later", "join at one layer", "chunks", "measured", "tested"):
+        assert seen[kind] > 10, seen
+    assert layers_run["layers"] > 100
+
+
+@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+def test_against_the_oracle(
+    model: str,
+    serve: Callable[[str], Served],
+    checked: Callable[[str], CheckedExecutor],
+    layers_run: Counter[str],
+) -> None:
+    """Token for token and pass for pass, all configurations in one batch; nothing is compiled once
+    more on the way."""
+    served, executor = serve(model), checked(model)
+    cases = list(itertools.product([1, 6, 11], CONFIGS))
+    poison(served.engine)
+    before = graphs_compiled()
+    with run_by(served, executor):
+        results = served.engine.run([request(*case) for case in cases])  # type: ignore[attr-defined]
+    compare(served, cases, results)
+    assert graphs_compiled() == before
+    assert layers_run["layers"] > 0
+
+
+def test_in_bfloat16(layers_run: Counter[str]) -> None:
+    """What is fused is rounded in between, as it is written. This engine compiles at its start."""
+    engine = make_engine(TINY, dtype="bfloat16", enforce_eager=False)
+    served = Served("tiny", TINY, None, engine)  # type: ignore[arg-type]
+    assert isinstance(engine.runner._executor, CompiledExecutor)
+    executor = CheckedExecutor(engine.runner, engine.runner._executor)
+    policies = ("elastic", "elastic-block", "dual-cache", "none")
+    asked = {"prompt": "Reverse : a b c d e f g", "max_tokens": 48, "elastic_window": 4}
+    with run_by(served, executor):
+        engine.run([asked | {"elastic_policy": policy} for policy in policies])
+    for kind in ("measured", "tested", "join later"):
+        assert executor.passes[kind], executor.passes
+    assert layers_run["layers"] > 0
+
+
+@pytest.mark.parametrize("family", ["illada"])
+def test_other_families(family: str, tmp_path: Path, layers_run: Counter[str]) -> None:
+    oracle = save_family(family, tmp_path)
+    served = Served(family, tmp_path, oracle, make_engine(tmp_path))
+    executor = CheckedExecutor(served.engine.runner, compiled(served))  # type: ignore[attr-defined]
+    with run_by(served, executor):
+        served.engine.run([request(index, "block") for index in (1, 6)])  # type: ignore[attr-defined]
+    assert layers_run["layers"] > 0
+
+
+def test_other_weights_are_taken_up(
+    serve: Callable[[str], Served], checked: Callable[[str], CheckedExecutor]
+) -> None:
+    """Weights are inputs of the compiled code, and so are vLLM's packed copies of them."""
+    served = serve("gqa-tied")
+    runner = served.engine.runner  # type: ignore[attr-defined]
+    executor = checked("gqa-tied")
+    asked = [request(6, "block")]
+    with run_by(served, executor):
+        (before,) = served.engine.run(asked)  # type: ignore[attr-defined]
+        weights = {
+            name: 1.5 * weight if "blocks" in name and weight.ndim == 2 else weight
+            for name, weight in served.oracle.weights.items()
+        }
+        runner.reload_weights(iter(weights.items()))
+        (other,) = served.engine.run(asked)  # type: ignore[attr-defined]
+        runner.reload_weights(weights_path=str(served.directory))
+        (after,) = served.engine.run(asked)  # type: ignore[attr-defined]
+    assert before["token_ids"] == after["token_ids"] != other["token_ids"]
+
+
+# The check at start.
+
+
+def test_a_layer_with_a_constant_of_its_own_is_noticed(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve("mha-head64")
+    block = served.engine.runner.model.blocks[2]  # type: ignore[attr-defined]
+    monkeypatch.setattr(block.mlp_norm, "variance_epsilon", 1e-2)
+    with pytest.raises(RuntimeError, match="layer 2's numbers would change"):
+        compiled(served)
+
+
+# At start.
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        runner_module.logger, "warning", lambda line, *args: lines.append(line % args)
+    )
+    return lines
+
+
+def test_without_a_compiler_passes_are_eager(
+    serve: Callable[[str], Served],
+    monkeypatch: pytest.MonkeyPatch,
+    warned: list[str],
+    tmp_path: Path,
+) -> None:
+    """One line in the log, and requests are served."""
+    served = serve("mha-head64")
+    runner = served.engine.runner  # type: ignore[attr-defined]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled yet
+    monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
+    monkeypatch.setattr(runner, "_executor", runner._executor)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        runner.compile_layers()
+    assert isinstance(runner._executor, EagerExecutor)
+    (line,) = warned
+    assert "no-such-compiler" in line and "--enforce-eager" in line and "\n" not in line
+    (result,) = served.engine.run([request(6, "block")])  # type: ignore[attr-defined]
+    assert result["token_ids"]
+
+
+def test_the_worker_compiles_where_flags_say_so(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    runner = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    monkeypatch.setattr(runner, "_executor", runner._executor)
+    assert runner.vllm_config.additional_config[COMPILES] is False  # tests' engines are eager
+    assert runner.compile_layers() == 0.0
+    assert isinstance(runner._executor, EagerExecutor)
+    monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
+    assert runner.compile_layers() > 0.0
+    assert isinstance(runner._executor, CompiledExecutor)
+    assert not warned
+
+
+def config_of(**options: Any) -> Any:
+    given = dict(eager=False, mode=None, level=2, ranks=1, adapters=None, family="LLaDAModelLM")
+    assert options.keys() <= given.keys()
+    given |= options
+    return SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=given["eager"], architecture=given["family"]),
+        lora_config=given["adapters"],
+        optimization_level=given["level"],
+        parallel_config=SimpleNamespace(tensor_parallel_size=given["ranks"]),
+        compilation_config=SimpleNamespace(mode=given["mode"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "said"),
+    [
+        ({}, True, 0),
+        ({"mode": CompilationMode.VLLM_COMPILE, "level": 0}, True, 0),
+        ({"eager": True}, False, 0),
+        ({"level": 0}, False, 0),
+        ({"mode": CompilationMode.NONE}, False, 0),
+        ({"ranks": 2}, False, 1),
+        ({"adapters": object()}, False, 1),
+        ({"family": "LLaDAMoEModelLM"}, False, 1),
+        ({"family": "LLaDAMoEModelLM", "eager": True}, False, 0),
+    ],
+)
+def test_flags(
+    options: dict[str, Any], expected: bool, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked for nothing is told why; who switched it off is not."""
+    lines: list[str] = []
+    monkeypatch.setattr(compile_flags.logger, "info", lambda line, *_: lines.append(line))
+    assert compiles(config_of(**options)) is expected
+    assert len(lines) == said
+
+
+def test_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(compile_flags, "current_platform", platform)
+    assert not compiles(config_of())
+
+
+def test_experts_alone_are_not_alike() -> None:
+    assert [name for name, family in FAMILIES.items() if not family.compiles] == ["LLaDAMoEModelLM"]

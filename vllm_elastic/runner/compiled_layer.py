@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer as one compiled function: the same one for all layers and all numbers of rows, on CPUs.
+
+torch.compile takes the tensors that a function reads for inputs, a layer's weights among them, and
+all else for constants. To check at every call whether the constants still hold takes as long as
+compiling saves, so it is checked once: every layer against itself as it is written, bit for bit.
+Attention depends on the batch; it is an operator that Python runs as it is written (``Between``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, first
+from vllm_elastic.models.layers import PreNormBlock
+from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows
+
+_OPERATORS = torch.library.Library("vllm_elastic", "DEF")
+_OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, Tensor(a!) attended) -> ()")
+
+_PROJECTED, _FINISHED = 48, 40
+"""Numbers of rows that are compiled with; the compiler takes equal ones for one."""
+
+
+class _Current:
+    """What the operator works on: it takes tensors only."""
+
+    between: Between
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor) -> None:
+    between, count = _Current.between, attended.shape[0]
+    between.write(q, k, v)
+    q = between.finished(q)
+    between.attend(first(q, count), first(k, count), first(v, count), attended)
+
+
+_OPERATORS.impl("attend", _attend, "CPU")
+_OPERATORS.impl("attend", lambda q, k, v, attended: None, "Meta")
+
+
+def _layer(
+    block: PreNormBlock, projected: torch.Tensor, positions: torch.Tensor, finished: torch.Tensor
+) -> torch.Tensor:
+    """The output [R, d] of a layer.
+
+    Args:
+        projected: [P, d], its input; positions: int64 [P].
+        finished: int64 [R], rows of it that are finished.
+    """
+    q, k, v = block.project(projected, positions)
+    attended = block.room(q.new_empty(finished.shape[0], *q.shape[1:]))
+    torch.ops.vllm_elastic.attend(q, k, v, attended)
+    return block.finish(projected[finished], attended.flatten(1))
+
+
+class CompiledLayer:
+    """One layer by the compiled function (``models.layer_pass.Layer``).
+
+    Invariant: its rows are one call and have no adapters.
+    """
+
+    def __init__(self, compiled: Any, block: PreNormBlock, all_rows: torch.Tensor) -> None:
+        self._compiled, self._block, self._all_rows = compiled, block, all_rows
+
+    def __call__(self, x: torch.Tensor, projected: torch.Tensor, between: Between) -> torch.Tensor:
+        positions = first(between.rows.positions, projected.shape[0])
+        if between.window is None:
+            finished = self._all_rows[: x.shape[0]]
+        else:
+            finished = between.window.rows
+        _Current.between = between
+        output: torch.Tensor = self._compiled(self._block, projected, positions, finished)
+        return output
+
+
+class _NoCache(Between):
+    """Between a layer's two functions where there is nothing to attend to."""
+
+    def write(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        output.copy_(q)
+
+
+def compile_layers(model: Any, most_rows: int) -> list[Layer]:
+    """Compile one of the layers, which takes seconds, and check all of them.
+
+    Args:
+        model: a ``DiffusionTransformer`` on a CPU.
+        most_rows: R at most.
+
+    Raises:
+        RuntimeError: a layer's numbers are others than as it is written.
+        Exception: there is no C++ compiler, or it cannot compile this.
+    """
+    compiled = torch.compile(
+        _layer,
+        fullgraph=True,
+        isolate_recompiles=True,  # another engine of this process has other constants
+        options={
+            "guard_filter_fn": lambda guards: [False for _ in guards],
+            # Else what is fused is not rounded in between, and bfloat16 gives other numbers.
+            "emulate_precision_casts": True,
+        },
+    )
+    weight = model.embed_tokens.weight
+    all_rows = torch.arange(most_rows, device=weight.device)
+    layers: list[Layer] = [CompiledLayer(compiled, block, all_rows) for block in model.blocks]
+    x = torch.randn(
+        _PROJECTED,
+        model.width,
+        generator=torch.Generator(weight.device).manual_seed(0),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    rows, window = _rows(all_rows[:_PROJECTED].clone()), _window(all_rows[:_FINISHED].clone())
+    for tensor in (x, rows.positions, window.rows):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    with model.pass_context():
+        for kept in tqdm((window, None), desc="Compiling a layer"):
+            for number, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
+                between = _NoCache(number, block.attn, rows, kept, None)
+                output = layer(x, x, between)
+                written = x.clone()
+                if not torch.equal(output, LayerAsWritten(block)(written, written, between)):
+                    raise RuntimeError(f"layer {number}'s numbers would change")
+    return layers
+
+
+def _rows(positions: torch.Tensor) -> LayerRows:
+    count = len(positions)
+    return LayerRows(
+        num_rows=count,
+        num_finished=count,
+        positions=positions,
+        slots=positions,
+        num_queries=0,
+        calls=[AttentionCall(0, count, None)],
+    )
+
+
+def _window(rows: torch.Tensor) -> CandidateRows:
+    return CandidateRows(rows=rows, calls=[AttentionCall(0, len(rows), None)])
