@@ -179,7 +179,7 @@ def test_a_layer_with_a_constant_of_its_own_is_noticed(
     served = serve("mha-head64")
     block = served.engine.runner.model.blocks[2]  # type: ignore[attr-defined]
     monkeypatch.setattr(block.mlp_norm, "variance_epsilon", 1e-2)
-    with pytest.raises(RuntimeError, match="layer 2's numbers would change"):
+    with pytest.raises(RuntimeError, match="the numbers of layer 2 would change"):
         compiled(served)
 
 

@@ -49,7 +49,7 @@ class Between:
 
     def finished(self, rows: torch.Tensor) -> torch.Tensor:
         """Of a tensor with one entry a row, the rows that the layer has to finish."""
-        return rows if self.window is None else rows[self.window.rows]
+        return rows if self.window is None else rows.index_select(0, self.window.rows)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor

@@ -9,6 +9,7 @@ Attention depends on the batch; it is an operator that Python runs as it is writ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ class CompiledLayer:
     Invariant: its rows are one call and have no adapters.
     """
 
-    def __init__(self, compiled: Any, block: PreNormBlock, all_rows: torch.Tensor) -> None:
+    def __init__(
+        self, compiled: Callable[..., torch.Tensor], block: PreNormBlock, all_rows: torch.Tensor
+    ) -> None:
         self._compiled, self._block, self._all_rows = compiled, block, all_rows
 
     def __call__(self, x: torch.Tensor, projected: torch.Tensor, between: Between) -> torch.Tensor:
@@ -73,8 +76,7 @@ class CompiledLayer:
         else:
             finished = between.window.rows
         _Current.between = between
-        output: torch.Tensor = self._compiled(self._block, projected, positions, finished)
-        return output
+        return self._compiled(self._block, projected, positions, finished)
 
 
 class _NoCache(Between):
@@ -99,19 +101,8 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
         RuntimeError: a layer's numbers are others than as it is written.
         Exception: there is no C++ compiler, or it cannot compile this.
     """
-    compiled = torch.compile(
-        _layer,
-        fullgraph=True,
-        isolate_recompiles=True,  # another engine of this process has other constants
-        options={
-            "guard_filter_fn": lambda guards: [False for _ in guards],
-            # Else what is fused is not rounded in between, and bfloat16 gives other numbers.
-            "emulate_precision_casts": True,
-        },
-    )
     weight = model.embed_tokens.weight
     all_rows = torch.arange(most_rows, device=weight.device)
-    layers: list[Layer] = [CompiledLayer(compiled, block, all_rows) for block in model.blocks]
     x = torch.randn(
         _PROJECTED,
         model.width,
@@ -120,17 +111,41 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
         device=weight.device,
     )
     rows, window = _rows(all_rows[:_PROJECTED].clone()), _window(all_rows[:_FINISHED].clone())
-    for tensor in (x, rows.positions, window.rows):
-        torch._dynamo.mark_dynamic(tensor, 0)
     with model.pass_context():
-        for kept in tqdm((window, None), desc="Compiling a layer"):
-            for number, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
+        compiled = _compile(model.blocks[0], x, rows.positions, window.rows)
+        layers = [CompiledLayer(compiled, block, all_rows) for block in model.blocks]
+        for number, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
+            for kept in (window, None):
                 between = _NoCache(number, block.attn, rows, kept, None)
-                output = layer(x, x, between)
-                written = x.clone()
-                if not torch.equal(output, LayerAsWritten(block)(written, written, between)):
-                    raise RuntimeError(f"layer {number}'s numbers would change")
-    return layers
+                _refuse_another(layer, LayerAsWritten(block), x, between)
+    return [*layers]
+
+
+def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, between: Between) -> None:
+    own, expected = (each(x.clone(), x, between) for each in (layer, written))
+    if not torch.equal(own, expected):
+        raise RuntimeError(f"the numbers of layer {between.layer} would change")
+
+
+def _compile(
+    block: PreNormBlock, x: torch.Tensor, positions: torch.Tensor, finished: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """``_layer`` for any block and numbers of rows; arguments as its own."""
+    for tensor in (x, positions, finished):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    options = {
+        "guard_filter_fn": lambda guards: [False for _ in guards],
+        # Else what is fused is not rounded in between, and bfloat16 gives other numbers.
+        "emulate_precision_casts": True,
+    }
+    with tqdm(total=1, desc="Compiling a layer") as bar:
+        traced: Any = torch.compile(_layer, dynamic=False, fullgraph=True, options=options)
+        # Ahead of time: what torch.compile does before each call is a tenth of a window's layer.
+        compiled = traced.aot_compile(((block, x, positions, finished), {}))
+        compiled.disable_guard_check()
+        bar.update()
+    called: Callable[..., torch.Tensor] = compiled
+    return called
 
 
 def _rows(positions: torch.Tensor) -> LayerRows:
