@@ -195,7 +195,20 @@ def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+_NO_HEADERS = """#!/bin/sh
+case "$*" in *--version*) exec g++ --version;; esac
+echo "main.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [(None, "No working C++ compiler found"), (_NO_HEADERS, "fatal error: Python.h")],
+)
 def test_without_a_compiler_passes_are_eager(
+    compiler: str | None,
+    reason: str,
     serve: Callable[[str], Served],
     monkeypatch: pytest.MonkeyPatch,
     warned: list[str],
@@ -204,14 +217,18 @@ def test_without_a_compiler_passes_are_eager(
     """One line in the log, and requests are served."""
     served = serve("mha-head64")
     runner = served.engine.runner  # type: ignore[attr-defined]
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled yet
+    path = tmp_path / "compiler"
+    if compiler is not None:
+        path.write_text(compiler)
+        path.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing is compiled
     monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
     monkeypatch.setattr(runner, "_executor", runner._executor)
-    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        runner.compile_layers()
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(path))}):
+        assert runner.compile_layers() == 0.0
     assert isinstance(runner._executor, EagerExecutor)
     (line,) = warned
-    assert "no-such-compiler" in line and "--enforce-eager" in line and "\n" not in line
+    assert reason in line and "--enforce-eager" in line and "\n" not in line
     (result,) = served.engine.run([request(6, "block")])  # type: ignore[attr-defined]
     assert result["token_ids"]
 

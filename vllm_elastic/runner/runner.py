@@ -214,10 +214,11 @@ class ElasticRunner:
             self._executor = CompiledExecutor(self.model, bucket(self.max_chunk_rows))
         except Exception as error:  # there are many compilers
             logger.warning(
-                "layers are not compiled, passes run operator by operator with the same numbers "
-                "(--enforce-eager does not try): %s",
-                str(error).strip().split("\n")[0],
+                "layers are not compiled (%s); passes run operator by operator, with the same "
+                "numbers. Compiling wants g++ and Python's headers; --enforce-eager does not try",
+                _reason(error),
             )
+            return 0.0
         taken = time.perf_counter() - started
         logger.info("compiling a layer took %.1f s; --enforce-eager goes without", taken)
         return taken
@@ -393,3 +394,9 @@ class ElasticRunner:
         if self._adapters is None:
             raise RuntimeError("adapters (LoRA) are off; start with --enable-lora (vllm_elastic).")
         return self._adapters
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a compiler says."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0]).strip()
