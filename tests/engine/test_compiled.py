@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from .test_oracle import CONFIGS, compare, request
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(ON_CARD, reason="layers are compiled on CPUs"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
 ]
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_llada" / "checkpoint"

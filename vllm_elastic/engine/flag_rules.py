@@ -272,18 +272,20 @@ GROUPS: tuple[Group, ...] = (
         "--enforce-eager --cudagraph-capture-sizes --max-cudagraph-capture-size",
         "ours",
         "on a GPU: the rows of a pass for which each layer's graphs are captured, 512 at most "
-        "unless you say more; a number stands for the next one that passes are filled up to",
+        "unless you say more; a number stands for the next one that passes are filled up to. On a "
+        "CPU eager is without compiled layers",
     ),
     Group(
         "--compilation-config --optimization-level",
         "ours",
-        "of them `cudagraph_mode` and level 0 switch graphs off; nothing is compiled",
+        "of them `cudagraph_mode` switches graphs off, `mode` (0) compiled layers, and level 0 "
+        "both",
     ),
     Group(
         "--performance-mode --enable-flashinfer-autotune --disable-cascade-attn "
         "--jit-monitor-mode --jit-monitor-verbose --monokernel",
         "no effect",
-        "nothing is compiled or tuned yet",
+        "of what vLLM compiles or tunes there is nothing here",
     ),
     Group("--use-fp64-gumbel", "no effect", "it is always in float64"),
     Group(
