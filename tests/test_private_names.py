@@ -32,6 +32,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/cli_flags.py",
     "patches/ray_on_cpu/communicator.py",
     "patches/ray_on_cpu/platform.py",
+    "engine/compile_flags.py",
     "engine/engine_config.py",
     "engine/grammar.py",
     "engine/graph_flags.py",
@@ -51,6 +52,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/reports.py",
     "models/config_parser.py",
     "models/experts.py",
+    "models/layer_pass.py",
     "models/layers.py",
     "models/llada.py",
     "models/llada_moe.py",
@@ -493,6 +495,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "max_cudagraph_capture_size",
         "static_forward_context",
     ],
+    "vllm.config:CompilationMode": ["NONE"],
     "vllm.config:CUDAGraphMode": ["NONE"],
     "vllm.engine.arg_utils:EngineArgs": ["additional_config"],
     "vllm.model_executor.layers.attention:Attention": [

@@ -54,13 +54,14 @@ def test_a_pass_that_fails_is_not_the_one_before(monkeypatch: pytest.MonkeyPatch
 def test_a_card_is_warmed_up(device: str, passes: int) -> None:
     """Else the first request waits while attention is compiled, on cards where it is."""
     warmed: list[str] = []
-    runner = SimpleNamespace(warm_up=lambda: warmed.append(device))
+    runner = SimpleNamespace(warm_up=lambda: warmed.append(device), compile_layers=lambda: 2.5)
     worker: Any = SimpleNamespace(device=torch.device(device), model_runner=runner)
     try:
-        ElasticWorker.compile_or_warm_up_model(worker)
+        times = ElasticWorker.compile_or_warm_up_model(worker)
     finally:
         gc.unfreeze()
     assert len(warmed) == passes
+    assert times.language_model == 2.5, "what vLLM says of the start"
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "ieee"), (torch.bfloat16, None)])

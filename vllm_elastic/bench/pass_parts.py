@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a pass goes, part by part."""
+"""Where the time of a pass goes, part by part; of a pass that runs operator by operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch",
 
 def places() -> dict[str, list[tuple[Any, str]]]:
     """Of each part the functions whose time it is: where they are, and their names there."""
-    from vllm_elastic.models import transformer
+    from vllm_elastic.models import layer_pass
     from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.runner import runner
     from vllm_elastic.runner.batch import BatchBuilder
@@ -26,10 +26,10 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.runner.statistics.statistics import MeasuringStatistics
 
     return {
-        "products": [(transformer, "_project"), (transformer, "_finish")],
-        "attention": [(transformer, "_attend")],
+        "products": [(layer_pass, "project"), (layer_pass, "finish")],
+        "attention": [(layer_pass.Between, "attend")],
         "cache writes": [
-            (transformer, "_write"),
+            (layer_pass.Between, "write"),
             (HiddenStateCache, "write"),
             (HiddenStateCache, "read"),
         ],

@@ -40,10 +40,13 @@ class Between:
     window: CandidateRows | None
     recorder: Recorder | None
 
-    def write(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Record queries [P, Hq, D]; put keys and values [P, Hkv, D] into the paged cache."""
+    def record(self, q: torch.Tensor) -> None:
+        """Keep of the queries [P, Hq, D] what the recorder wants."""
         if self.recorder is not None:
             self.recorder.save_queries(self.layer, self.rows, q)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put keys and values [P, Hkv, D] into the paged cache."""
         slots = first(self.rows.slots, k.shape[0])
         self.attn.impl.do_kv_cache_update(self.attn, k, v, self.attn.kv_cache, slots)
 
@@ -94,7 +97,8 @@ class LayerAsWritten:
         positions = first(now.positions, projected.shape[0])
         q, k, v = project(block, projected, positions, now.calls, now.adapters)
         del projected
-        between.write(q, k, v)
+        between.record(q)
+        between.write(k, v)
         calls, adapters = now.calls, now.adapters
         if between.window is not None:
             x, q = between.finished(x), between.finished(q)

@@ -34,7 +34,8 @@ class _Current:
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor) -> None:
     between, count = _Current.between, attended.shape[0]
-    between.write(q, k, v)
+    between.record(q)
+    between.write(k, v)
     q = between.finished(q)
     between.attend(first(q, count), first(k, count), first(v, count), attended)
 
@@ -82,7 +83,7 @@ class CompiledLayer:
 class _NoCache(Between):
     """Between a layer's two functions where there is nothing to attend to."""
 
-    def write(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None: ...
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor
