@@ -215,7 +215,7 @@ class ElasticRunner:
         except Exception as error:  # there are many compilers
             logger.warning(
                 "layers are not compiled (%s); passes run operator by operator, with the same "
-                "numbers. Compiling wants g++ and Python's headers; --enforce-eager does not try",
+                "numbers. A compiler wants g++ and Python's headers; --enforce-eager does not try",
                 _reason(error),
             )
             return 0.0
