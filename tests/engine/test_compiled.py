@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from vllm.config import CompilationMode
 
 from tests.device import ON_CARD
+from tests.quantised import FORMATS, quantise
 from vllm_elastic.engine import compile_flags
 from vllm_elastic.engine.compile_flags import compiles
 from vllm_elastic.models.registry import FAMILIES
@@ -73,6 +74,15 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     monkeypatch.setattr(CompiledLayer, "__call__", counted)
     yield seen
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        runner_module.logger, "warning", lambda line, *args: lines.append(line % args)
+    )
+    return lines
 
 
 def graphs_compiled() -> int:
@@ -151,6 +161,36 @@ def test_other_families(family: str, tmp_path: Path, layers_run: Counter[str]) -
     assert layers_run["layers"] > 0
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_weights(
+    name: str, serve: Callable[[str], Served], tmp_path: Path, layers_run: Counter[str]
+) -> None:
+    """Their kernels take scales and packed weights, which are a layer's own as well."""
+    directory = tmp_path / name
+    quantise(serve("gqa-tied").directory, directory, name)
+    engine = make_engine(directory, dtype="bfloat16", enforce_eager=False)
+    served = Served(name, directory, None, engine)  # type: ignore[arg-type]
+    executor = CheckedExecutor(engine.runner, engine.runner._executor)
+    with run_by(served, executor):
+        engine.run([request(6, "block")])
+    assert executor.passes["join at one layer"]
+    assert layers_run["layers"] > 0
+
+
+def test_layers_that_are_quantised_otherwise(
+    serve: Callable[[str], Served], tmp_path: Path, warned: list[str]
+) -> None:
+    """One function can't be all layers'; passes are eager and right."""
+    directory = tmp_path / "int8"
+    left = [f"model.transformer.blocks.0.{part}" for part in ("ff_proj", "up_proj", "ff_out")]
+    quantise(serve("gqa-tied").directory, directory, "int8", left=left, ignore=left)
+    engine = make_engine(directory, dtype="bfloat16", enforce_eager=False)
+    assert isinstance(engine.runner._executor, EagerExecutor)
+    assert len(warned) == 1
+    (result,) = engine.run([request(6, "block")])
+    assert result["token_ids"]
+
+
 def test_other_weights_are_taken_up(
     serve: Callable[[str], Served], checked: Callable[[str], CheckedExecutor]
 ) -> None:
@@ -186,15 +226,6 @@ def test_a_layer_with_a_constant_of_its_own_is_noticed(
 
 
 # At start.
-
-
-@pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(
-        runner_module.logger, "warning", lambda line, *args: lines.append(line % args)
-    )
-    return lines
 
 
 _NO_HEADERS = """#!/bin/sh
