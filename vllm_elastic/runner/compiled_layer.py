@@ -27,13 +27,15 @@ _PROJECTED, _FINISHED = 48, 40
 
 
 class _Current:
-    """What the operator works on: it takes tensors only."""
+    """What the operator works on: it takes tensors only. Nothing between two calls, so that what a
+    pass recorded does not outlive it."""
 
-    between: Between
+    between: Between | None = None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor) -> None:
     between, count = _Current.between, attended.shape[0]
+    assert between is not None, "called outside of a CompiledLayer"
     between.record(q)
     between.write(k, v)
     q = between.finished(q)
@@ -77,7 +79,11 @@ class CompiledLayer:
         else:
             finished = between.window.rows
         _Current.between = between
-        return self._compiled(self._block, projected, positions, finished)
+        try:
+            # What fills up is taken from `projected` too: other rows than x has, of no meaning.
+            return self._compiled(self._block, projected, positions, finished)
+        finally:
+            _Current.between = None
 
 
 class _NoCache(Between):
