@@ -64,7 +64,7 @@ def checked(serve: Callable[[str], Served]) -> Callable[[str], CheckedExecutor]:
 
 @pytest.fixture
 def layers_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How many layers ran compiled, and how many graphs torch compiled meanwhile."""
+    """How many layers ran compiled."""
     seen: Counter[str] = Counter()
     call = CompiledLayer.__call__
 

@@ -7,6 +7,7 @@ whose rows attend to which keys, how many requests there are, what is recorded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,10 +123,8 @@ def project(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.project(x, positions)
-    parts = []
-    for a, b in chunks(calls, len(x)):
-        _use(adapters, a, b)
-        parts.append(block.project(x[a:b], positions[a:b]))
+    own = _chunk_by_chunk(calls, len(x), adapters)
+    parts = [block.project(x[rows], positions[rows]) for rows in own]
     q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
     return q, k, v
 
@@ -141,17 +140,23 @@ def finish(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.finish(x, attended)
-    parts = []
-    for a, b in chunks(calls, len(x)):
-        _use(adapters, a, b)
-        parts.append(block.finish(x[a:b], attended[a:b]))
-    return torch.cat(parts)
+    own = _chunk_by_chunk(calls, len(x), adapters)
+    return torch.cat([block.finish(x[rows], attended[rows]) for rows in own])
 
 
 def first(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The first so many rows; no operator where they are all."""
     # Not by len(), which is several calls of Python's for a tensor.
     return rows if rows.shape[0] == count else rows[:count]
+
+
+def _chunk_by_chunk(
+    calls: list[AttentionCall], total: int, adapters: RowAdapters | None
+) -> Iterator[slice]:
+    """Each chunk's rows; while it is at hand, layers work on them."""
+    for start, stop in chunks(calls, total):
+        _use(adapters, start, stop)
+        yield slice(start, stop)
 
 
 def _use(adapters: RowAdapters | None, start: int, stop: int) -> None:

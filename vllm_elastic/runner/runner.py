@@ -142,7 +142,7 @@ class ElasticRunner:
         )
 
     def warming_up_model(self) -> None:
-        """Nothing is compiled."""
+        """Asked by vLLM's CPU worker while it measures memory; layers are compiled later."""
 
     def initialize_kv_cache(
         self,
