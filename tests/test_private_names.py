@@ -257,6 +257,7 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
         ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"],
         [],
     ),
+    ("vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_reload", [], []),
     ("vllm.config:set_current_vllm_config", ["vllm_config"], []),
     (f"{ATTN_UTILS}:get_kv_cache_spec", ["vllm_config"], []),
     (f"{ATTN_UTILS}:init_attn_backend", ["kv_cache_config", "vllm_config", "device"], []),

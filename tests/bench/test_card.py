@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench card``: a whole run at a tiny size, with graphs and without, and the floors by hand."""
+"""``bench card``: a whole run at a tiny size, by each executor, and the floors by hand."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,18 @@ from vllm_elastic.bench.pass_parts import PARTS
 from vllm_elastic.bench.pass_time import PassTime
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.decoding.plan import PassPlan, Segment
-from vllm_elastic.runner.executor import GraphExecutor
+from vllm_elastic.runner.compiled_layer import CompiledLayer
+from vllm_elastic.runner.executor import (
+    CompiledExecutor,
+    EagerExecutor,
+    GraphExecutor,
+    PassExecutor,
+)
 
 SIZES = ["--width", "64", "--heads", "2", "--layers", "4", "--mlp", "96", "--vocabulary", "300"]
 WORDS = ["card", *SIZES, "--canvas", "64", "100", "--window", "8", "--repeats", "1"]
 WORDS += ["--max-num-batched-tokens", "256", "--dtype", "float32"]
+COMPILES = not ON_CARD and shutil.which("g++") is not None
 
 
 @pytest.mark.engine
@@ -44,7 +53,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     rates = document["machine"]
     for row in rows:
-        assert not row["graphs"] or ON_CARD
+        assert row["executor"] == "eager" or ON_CARD
         floors = row["bytes_floor_milliseconds"], row["operations_floor_milliseconds"]
         assert min(floors) > 0
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / max(floors))
@@ -56,7 +65,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert requests == {(64, 1): 1, (64, 3): 3, (100, 1): 1, (100, 3): 2}
     assert {row["requests"] for row in rows if row["pass"] == "window"} == {1, 3}
     printed = capsys.readouterr().out
-    assert "| no | 100 | 3 | window, elastic-block | 3 | 36 |" in printed
+    assert "| eager | 100 | 3 | window, elastic-block | 3 | 36 |" in printed
     assert f"{rates['threads']} thread(s), float32" in printed and rates["device"] in printed
 
 
@@ -69,6 +78,12 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = dummy_engine(shape, args, args.batch_size, max(args.canvas))
     named = pass_parts.places()
     places = {place for part in named.values() for place in part}
+    executors: list[PassExecutor] = [EagerExecutor(engine.runner.model)]
+    if COMPILES:
+        with torch.inference_mode():
+            executors.append(CompiledExecutor(engine.runner.model, 256))
+    else:
+        places.discard((CompiledLayer, "__call__"))
     called, seen = set(), set()
 
     def noted(place: Any) -> Any:
@@ -84,8 +99,9 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, attribute in places:
         monkeypatch.setattr(owner, attribute, noted((owner, attribute)))
     maker = PlanMaker(64, 8, 2, shape.vocabulary, engine.runner.cache.block_size)
-    for kind in KINDS:
+    for executor, kind in itertools.product(executors, KINDS):
         called.clear()
+        engine.runner._executor = executor
         plan = maker.plan(kind, 0)
         engine.runner.run([plan])
         assert plan.measure is None or called.issuperset(named["statistics"])
@@ -95,7 +111,7 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.engine
 @pytest.mark.skipif(ON_CARD, reason="`test_run` has a card's own graphs")
-def test_with_graphs_and_without(
+def test_by_graphs_and_eagerly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same engine by turns; what does not fit into its cache is left out and named."""
@@ -119,7 +135,7 @@ def test_with_graphs_and_without(
     runner._executor = executor
     args.canvas, args.batch_size = [64], [1, 1000]
     rows = card.measure(engine, shape, Rates(1e9, 1e9), args)
-    assert [row["graphs"] for row in rows] == [False] * len(KINDS) + [True] * len(KINDS)
+    assert [row["executor"] for row in rows] == ["eager"] * len(KINDS) + ["graphs"] * len(KINDS)
     # Windows of 12 rows: both parts of 4 layers, the last of which finishes the window's 8 rows.
     assert replays[0] == 3 * 2 * (2 * 4 - 1)
     assert runner._executor is executor
@@ -178,7 +194,7 @@ def test_times_floor_is_of_the_longer_floor() -> None:
     plan = MAKER.plan("full", 0)
     work, num_bytes = operations(SHAPE, plan), bytes_moved(SHAPE, [plan])
     times = [PassTime(whole=0.013, device=0.012), PassTime(9.0, 8.0), PassTime(0.011, 0.01)]
-    group = card.Group(True, "full", [plan])
+    group = card.Group("graphs", "full", [plan])
     for rates, floor in (
         (Rates(work / 0.004, num_bytes / 0.003), 4),
         (Rates(work / 0.004, num_bytes / 0.006), 6),
@@ -188,4 +204,26 @@ def test_times_floor_is_of_the_longer_floor() -> None:
         assert row["times_floor"] == pytest.approx(12 / floor)
         assert row["milliseconds"] == pytest.approx(12)
         assert row["gap_milliseconds"] == pytest.approx(3)
-        assert (row["requests"], row["rows"], row["graphs"]) == (1, 4, True)
+        assert (row["requests"], row["rows"], row["executor"]) == (1, 4, "graphs")
+
+
+def test_a_part_inside_another_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled layer calls attention, which is no product."""
+
+    now = [0]
+
+    class Layer:
+        def whole(self) -> None:
+            now[0] += 2
+            self.attend()
+            self.attend()
+
+        def attend(self) -> None:
+            now[0] += 5
+
+    places = {"products": [(Layer, "whole")], "attention": [(Layer, "attend")]}
+    monkeypatch.setattr(pass_parts, "places", lambda: places)
+    monkeypatch.setattr(pass_parts, "clock", lambda: now[0])
+    with pass_parts.parts_timed() as seconds:
+        Layer().whole()
+    assert seconds == {"products": 2, "attention": 10}

@@ -69,8 +69,8 @@ class Driver:
     def canvases(self) -> dict[str, Any]:
         """What the scheduler keeps of each request it has admitted, by the name given here."""
         # vLLM appends a suffix of its own to the ids that requests carry inside.
-        canvases = self.engine.scheduler._canvases
-        return {inner.split("-")[0]: canvas for inner, canvas in canvases.items()}
+        denoising = self.engine.scheduler._denoising
+        return {inner.split("-")[0]: each for inner, each in denoising.items()}
 
     def take_records(self) -> dict[str, Any]:
         """The records of requests that ended since the last call, by the name given here."""
@@ -86,8 +86,7 @@ def assert_nothing_left(driver: Driver) -> None:
     scheduler = driver.engine.scheduler
     assert scheduler.kv_cache_manager.usage == 0
     assert not scheduler.requests and not scheduler.running and not scheduler.waiting
-    assert (
-        not scheduler._canvases and not len(scheduler._round_robin) and not scheduler._admitted_at
-    )
+    assert not scheduler._denoising and not len(scheduler._clock)
+    assert not len(scheduler._round_robin)
     assert not len(scheduler._in_flight)
     scheduler.records.clear()

@@ -163,7 +163,7 @@ class _Play:
         """Small steps; and keeps the canvases, which the scheduler drops when a request ends."""
         scheduler, runner = self.driver.engine.scheduler, self.driver.engine.runner
         before = scheduler.max_num_scheduled_tokens, scheduler.max_num_active_reqs
-        chunk, new_canvas = runner.max_chunk_rows, scheduler._new_canvas
+        chunk, new_canvas = runner.max_chunk_rows, scheduler._begin
 
         def keep(request: Any) -> Any:
             canvas = new_canvas(request)
@@ -171,13 +171,13 @@ class _Play:
             return canvas
 
         scheduler.max_num_scheduled_tokens = runner.max_chunk_rows = row_budget
-        scheduler.max_num_active_reqs, scheduler._new_canvas = places, keep
+        scheduler.max_num_active_reqs, scheduler._begin = places, keep
         try:
             yield
         finally:
             scheduler.max_num_scheduled_tokens, scheduler.max_num_active_reqs = before
             runner.max_chunk_rows = chunk
-            del scheduler._new_canvas
+            del scheduler._begin
 
 
 def abort_in_pass(driver: Driver, name: str) -> None:

@@ -225,6 +225,33 @@ def test_a_layer_with_a_constant_of_its_own_is_noticed(
         compiled(served)
 
 
+def test_keys_are_looked_at_too(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes into the cache is no output of a layer."""
+    served = serve("gqa-tied")
+    block = served.engine.runner.model.blocks[2]  # type: ignore[attr-defined]
+    project = type(block).project
+
+    def other(self: Any, x: torch.Tensor, positions: torch.Tensor) -> Any:
+        q, k, v = project(self, x, positions)
+        return q, k + self.of_keys, v
+
+    for each in served.engine.runner.model.blocks:  # type: ignore[attr-defined]
+        monkeypatch.setattr(each, "of_keys", 0.0, raising=False)
+    monkeypatch.setattr(type(block), "project", other)
+    monkeypatch.setattr(block, "of_keys", 1e-2)
+    with pytest.raises(RuntimeError, match="the numbers of layer 2 would change"):
+        compiled(served)
+
+
+def test_few_rows_a_step(serve: Callable[[str], Served]) -> None:
+    """Fewer than it is compiled with."""
+    runner = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        assert CompiledExecutor(runner.model, 8)
+
+
 # At start.
 
 
@@ -257,6 +284,7 @@ def test_without_a_compiler_passes_are_eager(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing is compiled
     monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
     monkeypatch.setattr(runner, "_executor", runner._executor)
+    monkeypatch.setattr(runner, "_compiling", None)
     with torch._inductor.config.patch({"cpp.cxx": (None, str(path))}):
         assert runner.compile_layers() == 0.0
     assert isinstance(runner._executor, EagerExecutor)
@@ -275,8 +303,12 @@ def test_the_worker_compiles_where_flags_say_so(
     assert runner.compile_layers() == 0.0
     assert isinstance(runner._executor, EagerExecutor)
     monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
+    monkeypatch.setattr(runner, "_compiling", None)
+    runner.warming_up_model()  # vLLM's CPU worker, before it sizes the KV cache
+    executor = runner._executor
+    assert isinstance(executor, CompiledExecutor)
     assert runner.compile_layers() > 0.0
-    assert isinstance(runner._executor, CompiledExecutor)
+    assert runner._executor is executor
     assert not warned
 
 

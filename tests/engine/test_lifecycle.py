@@ -53,7 +53,7 @@ def test_preempted_request_emits_no_token_twice(policy: str, driver: Driver) -> 
     sizes = [(prompt_of(20, 1), 40), (prompt_of(7, 2), 33), (prompt_of(50, 3), 12)]
     names = [driver.add(p, n, policy=policy, gamma=0.9, tokens_per_step=2) for p, n in sizes]
     committed: dict[str, dict[int, int]] = {}
-    canvases = driver.engine.scheduler._canvases
+    canvases = driver.engine.scheduler._denoising
     for number in range(30):
         driver.step()
         if number % 5 == 3:

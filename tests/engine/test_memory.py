@@ -150,6 +150,37 @@ def test_a_step_is_within_the_trial_run(
     assert 0.2 * allowed < step_bytes(driver, 4 + 2 * seats) <= allowed
 
 
+def most_rows_at_once(driver: Driver, work: Callable[[], None]) -> int:
+    """That an MLP is given while something works."""
+    seen = [0]
+
+    def look(module: Any, given: tuple[Any, ...]) -> None:
+        seen[0] = max(seen[0], len(given[0]))
+
+    hooks = [b.mlp.register_forward_pre_hook(look) for b in driver.engine.runner.model.blocks]
+    work()
+    for hook in hooks:
+        hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("seats", "row_budget", "sizes"),
+    [(2, 650, [322, 322]), (1, 100, [600]), (1, 100, [196])],
+    ids=["filled up beyond the budget", "last chunk", "last of two"],
+)
+def test_no_pass_works_on_more_rows_at_once(
+    seats: int, row_budget: int, sizes: list[int], engine_of: Callable[..., Driver]
+) -> None:
+    """vLLM's experts keep scratch for the most rows they have seen; graphs point to it."""
+    driver = engine_of(seats, row_budget)
+    tried = most_rows_at_once(driver, driver.engine.runner.profile_run)
+    for nth, size in enumerate(sizes):
+        driver.add(prompt_of(size - 40, nth), 40)
+    taken = most_rows_at_once(driver, driver.run)
+    assert row_budget < taken <= tried
+
+
 TRACKING = dict(policy="elastic", window=8, gamma=0.0, track_num=64)
 
 LOOSE: dict[str, tuple[dict[str, int], int, dict[str, Any]]] = {

@@ -172,14 +172,14 @@ def test_blocks_of_an_aborted_pass_are_used_again(serve: Callable[[str], Served]
         driver.step()
         gone = [
             request_id
-            for request_id in scheduler._canvases
+            for request_id in scheduler._denoising
             if request_id in scheduler._in_flight and request_id.split("-")[0] not in kept
         ][:1]
         if gone:
             freed = set(manager.get_block_ids(gone[0])[0])
             driver.llm_engine.abort_request([gone[0].split("-")[0]])
             driver.step()
-            owned = {b for each in scheduler._canvases for b in manager.get_block_ids(each)[0]}
+            owned = {b for each in scheduler._denoising for b in manager.get_block_ids(each)[0]}
             reused += freed <= owned
     driver.run()
     assert reused > 10

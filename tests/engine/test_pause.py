@@ -109,7 +109,7 @@ def test_pause_that_aborts(driver: Driver, expected: list[list[int]]) -> None:
     driver.llm_engine.abort_request(names)  # in this process vLLM's front end is not told
     poison(driver.engine)
     scheduler = driver.engine.scheduler
-    assert not scheduler.requests and not scheduler._canvases
+    assert not scheduler.requests and not scheduler._denoising
     assert scheduler.kv_cache_manager.usage == 0
     for name, answer in zip(names, expected[:-1], strict=True):
         assert driver.tokens[name] == answer[: len(driver.tokens[name])]

@@ -68,6 +68,10 @@ def messages() -> Iterator[list[str]]:
             "--speculative-config",
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         ),
+        (
+            "--max-num-scheduled-tokens: 512 is more than --max-num-batched-tokens 256",
+            {"max_num_scheduled_tokens": 512, "max_num_batched_tokens": 256},
+        ),
         ("--fully-sharded-loras", {"enable_lora": True, "fully_sharded_loras": True}),
         ("--kv-cache-dtype", {"kv_cache_dtype": "fp8"}),
         ("--kv-cache-dtype: .* the model's .float32.", {"kv_cache_dtype": "bfloat16"}),

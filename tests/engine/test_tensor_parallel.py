@@ -173,7 +173,8 @@ def test_adapters_equal_oracle(
         for request, result in zip(asked, results, strict=True):
             whose = adapted if "lora_request" in request else served
             index, name = result["id"]
-            expected = ask_oracle(whose, *problems()[index], CONFIGS[name])
+            prompt, max_tokens = problems()[index]
+            expected = ask_oracle(whose, prompt, max_tokens, CONFIGS[name])
             assert agrees(result, expected, result["id"])
         # One that a rank alone cannot load ends its requests; the ranks go on in step.
         workers(served, unable_to_load)
@@ -185,7 +186,8 @@ def test_adapters_equal_oracle(
             assert [output.outputs[0].finish_reason for output in outputs] == reasons
         results = served.engine.run([asked[0]])  # type: ignore[attr-defined]
         index, name = results[0]["id"]
-        expected = ask_oracle(adapted, *problems()[index], CONFIGS[name])
+        prompt, max_tokens = problems()[index]
+        expected = ask_oracle(adapted, prompt, max_tokens, CONFIGS[name])
         assert agrees(results[0], expected, "afterwards")
     finally:
         end_ranks(served.engine)

@@ -15,7 +15,9 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker import gpu_worker
 
+from vllm_elastic.engine import worker as worker_module
 from vllm_elastic.engine.worker import ElasticWorker, set_environment
+from vllm_elastic.runner.executor import GRAPH_ROWS
 from vllm_elastic.runner.runner import ElasticRunner
 
 
@@ -50,17 +52,31 @@ def test_a_pass_that_fails_is_not_the_one_before(monkeypatch: pytest.MonkeyPatch
     assert runner.sample_tokens(None) is None
 
 
-@pytest.mark.parametrize(("device", "passes"), [("cuda", 1), ("cpu", 0)])
-def test_a_card_is_warmed_up(device: str, passes: int) -> None:
-    """Else the first request waits while attention is compiled, on cards where it is."""
-    warmed: list[str] = []
-    runner = SimpleNamespace(warm_up=lambda: warmed.append(device), compile_layers=lambda: 2.5)
-    worker: Any = SimpleNamespace(device=torch.device(device), model_runner=runner)
+@pytest.mark.parametrize(
+    ("device", "graphs", "done"),
+    [
+        ("cuda", [8, 16], ["warmed up", "locked"]),
+        ("cuda", [], ["warmed up"]),
+        ("cpu", [], []),
+    ],
+)
+def test_a_card_is_warmed_up(
+    device: str, graphs: list[int], done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first request waits while attention is compiled, on cards where it is. Scratch that
+    graphs point to must not be replaced afterwards."""
+    seen: list[str] = []
+    monkeypatch.setattr(worker_module, "lock_workspace", lambda: seen.append("locked"))
+    runner = SimpleNamespace(warm_up=lambda: seen.append("warmed up"), compile_layers=lambda: 2.5)
+    config = SimpleNamespace(additional_config={GRAPH_ROWS: graphs})
+    worker: Any = SimpleNamespace(
+        device=torch.device(device), model_runner=runner, vllm_config=config
+    )
     try:
         times = ElasticWorker.compile_or_warm_up_model(worker)
     finally:
         gc.unfreeze()
-    assert len(warmed) == passes
+    assert seen == done
     assert times.language_model == 2.5, "what vLLM says of the start"
 
 

@@ -26,13 +26,13 @@ from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.round_robin import RoundRobin
 
 DESCRIPTION = """\
-Builds a LLaDA with random weights and runs passes of every kind, with CUDA graphs and without,
-interleaved. A pass is timed from the upload of its numbers until its results are on their way
-back; the host gap is what the device waits between two passes: scheduling, laying out, reading
-results. The floor is the longer of a pass's bytes over the bytes a second of a large copy and its
-floating-point operations over the rate of a large matrix product, both measured in the same run. A
-batch of more rows than a step takes is cut as the scheduler cuts it. Run it on a machine that does
-nothing else.
+Builds a LLaDA with random weights and runs passes of every kind, as the device runs them (by CUDA
+graphs, on a CPU by compiled layers) and eagerly, interleaved. A pass is timed from the upload of
+its numbers until its results are on their way back; the host gap is what the device waits between
+two passes: scheduling, laying out, reading results. The floor is the longer of a pass's bytes over
+the bytes a second of a large copy and its floating-point operations over the rate of a large matrix
+product, both measured in the same run. A batch of more rows than a step takes is cut as the
+scheduler cuts it. Run it on a machine that does nothing else.
 """
 
 
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
 class Group:
     """Passes of one kind by one executor; those that take turns are timed with it."""
 
-    graphs: bool
+    executor: str
     kind: str
     plans: list[PassPlan]
 
@@ -103,7 +103,7 @@ def measure(
     """Time all settings that fit into the engine's KV cache; prints and returns the rows."""
     where = f" of which: {', '.join(PARTS)} |" if args.parts else ""
     print(
-        "| graphs | canvas | batch | pass | requests | rows | ms | bytes' floor, ms "
+        "| executor | canvas | batch | pass | requests | rows | ms | bytes' floor, ms "
         f"| operations' floor, ms | x floor | host gap, ms |{where}"
     )
     print("|---" * (11 + args.parts) + "|", flush=True)
@@ -121,8 +121,8 @@ def measure(
             for policy in sorted(set(KINDS.values()))
         }
         groups = [
-            Group(graphs, kind, _of_a_step(engine, [maker.plan(kind, i) for i in range(batch)]))
-            for graphs in executors(engine.runner)
+            Group(executor, kind, _of_a_step(engine, [maker.plan(kind, i) for i in range(batch)]))
+            for executor in executors(engine.runner)
             for kind in KINDS
         ]
         for group, times in zip(groups, _timed(engine.runner, groups, args.repeats), strict=True):
@@ -135,13 +135,11 @@ def measure(
     return rows
 
 
-def executors(runner: Any) -> dict[bool, Any]:
-    """The runner's ways to run a pass: without graphs, and with them where it has captured any."""
-    from vllm_elastic.runner.executor import EagerExecutor, GraphExecutor
+def executors(runner: Any) -> dict[str, Any]:
+    """The ways to run a pass, by name: eagerly, and as the runner does."""
+    from vllm_elastic.runner.executor import EagerExecutor
 
-    own = runner._executor
-    by_graphs = {True: own} if isinstance(own, GraphExecutor) else {}
-    return {False: EagerExecutor(runner.model), **by_graphs}
+    return {each.name: each for each in (EagerExecutor(runner.model), runner._executor)}
 
 
 def row_of(
@@ -156,7 +154,7 @@ def row_of(
     gap = statistics.median(time.gap for time in times) + scheduling
     floor = Floor.of(shape, group.plans, rates)
     return {
-        "graphs": group.graphs,
+        "executor": group.executor,
         "pass": group.kind,
         "requests": len(group.plans),
         "rows": sum(plan.num_rows for plan in group.plans),
@@ -184,7 +182,7 @@ def _timed(runner: Any, groups: list[Group], repeats: int) -> list[list[PassTime
     try:
         for _ in range(repeats + 1):
             for number, group in enumerate(groups):
-                runner._executor = ways[group.graphs]
+                runner._executor = ways[group.executor]
                 found[number].append(time_pass(runner, group.plans))
     finally:
         runner._executor = own
@@ -196,7 +194,7 @@ def _shares(runner: Any, group: Group, scheduling: float) -> dict[str, float]:
     import torch
 
     own = runner._executor
-    runner._executor = executors(runner)[group.graphs]
+    runner._executor = executors(runner)[group.executor]
     try:
         with torch.inference_mode(), parts_timed() as parts:
             started = clock()
@@ -212,7 +210,7 @@ def _shares(runner: Any, group: Group, scheduling: float) -> dict[str, float]:
 def _line(row: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in row.get("shares", {}).items())
     return (
-        f"| {'yes' if row['graphs'] else 'no'} | {row['canvas']} | {row['batch_size']} | "
+        f"| {row['executor']} | {row['canvas']} | {row['batch_size']} | "
         f"{row['pass']} | {row['requests']} | {row['rows']} | {row['milliseconds']:.2f} | "
         f"{row['bytes_floor_milliseconds']:.2f} | {row['operations_floor_milliseconds']:.2f} | "
         f"{row['times_floor']:.2f} | {row['gap_milliseconds']:.2f} |"

@@ -65,6 +65,7 @@ class PlanMaker:
             tokens=tokens,
             window=window,
             measure=self._measure(kind, tracked, segment.positions, ~masked),
+            num_written=self.canvas,  # not a request's first pass
             block_ids=list(range(first, first + self.blocks_of_canvas)),
         )
 

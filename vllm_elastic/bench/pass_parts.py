@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a pass goes, part by part; of a pass that runs operator by operator."""
+"""Where the time of a pass goes, part by part."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.runner import runner
     from vllm_elastic.runner.batch import BatchBuilder
+    from vllm_elastic.runner.compiled_layer import CompiledLayer
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
     from vllm_elastic.runner.statistics.recorder import PassRecorder
     from vllm_elastic.runner.statistics.statistics import MeasuringStatistics
 
     return {
-        "products": [(layer_pass, "project"), (layer_pass, "finish")],
+        "products": [
+            (layer_pass, "project"),
+            (layer_pass, "finish"),
+            (CompiledLayer, "__call__"),
+        ],
         "attention": [(layer_pass.Between, "attend")],
         "cache writes": [
             (layer_pass.Between, "write"),
@@ -47,17 +52,21 @@ def places() -> dict[str, list[tuple[Any, str]]]:
 
 @contextlib.contextmanager
 def parts_timed() -> Iterator[dict[str, float]]:
-    """Seconds spent in each of ``PARTS`` while the context is open; each part is waited for."""
+    """Seconds spent in each of ``PARTS`` while the context is open; each part is waited for.
+
+    Of a part inside another one the time is its own alone.
+    """
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = clock()
+            started, before = clock(), sum(seconds.values())
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] += clock() - started
+                inside = sum(seconds.values()) - before
+                seconds[name] += clock() - started - inside
 
         return wrapper
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
 
 GIB = 1 << 30
@@ -161,11 +162,12 @@ def step_bytes(setting: Setting) -> int:
     lasting = saved_bytes(
         limits.saved_rows, shape.layers, heads, head_dim, shape.width, shape.bytes_per_number
     ) + totals_bytes(setting.seats, setting.canvas, shape.layers)
-    computed = max(rows, setting.canvas)
-    tested = min(computed, limits.saved_rows // 4)
+    asked = max(rows, setting.canvas)
+    computed = bucket(asked)
+    tested = bucket(asked + min(asked, limits.saved_rows // 4)) - computed
     in_pass = max(
-        shape.layer_bytes(computed, rows, tested, setting.ranks),
-        shape.logits_bytes(computed),
+        shape.layer_bytes(computed, rows if asked > rows else computed, tested, setting.ranks),
+        shape.logits_bytes(asked),
         reading_bytes(setting.canvas, heads, kv_heads, head_dim),
     )
     return max(lasting + in_pass, shape.image_bytes)

@@ -212,13 +212,19 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     stride = elastic.hidden_stride
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     layers = vllm_config.model_config.hf_config.num_hidden_layers
-    cache = vllm_config.cache_config
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     backend = vllm_config.attention_config.backend
     fault = _fault_of(backend)
     problems = {
         "--attention-backend": (
             bool(fault),
             f"{backend and backend.name} {fault}; leave it out, or take {', '.join(_BACKENDS)}",
+        ),
+        "--max-num-scheduled-tokens": (
+            (scheduler.max_num_scheduled_tokens or 0) > scheduler.max_num_batched_tokens,
+            f"{scheduler.max_num_scheduled_tokens} is more than --max-num-batched-tokens "
+            f"{scheduler.max_num_batched_tokens}, the rows of a step that memory is measured for; "
+            "lower it, or raise that one",
         ),
         "--block-size": (
             cache.user_specified_block_size

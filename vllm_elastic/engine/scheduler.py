@@ -12,9 +12,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
@@ -22,13 +22,21 @@ from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.overlap import PassesInFlight
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
-from vllm_elastic.decoding.record import BOUNDS, DecodingRecord
+from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
 from vllm_elastic.engine.grammar import AnswerGrammar
-from vllm_elastic.engine.report import ENDED, PASSES, SPAN, EndedRequest, attach
+from vllm_elastic.engine.report import ENDED, SPAN, EndedRequest, attach
+from vllm_elastic.engine.reporting import (
+    RequestClock,
+    ended_request,
+    ends_with_end_token,
+    logprobs_lists,
+    passes_to_show,
+    send_passes,
+    spans_of,
+)
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
-from vllm_elastic.engine.span import Attributes, span_attributes
 from vllm_elastic.models.registry import traits_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
@@ -60,12 +68,11 @@ class ElasticScheduler(Scheduler):
         # Of requests that name no seed: vLLM promises the same answers of an engine of this seed.
         own = self.vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
-        self._canvases: dict[str, DenoisingRequest] = {}
+        self._denoising: dict[str, DenoisingRequest] = {}  # what runs
         self._round_robin = RoundRobin()
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
         self._in_flight = PassesInFlight()
-        self._admitted_at: dict[str, float] = {}
-        self._first_commit_at: dict[str, float] = {}
+        self._clock = RequestClock()
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
         self._traces = self.vllm_config.observability_config.otlp_traces_endpoint is not None
@@ -123,32 +130,34 @@ class ElasticScheduler(Scheduler):
             if not self._in_flight.take(plan):
                 continue  # aborted while the pass ran, or its KV blocks were taken away
             request_id = plan.request_id
-            canvas = self._canvases[request_id]
+            denoising = self._denoising[request_id]
             served.append(request_id)
             if result.fault is not None:
                 logger.error("%s; request %s is ended with an error", result.fault, request_id)
                 failed.append(request_id)
                 continue
             try:
-                tokens = canvas.finish_pass(result)
+                tokens = denoising.finish_pass(result)
             except NotFiniteError as error:
                 logger.error("%s; the request is ended with an error", error)
                 failed.append(request_id)
                 continue
-            if canvas.just_committed.size:
-                self._first_commit_at.setdefault(request_id, time.monotonic())
+            if denoising.just_committed.size:
+                self._clock.committed(request_id)
             model_runner_output.sampled_token_ids[index] = tokens
             if result.logprobs is not None:
-                shown[index] = canvas.take_logprobs(len(tokens))
-            if canvas.config.watch:
+                shown[index] = denoising.take_logprobs(len(tokens))
+            if denoising.config.watch:
                 client = self.requests[request_id].client_index
-                watched.append((client, request_id, _passes_to_show(canvas)))
+                watched.append((client, request_id, passes_to_show(denoising)))
         if shown:
-            model_runner_output.logprobs = _logprobs_lists(shown, len(results))
+            model_runner_output.logprobs = logprobs_lists(shown, len(results))
         # vLLM ends these with FINISHED_ERROR and tells the client. Of its lists of such requests
         # this one is a set in every release.
         self.encoder_cache_mismatch_reqs.update(failed)
-        spans = self._spans_of(model_runner_output.req_ids) if self._traces else {}
+        spans = {}
+        if self._traces:
+            spans = spans_of(model_runner_output.req_ids, self._denoising, self._clock)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for output in (output for sent in outputs.values() for output in sent.outputs):
             if output.request_id in spans:
@@ -156,7 +165,7 @@ class ElasticScheduler(Scheduler):
                     output.kv_transfer_params, SPAN, spans[output.request_id]
                 )
         for client, request_id, passes in watched:
-            _send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
+            send_passes(outputs.setdefault(client, EngineCoreOutputs()), request_id, passes)
         for request_id in served:
             request = self.requests.get(request_id)
             if request is not None:
@@ -196,11 +205,11 @@ class ElasticScheduler(Scheduler):
                 )
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
-            self._admitted_at.setdefault(request.request_id, time.monotonic())
+            self._clock.admitted(request.request_id)
             if resumed:
-                self._canvases[request.request_id].restart()
+                self._denoising[request.request_id].restart()
             else:
-                self._canvases[request.request_id] = self._new_canvas(request)
+                self._denoising[request.request_id] = self._begin(request)
             self._round_robin.add(request.request_id)
             self.running.append(request)
             adapters |= {self._adapter_of(request)} - {0}
@@ -224,7 +233,7 @@ class ElasticScheduler(Scheduler):
         own = self._adapter_of(request)
         return not own or own in in_use or len(in_use) < self.lora_config.max_loras
 
-    def _new_canvas(self, request: Request) -> DenoisingRequest:
+    def _begin(self, request: Request) -> DenoisingRequest:
         params = request.sampling_params
         assert params is not None and request.prompt_token_ids is not None
         end_token_ids = end_token_ids_of(params)
@@ -280,7 +289,7 @@ class ElasticScheduler(Scheduler):
         return 0 if request.lora_request is None else request.lora_request.lora_int_id
 
     def _plan_of(self, request_id: str) -> PassPlan:
-        return self._canvases[request_id].plan()
+        return self._denoising[request_id].plan()
 
     def _with_images(self, plans: list[PassPlan]) -> list[NewRequestData]:
         """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
@@ -304,34 +313,25 @@ class ElasticScheduler(Scheduler):
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        canvas = self._canvases.pop(request.request_id, None)
+        denoising = self._denoising.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
         self._in_flight.drop(request.request_id)
-        first_commit = self._seconds_to_commit(request.request_id)
-        admitted_at = self._admitted_at.pop(request.request_id, None)
-        self._first_commit_at.pop(request.request_id, None)
-        if canvas is not None and admitted_at is not None:
-            canvas.record.seconds = time.monotonic() - admitted_at
+        first_commit = self._clock.seconds_to_commit(request.request_id)
+        seconds = self._clock.stop(request.request_id)
+        end_token = ends_with_end_token(request, self._traits.stop_ids)
+        if denoising is not None and seconds is not None:
+            denoising.record.seconds = seconds
             if self.elastic_config.record:
-                self.records[request.request_id] = canvas.record
+                self.records[request.request_id] = denoising.record
             if self.log_stats:
-                self._ended.append(self._ended_request(request, canvas, first_commit))
+                num_tokens = request.num_output_tokens - end_token
+                self._ended.append(
+                    ended_request(request, denoising, self.vllm_config, first_commit, num_tokens)
+                )
         params, ec_params = super()._free_request(request, delay_free_blocks)
-        if self._ends_with_end_token(request):
+        if end_token:
             params = attach(params, ENDED, True)
         return params, ec_params
-
-    def _spans_of(self, request_ids: list[str]) -> dict[str, Attributes]:
-        """What the spans of these requests would say if they ended now."""
-        return {
-            request_id: span_attributes(canvas, self._seconds_to_commit(request_id))
-            for request_id in request_ids
-            if (canvas := self._canvases.get(request_id)) is not None
-        }
-
-    def _seconds_to_commit(self, request_id: str) -> float | None:
-        first = self._first_commit_at.get(request_id)
-        return None if first is None else first - self._admitted_at[request_id]
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics of a step, with the requests that ended since the last ones."""
@@ -341,86 +341,9 @@ class ElasticScheduler(Scheduler):
             self._ended = []
         return stats
 
-    def _ended_request(
-        self, request: Request, canvas: DenoisingRequest, first_commit_seconds: float | None
-    ) -> EndedRequest:
-        record = canvas.record
-        finished = request.status in (
-            RequestStatus.FINISHED_STOPPED,
-            RequestStatus.FINISHED_LENGTH_CAPPED,
-        )
-        tokens = request.num_output_tokens - self._ends_with_end_token(request) if finished else 0
-        return EndedRequest(
-            model_name=self.vllm_config.model_config.served_model_name,
-            engine=str(self.vllm_config.parallel_config.data_parallel_index),
-            policy=canvas.config.policy,
-            denoising_steps=record.denoising_steps,
-            row_layers=record.row_layers,
-            full_row_layers=record.full_row_layers,
-            passes=dict(record.kinds),
-            first_commit_seconds=first_commit_seconds,
-            seconds_per_token=record.seconds / tokens if tokens else None,
-        )
-
-    def _ends_with_end_token(self, request: Request) -> bool:
-        """Whether the model ended the answer with a token that is no part of its text."""
-        params, stops = request.sampling_params, self._traits.stop_ids
-        if request.status != RequestStatus.FINISHED_STOPPED or params is None:
-            return False
-        if request.stop_reason in stops:  # a token's id
-            return True
-        return (
-            request.stop_reason is None
-            and request.num_output_tokens > 0
-            and request.output_token_ids[-1] == params.eos_token_id
-        )
-
 
 def _image_positions(request: Request) -> Positions:
     """Canvas positions of a request's images, ascending."""
     images = [feature.mm_position for feature in request.mm_features]
     ranges = [np.arange(at.offset, at.offset + at.length, dtype=np.int32) for at in images]
     return np.concatenate([NO_POSITIONS, *ranges])
-
-
-def _passes_to_show(canvas: DenoisingRequest) -> list[dict[str, Any]]:
-    """Entries of the record since the last call; the first pass says what canvas it is of."""
-    passes = canvas.record.take_steps()
-    if canvas.record.passes == len(passes):
-        request = {
-            "policy": canvas.config.policy,
-            "layers": canvas.num_layers,
-            "canvas": canvas.canvas.capacity,
-            "prompt_tokens": canvas.canvas.prompt_length,
-            "knobs": {name: getattr(canvas.config, name) for name in BOUNDS},
-        }
-        passes[0] = {**passes[0], "request": request}
-    return passes
-
-
-def _send_passes(sent: EngineCoreOutputs, request_id: str, passes: list[dict[str, Any]]) -> None:
-    """Put a request's passes beside its tokens of this step, or alone where it has none."""
-    for output in sent.outputs:
-        if output.request_id == request_id:
-            break
-    else:
-        output = EngineCoreOutput(request_id=request_id, new_token_ids=[])
-        sent.outputs.append(output)
-    output.kv_transfer_params = attach(output.kv_transfer_params, PASSES, passes)
-
-
-def _logprobs_lists(shown: dict[int, list[Logprobs]], num_requests: int) -> LogprobsLists:
-    """Log probabilities of the tokens shown in a step, in vLLM's form.
-
-    Requests ask for different numbers of alternatives; rows are padded to the widest.
-    """
-    counts = [len(shown.get(index, ())) for index in range(num_requests)]
-    rows = [row for index in sorted(shown) for row in shown[index]]
-    width = max((row.token_ids.shape[1] for row in rows), default=1)
-    token_ids = np.zeros((len(rows), width), dtype=np.int32)
-    logprobs = np.full((len(rows), width), -np.inf, dtype=np.float32)
-    for index, row in enumerate(rows):
-        token_ids[index, : row.token_ids.shape[1]] = row.token_ids[0]
-        logprobs[index, : row.logprobs.shape[1]] = row.logprobs[0]
-    ranks = np.array([row.ranks[0] for row in rows], dtype=np.int32)
-    return LogprobsLists(token_ids, logprobs, ranks, [0, *np.cumsum(counts).tolist()])

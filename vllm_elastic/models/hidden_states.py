@@ -20,6 +20,14 @@ from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, KVCacheSpec
 from vllm_elastic.models import ranks
 
 
+class _StoreOnly(CacheOnlyAttentionBackend):
+    """vLLM asks every layer with a cache whether its numbers depend on the batch."""
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+
 class HiddenStateCache(nn.Module, AttentionLayerBase):
     """The residual stream at one layer's input, for every slot of the paged cache.
 
@@ -41,7 +49,7 @@ class HiddenStateCache(nn.Module, AttentionLayerBase):
         context[layer_name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return CacheOnlyAttentionBackend
+        return _StoreOnly
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return HiddenStateCacheSpec(

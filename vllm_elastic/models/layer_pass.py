@@ -73,6 +73,17 @@ class Between:
             )
 
 
+class NoCache(Between):
+    """Where there is nothing to attend to yet: of queries, keys and values nothing is kept."""
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        output.copy_(q)
+
+
 class Layer(Protocol):
     """A way to compute a layer's part in a pass."""
 

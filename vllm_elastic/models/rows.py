@@ -18,6 +18,10 @@ _STEPS = ((64, 8), (128, 16), (1024, 32), (4096, 64), (1 << 62, 256))
 less than a quarter of filling (a product's time is proportional to its rows)."""
 
 
+MOST_FILLING = _STEPS[-1][1] - 1
+"""Rows that fill up a pass, at most."""
+
+
 def bucket(count: int) -> int:
     """How many rows a pass of ``count`` rows is filled up to.
 

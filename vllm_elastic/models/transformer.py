@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward of every family: the only file that knows rows, join layers and the hidden store.
+"""The forward of every family: rows that join at their layers, and what is stored between them.
 
 It branches on the plan and never on data. Attention is bidirectional and independent for each
 query row once a layer's new keys and values are written, so rows of one request that join at
@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
-from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, finish, first, project
+from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, NoCache, first
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import (
@@ -37,6 +37,7 @@ from vllm_elastic.models.rows import (
     PassRows,
     Recorder,
     RowAdapters,
+    bucket,
 )
 
 FUSED: dict[str, dict[str, str | int]] = {
@@ -68,6 +69,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         packed_modules_mapping: the parts of fused layers, for vLLM.
         embedding_modules: beside linear layers, what an adapter may change; vLLM's names.
         loaded_apart: parts of parameters' names that a family does not load by ``load_named``.
+        half_loaded: a load ended before its checkpoint did: weights of two are mixed.
     """
 
     hf_to_vllm_mapper: ClassVar[WeightsMapper]
@@ -76,6 +78,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
     }
     embedding_modules: ClassVar[dict[str, str]] = {"lm_head": "output_embeddings"}
     loaded_apart: tuple[str, ...] = ()
+    half_loaded = False
 
     def __init__(
         self,
@@ -251,9 +254,9 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         chunk_rows: int,
         adapters: RowAdapters | None = None,
     ) -> torch.Tensor:
-        """Allocate what a pass allocates at its peak, for vLLM's memory profiling.
+        """Allocate what a pass of so many rows allocates at its peak.
 
-        One block is enough, all are alike; attention itself is left out, there is no cache yet.
+        One layer is enough, all are alike; attention itself is left out, there is no cache yet.
 
         Args:
             num_tested: of the rows, projected once more as they were stored.
@@ -261,22 +264,27 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
             adapters: of all rows, tested ones once more; None: none.
 
         Returns:
-            [num_rows, d] of no meaning.
+            [num_rows filled up, d] of no meaning.
         """
-        block, device = self.blocks[0], self.embed_tokens.weight.device
-        positions = torch.zeros(num_rows + num_tested, dtype=torch.int64, device=device)
-        calls = [
-            AttentionCall(start, min(start + chunk_rows, num_rows), None)
-            for start in range(0, num_rows, chunk_rows)
-        ]
-        x = self.embed_tokens(positions[:num_rows])
-        projected = torch.cat([x, x[:num_tested]])
+        device, num_finished = self.embed_tokens.weight.device, bucket(num_rows)
+        positions = torch.zeros(bucket(num_rows + num_tested), dtype=torch.int64, device=device)
+        rows = LayerRows(
+            num_rows=num_rows,
+            num_finished=num_finished,
+            positions=positions,
+            slots=positions,
+            num_queries=0,
+            calls=[
+                AttentionCall(start, min(start + chunk_rows, num_rows), None)
+                for start in range(0, num_rows, chunk_rows)
+            ],
+            adapters=adapters,
+        )
+        between = NoCache(0, self.blocks[0].attn, rows, None, None)
+        x = self.embed_tokens(positions[:num_finished])
+        old = x[: len(positions) - num_finished]
         with self.pass_context():
-            q, k, v = project(block, projected, positions, calls, adapters)
-            del projected
-            attended = block.room(q[:num_rows]).view(num_rows, -1)
-            del q, k, v
-            return self.norm(finish(block, x, attended, calls, adapters))
+            return self.norm(self._layers[0](x, torch.cat([x, old]) if num_tested else x, between))
 
     def load_named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the parameters that were filled.
@@ -289,6 +297,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         loaded: set[str] = set()
         filled: set[str] = set()  # likewise, a fused layer's parts apart
         for full_name, weight in weights:
+            self.half_loaded = True
             part = self._names.map_name(full_name)
             if part is None or (self.tied and part.startswith("lm_head.")):
                 continue
@@ -311,7 +320,14 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         if self._to_be_filled:
             self._refuse_unfilled(filled)
             self._to_be_filled = False
+        self.half_loaded = False
         return loaded
+
+    def weights_replaced(self) -> None:
+        """After a load in place: a tied head has no tensor of its own in a checkpoint, so vLLM does
+        not see that the copy which it packs on CPUs has to be made anew."""
+        if self.tied:
+            self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
 
     def _refuse_unfilled(self, filled: set[str]) -> None:
         """vLLM looks for what a checkpoint lacks too, but not in linear layers.

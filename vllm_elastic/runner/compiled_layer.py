@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, first
+from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, NoCache, first
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows
 
@@ -86,15 +86,13 @@ class CompiledLayer:
             _Current.between = None
 
 
-class _NoCache(Between):
-    """Between a layer's two functions where there is nothing to attend to."""
+class _Written(NoCache):
+    """Keeps what would be written."""
 
-    def write(self, k: torch.Tensor, v: torch.Tensor) -> None: ...
+    written: tuple[torch.Tensor, torch.Tensor]
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        output.copy_(q)
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.written = k.clone(), v.clone()
 
 
 def compile_layers(model: Any, most_rows: int) -> list[Layer]:
@@ -109,7 +107,7 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
         Exception: there is no C++ compiler, or it cannot compile this.
     """
     weight = model.embed_tokens.weight
-    all_rows = torch.arange(most_rows, device=weight.device)
+    all_rows = torch.arange(max(most_rows, _PROJECTED), device=weight.device)
     x = torch.randn(
         _PROJECTED,
         model.width,
@@ -123,14 +121,14 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
         layers = [CompiledLayer(compiled, block, all_rows) for block in model.blocks]
         for number, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
             for kept in (window, None):
-                between = _NoCache(number, block.attn, rows, kept, None)
+                between = _Written(number, block.attn, rows, kept, None)
                 _refuse_another(layer, LayerAsWritten(block), x, between)
     return [*layers]
 
 
-def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, between: Between) -> None:
-    own, expected = (each(x.clone(), x, between) for each in (layer, written))
-    if not torch.equal(own, expected):
+def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, between: _Written) -> None:
+    own, expected = ((each(x.clone(), x, between), *between.written) for each in (layer, written))
+    if not all(map(torch.equal, own, expected)):
         raise RuntimeError(f"the numbers of layer {between.layer} would change")
 
 

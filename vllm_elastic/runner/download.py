@@ -4,12 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 T = TypeVar("T")
+
+_TYPES: dict[torch.dtype, type[np.generic]] = {
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bool: np.bool_,
+}
 
 
 class Fetched(Generic[T]):
@@ -44,18 +54,18 @@ class Download:
         """
         tensors, self._tensors = self._tensors, []
         away = [tensor for tensor in tensors if not self._is_here(tensor)]
-        forms = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in away]
+        forms = [(_TYPES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in away]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         host, copied = _sent(away) if away else (nothing, None)
 
         def arrive() -> list[npt.NDArray[Any]]:
             if copied is not None:
                 copied.synchronize()
-            pieces = host.split([num_bytes for _, _, num_bytes in forms])
+            raw, ends = host.numpy(), accumulate(num_bytes for _, _, num_bytes in forms)
             fetched = (
-                # A copy: a piece begins anywhere.
-                piece.clone().view(dtype).view(shape).numpy()
-                for piece, (dtype, shape, _) in zip(pieces, forms, strict=True)
+                # A copy: a piece begins anywhere. By numpy: in torch it takes twice as long.
+                raw[end - num_bytes : end].copy().view(dtype).reshape(shape)
+                for end, (dtype, shape, num_bytes) in zip(ends, forms, strict=True)
             )
             return [t.numpy() if self._is_here(t) else next(fetched) for t in tensors]
 

@@ -22,7 +22,13 @@ COMPILES = "elastic_compiles"
 
 
 class PassExecutor(Protocol):
-    """Runs the model's forward over the rows of a pass."""
+    """Runs the model's forward over the rows of a pass.
+
+    Attributes:
+        name: for people.
+    """
+
+    name: str
 
     def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
         """Final normed hidden states [W, d] of the window's rows; fills the recorder."""
@@ -35,6 +41,8 @@ class EagerExecutor:
     Args:
         model: a ``DiffusionTransformer``.
     """
+
+    name = "eager"
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -53,6 +61,8 @@ class GraphExecutor:
     Args:
         model: a ``DiffusionTransformer``.
     """
+
+    name = "graphs"
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -94,6 +104,8 @@ class CompiledExecutor:
     Raises:
         Exception: whatever a compiler may raise; the model is as it was.
     """
+
+    name = "compiled"
 
     def __init__(self, model: Any, most_rows: int) -> None:
         self._model = model

@@ -48,6 +48,7 @@ class StaticRows:
         x: [N, d], a layer's input, and its output in the same place.
         positions: int64 [N].
         attended: [N, Hq, D], the attention output.
+        cleared: rows of it that the graph which ran last has set to 0.
     """
 
     def __init__(self, count: int, model: Any) -> None:
@@ -59,6 +60,7 @@ class StaticRows:
         self.x = weight.new_zeros(count, model.width)
         self.positions = weight.new_zeros(count, dtype=torch.int64)
         self.attended = weight.new_zeros(count, *heads)
+        self.cleared = 0
         self._positions_here: tuple[int, int] | None = None
 
     def start(self) -> None:
@@ -97,9 +99,14 @@ class GraphedBlock:
         """Both parts, for so many rows."""
         block, static = self._block, self._static
         x, positions = static.x[:count], static.positions[:count]
-        attended = static.attended[:count].flatten(1)
-        self._project[count] = graphs.capture(lambda: block.project(x, positions))
-        self._finish[count] = graphs.capture(lambda: (block.finish(x, attended),))
+        room = static.attended[:count]
+
+        def project() -> Tensors:
+            room.zero_()
+            return block.project(x, positions)
+
+        self._project[count] = graphs.capture(project)
+        self._finish[count] = graphs.capture(lambda: (block.finish(x, room.flatten(1)),))
 
     # What was not captured for so many rows runs operator by operator.
 
@@ -108,17 +115,20 @@ class GraphedBlock:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         graph = self._project.get(len(x))
         if graph is None:
+            self._static.cleared = 0
             return self._block.project(x, positions)
         self._static.take(x)
         self._static.take_positions(positions)
         graph.replay()
+        self._static.cleared = len(x)
         q, k, v = graph.outputs
         return q, k, v
 
     def room(self, q: torch.Tensor) -> torch.Tensor:
         if len(q) not in self._finish:
             return self._block.room(q)
-        return self._static.attended[: len(q)].zero_()
+        room = self._static.attended[: len(q)]
+        return room if len(q) <= self._static.cleared else room.zero_()
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         graph = self._finish.get(len(x))

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 from vllm.tasks import SupportedTask
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.mem_utils import DeviceMemoryProfiler
@@ -79,6 +80,7 @@ class ElasticRunner:
         # Whether vLLM queues a step while another one runs (--async-scheduling).
         self._overlaps = vllm_config.max_concurrent_batches > 1
         self._queued: PassInFlight | None = None  # until vLLM asks for its tokens
+        self._compiling: float | None = None  # seconds, once it was tried
 
     # Called by the worker at start, in this order.
 
@@ -142,7 +144,9 @@ class ElasticRunner:
         )
 
     def warming_up_model(self) -> None:
-        """Asked by vLLM's CPU worker while it measures memory; layers are compiled later."""
+        """Asked by vLLM's CPU worker before it sizes the KV cache, so that what compiling takes is
+        measured; not asked where the operator names the cache's size."""
+        self.compile_layers()
 
     def initialize_kv_cache(
         self,
@@ -206,9 +210,17 @@ class ElasticRunner:
 
     @torch.inference_mode()
     def compile_layers(self) -> float:
-        """Seconds that it took; 0 where flags switch it off. Where it fails, passes stay eager."""
-        if not self.vllm_config.additional_config[COMPILES]:
-            return 0.0
+        """Once, however often it is asked for. Where it fails, passes stay eager.
+
+        Returns:
+            seconds that it took; 0 where flags switch it off, and where it failed.
+        """
+        if self._compiling is None:
+            wanted = self.vllm_config.additional_config[COMPILES]
+            self._compiling = self._compile_layers() if wanted else 0.0
+        return self._compiling
+
+    def _compile_layers(self) -> float:
         started = time.perf_counter()
         try:
             self._executor = CompiledExecutor(self.model, bucket(self.max_chunk_rows))
@@ -275,6 +287,9 @@ class ElasticRunner:
         waited for here. So what a pass frees or overwrites, an earlier one has done with.
         """
         faults = {} if self._adapters is None else self._adapters.activate(plans)
+        if self.model.half_loaded:
+            why = "a reload of the weights ended half-way; reload them as a whole"
+            faults |= dict.fromkeys(range(len(plans)), why)
         # What goes where.
         self._upload.start()
         order = RowOrder.of(plans, self.cache.block_size)
@@ -339,10 +354,32 @@ class ElasticRunner:
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """Load weights in place: after a sleep of level 2, or other ones for the same model."""
-        reload_weights(
-            self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format
-        )
+        """Load weights in place: after a sleep of level 2, or other ones for the same model.
+
+        Raises:
+            ValueError: quantised weights on a CPU.
+            Exception: whatever keeps weights from being read or taken. Where none had been taken
+                yet, everything is as it was; else requests fail until a load succeeds.
+        """
+        if self.device.type == "cpu" and self.vllm_config.quant_config is not None:
+            # Its int8 products go on reading scales that a load in place has freed (vLLM 0.32).
+            raise ValueError(
+                "quantised weights cannot be reloaded on a CPU; start the server anew "
+                "(vllm_elastic)."
+            )
+        source = ("model", "model_weights", "revision")
+        before = {name: getattr(self.model_config, name) for name in source}
+        try:
+            reload_weights(
+                self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format
+            )
+        except Exception:
+            finalize_layerwise_reload(self.model, self.model_config)
+            for name, value in before.items():
+                setattr(self.model_config, name, value)
+            raise
+        finally:
+            self.model.weights_replaced()
         self.reset_lora_state()
 
     def get_supported_tasks(self) -> tuple[SupportedTask, ...]:

@@ -12,6 +12,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
+from vllm_elastic.models.rows import MOST_FILLING, bucket
 from vllm_elastic.runner.adapters import Adapters
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
@@ -51,25 +52,30 @@ def trial_run(
         )
     )
     totals = room(totals_bytes(seats, canvas, traits.num_layers))
+    if canvas > limits.rows:
+        # vLLM's experts keep scratch for the most rows that they have seen, and graphs go on
+        # pointing to it: it must have its size before. The last chunk is the one that is filled up.
+        most = limits.rows + MOST_FILLING
+        model.run_without_cache(most, 0, most)
     # A canvas beyond the row budget is computed alone, chunk by chunk.
     num_rows = max(limits.rows, canvas)
     num_tested = min(num_rows, limits.saved_rows // 4)
     of_rows = None
     if adapters is not None:
-        of_rows = adapters.of_trial(num_rows + num_tested)
+        of_rows = adapters.of_trial(bucket(num_rows + num_tested))
     hidden = model.run_without_cache(num_rows, num_tested, limits.rows, of_rows)
-    _predict_everything(model, traits, hidden, upload)
+    _predict_everything(model, traits, hidden, num_rows, upload)
     del hidden
     room(reading_bytes(canvas, *sizes))
     del saved, totals
 
 
 def _predict_everything(
-    model: Any, traits: DecodingTraits, hidden: torch.Tensor, upload: Upload
+    model: Any, traits: DecodingTraits, hidden: torch.Tensor, num_rows: int, upload: Upload
 ) -> None:
     """The head for a request that wants all that takes memory; of the rows' adapters, what the
     layers used last."""
-    window = np.arange(len(hidden), dtype=np.int32)
+    window = np.arange(num_rows, dtype=np.int32)
     wishes = Sampling(temperature=1.0, top_p=0.9, num_logprobs=1)
     plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
     upload.start()

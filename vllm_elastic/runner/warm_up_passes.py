@@ -3,7 +3,8 @@
 
 vLLM's attention is compiled when it is called on some cards: FlashAttention 4 on Blackwell, Triton
 in float32. How often depends on a batch: one row of a request or more (Triton), more than a tile of
-128, a canvas whose keys are split among programs or not (FlashAttention), one request or several.
+128, a canvas whose keys are split among programs or not (FlashAttention), one request, several, or
+a multiple of 16 (Triton).
 """
 
 from __future__ import annotations
@@ -46,4 +47,9 @@ def warm_up_passes(
     plans = [
         plan(length, min(length, count)) for length, count in product(lengths, counts) if count
     ]
-    return [[each] * requests for each in plans for requests in (1, 2)]
+    return [
+        [each] * requests
+        for each in plans
+        for requests in (1, 2, 16)
+        if requests * each.num_rows <= row_budget
+    ]
