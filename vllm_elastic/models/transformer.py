@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward of every family: the only file that knows rows, join layers and the hidden store.
+"""The forward of every family, none of which knows of join layers or the hidden store.
 
 It branches on the plan and never on data. Attention is bidirectional and independent for each
 query row once a layer's new keys and values are written, so rows of one request that join at
