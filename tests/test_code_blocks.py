@@ -47,6 +47,7 @@ EXCUSED = {
     "done": "the shell's",
     "make": "its targets are those of the Makefile: test_make_targets_are_there",
     "pip install": "installs packages: tests/test_wheel.py",
+    "pip uninstall": "of what `pip install` brings: tests/patches/test_torchvision.py",
     "uv pip": "installs packages, by a tool that is not here",
     "ray": "Ray's: tests/cluster/test_two_nodes.py",
     "serve run": "Ray Serve's: tests/cluster/test_ray_serve.py",
@@ -60,7 +61,7 @@ EXCUSED = {
     "python -m venv": "an environment of its own: tests/test_evaluate.py",
     ".venv-evaluate/bin/pip": "an environment of its own: tests/test_evaluate.py",
     "$run": "hours of training: examples/tiny_llada/test_tiny_llada.py trains for a moment",
-    "run=./launch.sh RUN_FOLDER": "hours of training: examples/tiny_llada/test_tiny_llada.py",
+    "run=./launch.sh --wait RUN_FOLDER": "hours too: examples/tiny_llada/test_tiny_llada.py",
     "run=python examples/tiny_llada_v/learn.py": "too: examples/tiny_llada_v/test_tiny_llada_v.py",
 }
 ASKS_A_SERVER = ("curl", "python ../stream.py")  # tests/server/test_documented_requests.py

@@ -115,6 +115,42 @@ def test_all_paths_are_there() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("able", [True, False], ids=["with pip", "without"])
+def test_a_bundle_is_made_by_the_python_that_is_there(able: bool, tmp_path: Path) -> None:
+    """A fresh clone has no .venv."""
+    clone, programs = tmp_path / "clone", tmp_path / "bin"
+    (clone / "scripts" / "gpu").mkdir(parents=True)
+    script = clone / "scripts" / "gpu" / "bundle.sh"
+    script.write_text((SETUP.parent / "bundle.sh").read_text())
+    (clone / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    programs.mkdir()
+    python = programs / "python3.11"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in "-m pip "*) echo "$*" >>{tmp_path}/asked; exit 0;; esac\n'
+        + (f'exec {sys.executable} "$@"\n' if able else "exit 1\n")
+    )
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "EXTRAS")}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "bundle")],
+        env=environment | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON_VERSION": "3.12"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not able:
+        assert done.returncode == 2
+        assert "python3.11 is no Python >= 3.11 with pip; name one by PYTHON=" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    wheel, download = (tmp_path / "asked").read_text().splitlines()
+    assert wheel.startswith("-m pip wheel")
+    assert download.startswith("-m pip download --only-binary=:all: --python-version 3.12 ")
+    requirements = (tmp_path / "bundle" / "requirements.txt").read_text().splitlines()
+    assert requirements[0] == "vllm-elastic[cuda]" and len(requirements) > 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "installs"),
     [

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve LLaDA, the masked-diffusion language models, with vLLM and Elastic-Cache.
+"""Serve masked-diffusion language models (LLaDA, Dream, ...) with vLLM, over a cache that is
+refreshed where it has drifted.
 
 Importing this package imports neither torch nor vLLM; ``vllm_elastic.plugin`` is what vLLM loads.
 """

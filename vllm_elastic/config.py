@@ -128,7 +128,7 @@ def _knob(
 
 @dataclass(frozen=True)
 class ElasticConfig:
-    """How LLaDA is decoded: one field a knob, whose ``meaning`` stands beside it.
+    """How a canvas is decoded: one field a knob, whose ``meaning`` stands beside it.
 
     The defaults are those of the preset ``block``.
     """
@@ -170,7 +170,7 @@ class ElasticConfig:
         0.8,
         _number(0.0, 1.0),
         "of the commit rule `steady`: the threshold for a prediction that the step before made "
-        "too, no less sure; from `threshold` on it changes nothing",
+        "too; it has to reach it both times. From `threshold` on it changes nothing",
     )
     credit_decay: float = _knob(
         0.8,
@@ -186,8 +186,9 @@ class ElasticConfig:
     factor: float = _knob(
         0.75,
         _number(0.0, 10.0),
-        "of the commit rule `factor`: n tokens are committed together if (n + 1) times what the "
-        "least probable of them lacks to 1 is below it; larger commits more",
+        "of the commit rule `factor`: the n most probable tokens are committed together, for the "
+        "largest n with (n + 1)(1 - c) < `factor`, where c is the probability of the least "
+        "probable of them; larger commits more",
     )
     frechet_margin: float = _knob(
         0.25,
@@ -245,8 +246,9 @@ class ElasticConfig:
     measure_every: int = _knob(
         4,
         _integer(1, 1 << 10),
-        "of `elastic-block`: denoising steps from one measurement to the next. In between nothing "
-        "is probed and no attention read; a verdict looks so far ahead",
+        "of `elastic-block`: denoising steps from one measurement to the next. The steps between "
+        "them probe nothing and read no attention, so a measurement decides by the drift that is "
+        "expected at the next one",
     )
     reach: int | None = _knob(
         None,
@@ -264,22 +266,22 @@ class ElasticConfig:
     rows_per_pass: int = _knob(
         0,
         _integer(0, _MOST),
-        "of `elastic-block`: rows that a request's pass should have. Those that it would not need "
-        "refresh the blocks whose staleness costs most, be it less than `block_drift`. For devices "
-        "on which a pass of few rows takes as long as one of many, as on a GPU with few requests "
-        "([what it buys](policies.md#rows-to-spare)); 0: no more than needed",
+        "of `elastic-block`: a request's pass that has fewer rows than this is filled up with rows "
+        "of stale blocks, the costliest first, even where `block_drift` asks for no refresh. For "
+        "devices on which a pass of few rows takes as long as one of many, such as a GPU with few "
+        "requests ([what it buys](policies.md#rows-to-spare)); 0 fills nothing up",
     )
     slack: float = _knob(
         0.1,
         _number(0.0, 1.0),
-        "of `elastic-block`: a refreshed block joins at the last layer whose input has drifted at "
-        "most this share of the most drifted layer's",
+        "of `elastic-block`: a refreshed block joins at the layer before the first one whose input "
+        "has drifted more than this share of the most drifted layer's",
     )
     attention_stride: int = _knob(
         4,
         _integer(1, 1 << 10),
-        "of `elastic-block`: the window's attention to the blocks is read in every so manyth "
-        "layer, counted down from the last",
+        "of `elastic-block`: the window's attention to the blocks is read in the last layer and "
+        "then in every one that is this many layers lower",
     )
     granularity: int | None = _knob(
         32,
@@ -382,8 +384,8 @@ class ElasticConfig:
     hidden_stride: int = _knob(
         1,
         _integer(1, 1 << 10),
-        "the input of every so manyth layer is kept (of layers s, 2s, ...), fewer than the model "
-        "has; refreshes start there and drift is tested there ([memory against "
+        "s keeps the inputs of layers s, 2s, ... only, and is less than the number of layers. "
+        "Refreshes start at these layers, and drift is tested there ([memory against "
         "work](policies.md#memory-hidden_stride))",
         per_request=False,
     )

@@ -47,7 +47,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             {},
         ),
         "published": Preset(
-            "Elastic-Cache (arXiv 2510.14973) as its authors' released code has it, to the letter",
+            "Elastic-Cache (arXiv 2510.14973) as its authors' released code has it, but that the "
+            "mask token is never committed",
             _RELEASED,
         ),
         "paper": Preset(

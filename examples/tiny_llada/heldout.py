@@ -1,4 +1,4 @@
-"""Writes the held-out problems as JSONL, with prompts short and of about 900 tokens.
+"""Writes the held-out problems as JSONL, with prompts short and of about 850 tokens.
 
     python heldout.py FOLDER
 

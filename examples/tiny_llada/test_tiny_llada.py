@@ -9,7 +9,9 @@ They take seconds and need no checkpoint.
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -145,3 +147,27 @@ def test_export_can_be_loaded(small_model, tmp_path):
 def test_training_ends_with_its_schedule_unless_told_otherwise(words, until, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--run", "folder", *words])
     assert train.parse().until == until
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["wait", "background"])
+def test_launching_waits_for_the_end_only_if_told_to(wait, tmp_path):
+    """The recipe's stages follow one another in one folder."""
+    python, ends = tmp_path / "python", tmp_path / "ends"
+    python.write_text(
+        f'#!/bin/sh\nwhile [ ! -e "{ends}" ]; do sleep 0.05; done\necho "$*"\nexit 3\n'
+    )
+    python.chmod(0o755)
+    run, launch = tmp_path / "run", Path(__file__).parent / "launch.sh"
+    words = ["--wait"] if wait else []
+    launched = subprocess.Popen(
+        [launch, *words, run, "--minutes", "5"], env=os.environ | {"PYTHON": str(python)}
+    )
+    if wait:
+        with pytest.raises(subprocess.TimeoutExpired):
+            launched.wait(0.3)
+        ends.touch()
+        assert launched.wait(20) == 3
+        assert (run / "out.log").read_text().rstrip().endswith("--minutes 5")
+    else:
+        assert launched.wait(20) == 0
+        ends.touch()

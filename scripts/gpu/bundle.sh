@@ -8,7 +8,12 @@ set -euo pipefail
 bundle=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-python=${PYTHON:-.venv/bin/python}
+# pip and tomllib: a Python of 3.11 or newer; the one of `make setup` where there is one.
+python=${PYTHON:-$(command -v .venv/bin/python python3.11 python3 | head -n 1 || true)}
+"$python" -c 'import pip, tomllib' 2>/dev/null || {
+    echo "bundle: ${python:-python3} is no Python >= 3.11 with pip; name one by PYTHON=..." >&2
+    exit 2
+}
 version=${PYTHON_VERSION:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 platforms=()
 for glibc in {5..39}; do

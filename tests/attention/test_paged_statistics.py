@@ -129,7 +129,7 @@ def test_mass_of_every_key_layout(kind: str, heads_first: bool, dtype: str) -> N
 
 
 def test_layers_are_each_plan_s_own() -> None:
-    """Replays begin at a layer, block probes look at every so manyth: others must stay 0."""
+    """Replays begin at a layer, block probes look at every n-th: others must stay 0."""
     plans = [Plan(20, 2), Plan(33, 2, first_layer=2), Plan(9, 1, 1, 3), Plan(17, 1, 4, 1)]
     made = PagedPass(Shape(layers=5), plans)
     check_mass(made, [(0, 5)])

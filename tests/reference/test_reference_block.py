@@ -37,7 +37,7 @@ def test_replaying_everything_is_no_cache(endless, shape, shift):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_rows_of_a_step(endless, monkeypatch, shift, every):
-    """The window's rows, what was committed with its neighbours, and in every so manyth step
+    """The window's rows, what was committed with its neighbours, and in every n-th step
     the probes."""
     model = endless("gqa", vocab=40, shift=shift)
     options = ElasticBlockOptions(

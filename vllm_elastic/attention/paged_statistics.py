@@ -55,7 +55,7 @@ class Rows:
         blocks: int32, the kernels' blocks of the plans, one plan's behind the other's.
         tested: int64 [M], the tested rows among the queries.
         before: None: no plan tests.
-        hidden_stride: every so manyth layer stores its input, and is tested.
+        hidden_stride: every n-th layer stores its input, and is tested.
     """
 
     queries: torch.Tensor

@@ -29,7 +29,7 @@ class Setting:
         kv_heads: of the whole model.
         ranks: that share the model; they divide it evenly.
         memory: bytes of a rank's device. utilization: share of it that vLLM may use.
-        hidden_stride: the input of every so manyth layer is kept.
+        hidden_stride: the input of every n-th layer is kept.
         canvas: positions of a full canvas.
         row_budget: rows of a step. seats: requests at a time. window: positions that each
             predicts where it does not say otherwise. max_window: that any may predict.

@@ -55,7 +55,7 @@ class BlockProbe:
     Attributes:
         probes: rows of the first segment whose stored hidden states are compared with the new.
         watched: bool [T], positions whose attention the policy is going to count.
-        attention_stride: attention is read in the last layer and every so manyth before it.
+        attention_stride: attention is read in the last layer and every n-th before it.
     """
 
     probes: Positions

@@ -119,7 +119,7 @@ class PassPlan:
 
     @property
     def attention_stride(self) -> int:
-        """Attention is read in the last layer and every so manyth before it."""
+        """Attention is read in the last layer and every n-th before it."""
         return self.measure.attention_stride if isinstance(self.measure, BlockProbe) else 1
 
     @property

@@ -25,7 +25,7 @@ class DecodingRecord:
 
     With ``keep_rows`` an entry also has ``segments`` ([join layer, rows] pairs, ascending),
     ``window`` (rows whose candidates are wanted), ``queries`` (rows whose attention is measured),
-    ``attention_stride`` (in every so manyth layer) and ``tested`` (rows of the drift test): what
+    ``attention_stride`` (in every n-th layer) and ``tested`` (rows of the drift test): what
     the pass costs on any machine.
 
     With ``keep_canvas`` an entry also has ``canvas``, from ``canvas_of_pass``: what a picture of

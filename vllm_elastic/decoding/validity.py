@@ -14,7 +14,7 @@ class BlockValidity:
     the embedding), so its rows can join a pass there.
 
     Args:
-        hidden_stride: inputs are stored of every so manyth layer only, so staleness begins there.
+        hidden_stride: the inputs of every n-th layer are stored, so staleness begins there.
 
     Attributes:
         block_size: positions a block has.

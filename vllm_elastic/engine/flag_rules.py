@@ -444,9 +444,10 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group(
         "--attention-backend --attention-config",
-        "works",
+        "ours",
         "FLASH_ATTN, TRITON_ATTN or CUSTOM, which is [ours, on xformers]"
-        "(recipe-gpu.md#attention-by-xformers)",
+        "(recipe-gpu.md#attention-by-xformers); FLASHINFER, FLEX_ATTENTION and those that attend "
+        "one way only are refused ([why](decisions.md))",
     ),
     Group("--kernel-config --ir-op-priority --linear-backend", "works"),
     Group("--moe-backend", "works", "with LLaDA-MoE; other models have no experts"),

@@ -45,8 +45,8 @@ RULES: dict[str, Rule] = {
     ),
     "seed": Rule(
         "deviates",
-        "random numbers depend on seed, position and step only, not on the batch; -1 is no seed, "
-        "as in vLLM; a request without one gets the next of the engine's `--seed`",
+        "random numbers depend on seed, position, denoising step and token only, not on the batch; "
+        "-1 is no seed, as in vLLM; a request without one gets the next of the engine's `--seed`",
     ),
     "top_k": Rule("kept"),
     "top_p": Rule("kept"),

@@ -232,7 +232,7 @@ class ElasticRunner:
             )
             return 0.0
         taken = time.perf_counter() - started
-        logger.info("compiling a layer took %.1f s; --enforce-eager goes without", taken)
+        logger.info("compiling a layer took %.1f s; --enforce-eager switches it off", taken)
         return taken
 
     @torch.inference_mode()
@@ -243,7 +243,7 @@ class ElasticRunner:
         canvas, block_size = self.model_config.max_model_len, self.cache.block_size
         for plans in warm_up_passes(self.traits, canvas, self.max_chunk_rows, block_size):
             self.run(plans)
-        logger.info("passes of nobody's, as a warm-up, took %.1f s", time.perf_counter() - started)
+        logger.info("warm-up passes took %.1f s", time.perf_counter() - started)
 
     # Called once a step.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes of nobody's, at start on a GPU: what is made at a kernel's first call is made by them.
+"""Warm-up passes at start on a GPU: what is made at a kernel's first call is made by them.
 
 vLLM's attention is compiled when it is called on some cards: FlashAttention 4 on Blackwell, Triton
 in float32. How often depends on a batch: one row of a request or more (Triton), more than a tile of

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Shares = npt.NDArray[np.float32]
 
 GROWTH = 0.6
-"""Drift grows with this power of the steps since the state was stored: measured (docs/drift.md)."""
+"""Drift is taken to grow with this power of the steps since the state was stored; measured are 0.5
+to 1 (docs/drift.md)."""
 
 
 class ElasticBlock(RefreshPolicy):
