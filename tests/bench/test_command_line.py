@@ -41,11 +41,14 @@ def test_arguments_of_the_engine(command: str, batch_size: int | list[int]) -> N
     words = [command, "--model", "m/", *REQUIRED[command]]
     args = make_parser().parse_args(words)
     assert (args.model, args.batch_size) == (Path("m"), batch_size)
-    assert (args.dtype, args.elastic_config) == ("float32", {})
+    assert (args.dtype, args.elastic_config) == ("auto", {})
+    assert (args.max_model_len, args.kv_cache_memory_bytes) == (None, None)
     words += ["--batch-size", "3", "--dtype", "bfloat16", "--elastic-config", '{"gamma": 0.5}']
+    words += ["--max-model-len", "512", "--kv-cache-memory-bytes", "1000000"]
     args = make_parser().parse_args(words)
     assert args.batch_size in (3, [3])
     assert (args.dtype, args.elastic_config) == ("bfloat16", {"gamma": 0.5})
+    assert (args.max_model_len, args.kv_cache_memory_bytes) == (512, 1000000)
 
 
 @pytest.mark.parametrize("command", REQUIRED)

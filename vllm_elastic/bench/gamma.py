@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench.arguments import add_adapter, add_count, add_engine, add_json, add_model
-from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, is_right, read_problems, score
+from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.config import POLICIES, STATISTICS, knobs_of
 
 
@@ -58,13 +58,7 @@ def _numbers(text: str) -> list[float]:
 def main(args: argparse.Namespace) -> None:
     """Print the table as it grows."""
     problems = read_problems(args.problems, args.count)
-    engine = BenchEngine(
-        args.model,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        elastic_config=args.elastic_config,
-        adapter=args.adapter,
-    )
+    engine = served_model(args, problems, adapter=args.adapter)
     runs: list[tuple[str, dict[str, Any]]] = [("none", {"elastic_policy": "none"})]
     runs += [(policy, {"elastic_policy": policy}) for policy in args.policies]
     runs += [
@@ -88,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         )
         for c in args.configs
     ]
-    print(f"{len(problems)} problems, {args.dtype}, batch {args.batch_size}")
+    print(f"{len(problems)} problems, {engine.dtype}, batch {args.batch_size}")
     print("| policy | accuracy | same tokens as none | steps | passes | work vs none | seconds |")
     print("|---|---|---|---|---|---|---|", flush=True)
     baseline: list[dict[str, Any]] = []
