@@ -55,7 +55,7 @@ def problems(tmp_path: Path) -> Path:
     "words",
     [
         ["run", "--prompts", "problems.jsonl", "--out", "out.jsonl"],
-        ["gamma", "--problems", "problems.jsonl", "--gammas", "0.9", "--json", "out.json"],
+        ["settings", "--problems", "problems.jsonl", "--json", "out.json"],
         ["tune", "--prompts", "problems.jsonl", "--policies", "interval", "--out", "out.json"],
     ],
     ids=lambda words: words[0],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``compare``, ``tune`` and ``gamma`` from command line to file, on the trained model."""
+"""``compare``, ``tune`` and ``settings`` from command line to file, on the trained model."""
 
 from __future__ import annotations
 
@@ -199,13 +199,13 @@ def test_tune_tries_the_elastic_that_suits_the_tiny_model() -> None:
     assert all(ElasticConfig.from_dict(setting) for setting in tried)
 
 
-def test_gamma_prints_policies_and_tasks(
+def test_settings_prints_policies_and_tasks(
     problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "gamma.json"
-    words = ["--statistics", "paper", "--gammas", "0,0.9", "--policies", "dual-cache"]
+    out = tmp_path / "settings.json"
+    words = ["--statistics", "paper", "--gammas", "0", "0.9", "--policies", "dual-cache"]
     words += ["--configs", '{"policy": "elastic-block"}', "--json", str(out)]
-    run("gamma", *SERVED, "--problems", str(problems), *words)
+    run("settings", *SERVED, "--problems", str(problems), *words)
     rows = json.loads(out.read_text())
     assert len(rows) == 5, "none, two gammas, a policy and a config"
     printed = capsys.readouterr().out
