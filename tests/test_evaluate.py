@@ -51,6 +51,23 @@ def test_the_table_has_what_ran_and_what_others_report(evaluate: ModuleType) -> 
     assert rows[3] == "| *reported: Elastic-Cache* | 82.79% | | 41.7 | | | |"
 
 
+def test_a_relative_out_is_where_the_reader_stands(
+    evaluate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcomes would lie among the tasks, whose folder the harness works in."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "TASKS", tasks)
+    ran = evaluate.Outcome("block", 50.0, 4, 400, 100, 8000, 20.0, 10.0)
+    monkeypatch.setattr(evaluate, "run", lambda *_: ran)
+    words = ["evaluate.py", "tiny", "tiny", "--settings", "block", "--out", "results.json"]
+    monkeypatch.setattr(sys, "argv", words)
+    evaluate.main()
+    (outcome,) = json.loads((tmp_path / "results.json").read_text())
+    assert outcome["setting"] == "block" and not list(tasks.iterdir())
+
+
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.timeout(900)

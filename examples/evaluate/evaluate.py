@@ -170,6 +170,8 @@ def main() -> None:
     if recipe is None:
         parser.error(f"{args.model} has no task {args.task}: {', '.join(RECIPES[args.model])}")
     os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
+    if args.out:
+        args.out = args.out.resolve()
     os.chdir(TASKS)  # a local task names its file
     outcomes = [run(recipe, setting, args) for setting in args.settings]
     if args.out:

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 SPEED = {"gen_length": 256, "prompt_tokens": 140, "batch_size": 1}
 ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
-    "gamma": (
+    "settings": (
         [
             {"policy": "none", "work": 1.0, "accuracy": 0.8, "by_task": {}},
             {"policy": "elastic, paper, gamma 0.5", "work": 0.1, "accuracy": 0.7, "by_task": {}},

@@ -102,7 +102,7 @@ def test_tune(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By accuracy or, without answers, by agreement: the same setting here."""
-    monkeypatch.setattr(tune, "BenchEngine", FakeEngine)
+    monkeypatch.setattr(tune, "served_model", FakeEngine)
     lines = PROBLEMS if has_answers else [{"prompt": p["prompt"]} for p in PROBLEMS]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "config.json"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))

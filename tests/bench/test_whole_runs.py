@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``compare``, ``tune`` and ``gamma`` from command line to file, on the trained model."""
+"""``compare``, ``tune`` and ``settings`` from command line to file, on the trained model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_elastic.decoding.policies import POLICIES
 pytestmark = pytest.mark.engine
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_llada"
-MODEL = str(TINY / "checkpoint")
+SERVED = ("--model", str(TINY / "checkpoint"), "--dtype", "float32")
 CANVAS = 40
 
 ROW = {
@@ -78,7 +78,7 @@ def test_compare_writes_a_row_for_each_setting(
     knobs = {"as published": {"policy": "elastic", "reach": 0}, "elastic-block": {"reach": 2}}
     words = ["--policies", *chosen, "--problems", "3", "--gen-length", str(CANVAS), "--shots", "0"]
     words += ["--batch-size", "1", "2", "--repeats", "2", "--oracle-problems", "1"]
-    run("compare", "--model", MODEL, *words, "--knobs", json.dumps(knobs), "--json", str(out))
+    run("compare", *SERVED, *words, "--knobs", json.dumps(knobs), "--json", str(out))
     rows: list[dict[str, Any]] = json.loads(out.read_text())
     settings = [*chosen, "as published"]
     names = [(row["policy"], row["batch_size"]) for row in rows]
@@ -100,7 +100,7 @@ def test_compare_writes_a_row_for_each_setting(
 
 
 def test_compare_knows_every_policy() -> None:
-    args = make_parser().parse_args(["compare", "--model", MODEL])
+    args = make_parser().parse_args(["compare", *SERVED])
     assert args.policies == list(POLICIES)
 
 
@@ -115,7 +115,7 @@ def test_tune_finds_the_cheapest_that_agrees(
     out = tmp_path / "found.json"
     words = ["--policies", "elastic-block", "interval", "--agreement", agreement]
     words += ["--elastic-config", '{"reach": 3}', "--out", str(out)]
-    run("tune", "--model", MODEL, "--prompts", str(prompts), *words)
+    run("tune", *SERVED, "--prompts", str(prompts), *words)
     found = json.loads(out.read_text())
     assert ElasticConfig.from_dict(found).reach == 3, "the user's own knobs are kept"
     printed = capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_tune_checks_on_prompts_kept_aside(
 ) -> None:
     out = tmp_path / "found.json"
     words = ["--policies", "interval", "--check-share", "0.5", "--out", str(out)]
-    run("tune", "--model", MODEL, "--prompts", str(problems), *words)
+    run("tune", *SERVED, "--prompts", str(problems), *words)
     chosen, checked = capsys.readouterr().out.split("it was not chosen by")
     # vLLM's log is in between, unless it is told otherwise as main() does.
     assert "1 prompts to choose by; good enough: an accuracy of at least" in chosen
@@ -199,13 +199,13 @@ def test_tune_tries_the_elastic_that_suits_the_tiny_model() -> None:
     assert all(ElasticConfig.from_dict(setting) for setting in tried)
 
 
-def test_gamma_prints_policies_and_tasks(
+def test_settings_prints_policies_and_tasks(
     problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "gamma.json"
-    words = ["--statistics", "paper", "--gammas", "0,0.9", "--policies", "dual-cache"]
+    out = tmp_path / "settings.json"
+    words = ["--statistics", "paper", "--gammas", "0", "0.9", "--policies", "dual-cache"]
     words += ["--configs", '{"policy": "elastic-block"}', "--json", str(out)]
-    run("gamma", "--model", MODEL, "--problems", str(problems), *words)
+    run("settings", *SERVED, "--problems", str(problems), *words)
     rows = json.loads(out.read_text())
     assert len(rows) == 5, "none, two gammas, a policy and a config"
     printed = capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_run_records_what_report_shows(problems: Path, tmp_path: Path) -> None:
         files.append(str(tmp_path / f"{setting}.jsonl"))
         config = json.dumps({"preset": setting})
         words = ["--prompts", str(problems), "--elastic-config", config, "--canvas"]
-        run("run", "--model", MODEL, *words, "--out", files[-1])
+        run("run", *SERVED, *words, "--out", files[-1])
     out = tmp_path / "report.html"
     run("report", *files, "--out", str(out))
     (embedded,) = re.findall(
@@ -261,7 +261,7 @@ def test_an_adapters_prompts(tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     lines = (json.dumps(line | {"max_tokens": 64}) + "\n" for line in asked)
     prompts.write_text("".join(lines))
-    words = ["run", "--model", MODEL, "--prompts", str(prompts), "--out", str(out)]
+    words = ["run", *SERVED, "--prompts", str(prompts), "--out", str(out)]
     run(*words, "--adapter", str(TINY / "terse"))
     found = [json.loads(line)["text"].split() for line in out.read_text().splitlines()]
     assert found == [line["answer"].split() for line in asked]

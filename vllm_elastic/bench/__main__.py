@@ -6,7 +6,18 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_elastic.bench import card, compare, gamma, plan, plot, replay, report, run, simulate, tune
+from vllm_elastic.bench import (
+    card,
+    compare,
+    plan,
+    plot,
+    replay,
+    report,
+    run,
+    settings,
+    simulate,
+    tune,
+)
 from vllm_elastic.bench.arguments import prepare_outputs
 from vllm_elastic.config import ConfigError
 
@@ -16,10 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_elastic.bench",
         description="Run a masked diffusion model on prompts of your own and see what it costs; "
-        "COMMAND --help says more. run, gamma, compare and tune load it in this process.",
+        "COMMAND --help says more. run, settings, compare and tune load it in this process.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, gamma, compare, tune, card, replay, simulate, plan, plot, report):
+    for command in (run, settings, compare, tune, card, replay, simulate, plan, plot, report):
         command.add_parser(commands)
     return parser
 

@@ -22,15 +22,35 @@ def add_prompts(parser: ArgumentParser) -> None:
 
 
 def add_engine(parser: ArgumentParser, batch_size: int | None = None) -> None:
-    """``--batch-size``, ``--dtype`` and ``--elastic-config`` of a ``BenchEngine``.
+    """What ``served_model`` makes an engine of: batch size, type, knobs, canvas, cache.
 
     Args:
         batch_size: the default, in requests; None: the benchmark has a ``--batch-size`` of its own.
     """
     if batch_size is not None:
         parser.add_argument("--batch-size", type=positive, default=batch_size, metavar="N")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto, the default: what a server takes for this checkpoint",
+    )
     parser.add_argument("--elastic-config", type=knobs_of, default={}, metavar="JSON")
+    parser.add_argument(
+        "--max-model-len",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="positions of a canvas, prompt and answer (default: of the longest that is asked for)",
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="keys, values and hidden states of all canvases (default: on a GPU what vLLM finds "
+        "free, elsewhere what a batch of them takes, and at least 1 GiB)",
+    )
 
 
 def add_adapter(parser: ArgumentParser) -> None:

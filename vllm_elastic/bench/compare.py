@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench.arguments import add_engine, add_json, add_model, named_knobs, positive
-from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, BenchEngine
+from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
+from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.decoding.policies import POLICIES
 
 Runner = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -67,19 +68,17 @@ def add_parser(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print one table row for each policy and setting."""
-    engine = BenchEngine(
-        args.model,
-        dtype=args.dtype,
-        batch_size=max(args.batch_size),
-        elastic_config=args.elastic_config,
-        kv_cache_memory_bytes=DEFAULT_KV_CACHE_BYTES,
-    )
+    sets = [
+        (gen_length, list(load_problems(args.model, args.problems, gen_length, shots)))
+        for gen_length, shots in itertools.product(args.gen_length, args.shots)
+    ]
+    asked = [problem for _, problems in sets for problem in problems]
+    engine = served_model(args, asked, batch_size=max(args.batch_size))
     rows = []
     print("| policy | canvas | prompt | batch | accuracy | as none | passes | work | tokens/s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     oracle = Oracle(engine, args) if args.oracle_problems else None
-    for gen_length, shots in itertools.product(args.gen_length, args.shots):
-        problems = list(load_problems(args.model, args.problems, gen_length, shots))
+    for gen_length, problems in sets:
         for batch_size in args.batch_size:
             engine.scheduler.max_num_active_reqs = batch_size
             runners = settings(engine, args)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_elastic.bench.arguments import positive
-from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET, BenchEngine
+from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET, BenchEngine, cache_bytes
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
@@ -54,12 +54,7 @@ def shape_of_sizes(args: argparse.Namespace) -> ModelShape:
 def dummy_engine(
     shape: ModelShape, args: argparse.Namespace, batch_sizes: Sequence[int], canvas: int
 ) -> BenchEngine:
-    """An engine that serves the largest batch, of canvases of so many positions.
-
-    On a GPU vLLM sizes the KV cache, as it does for a server; elsewhere it holds that batch.
-    """
-    import torch
-
+    """An engine that serves the largest batch, of canvases of so many positions."""
     seats = max(batch_sizes)
     config = {
         "architectures": ["LLaDAModelLM"],
@@ -74,8 +69,6 @@ def dummy_engine(
         "eos_token_id": shape.vocabulary - 2,
         "torch_dtype": args.dtype,
     }
-    on_gpu = torch.cuda.is_available()
-    kv_cache_bytes = (seats + 2) * (canvas + 128) * shape.position_bytes
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         return BenchEngine(
@@ -84,5 +77,5 @@ def dummy_engine(
             batch_size=seats,
             load_format="dummy",
             row_budget=args.max_num_batched_tokens,
-            kv_cache_memory_bytes=None if on_gpu else kv_cache_bytes,
+            kv_cache_memory_bytes=cache_bytes(shape, canvas, seats),
         )

@@ -13,11 +13,41 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from vllm_elastic.bench.rank_memory import position_bytes
+from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.config import REQUEST_PREFIX, ElasticConfig
 from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+"""Where nobody says how many canvases there are, and the least where somebody does."""
+
+
+def on_gpu() -> bool:
+    """Whether vLLM works on a GPU, where it takes a share of the memory for its cache."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def cache_bytes(shape: ModelShape, canvas: int, seats: int, hidden_stride: int = 1) -> int | None:
+    """Bytes of a KV cache that holds so many canvases of so many positions.
+
+    None on a GPU: vLLM sizes it there, as it does for a server.
+    """
+    from vllm_elastic.engine.engine_config import BLOCK_SIZE
+
+    if on_gpu():
+        return None
+    blocks = seats * -(-canvas // BLOCK_SIZE) + 1  # vLLM keeps one for itself
+    kv_heads = shape.key_width * shape.heads // shape.width
+    position = sum(position_bytes(shape, kv_heads, 1, hidden_stride))
+    return max(DEFAULT_KV_CACHE_BYTES, blocks * BLOCK_SIZE * position)
+
+
+def has_tokenizer(model: str | Path) -> bool:
+    """Whether a checkpoint can be asked in words."""
+    return (Path(model) / "tokenizer.json").exists()
 
 
 def progress_bar(label: str) -> Callable[..., tqdm] | bool:
@@ -74,7 +104,7 @@ class BenchEngine:
 
             self._adapter = LoRARequest(adapter.name, 1, str(adapter))
             llm_options |= {"enable_lora": True, "max_lora_rank": _slot_rank(adapter)}
-        tokenizer = (Path(model) / "tokenizer.json").exists()
+        tokenizer = has_tokenizer(model)
         self.llm = LLM(
             model=str(model),
             dtype=dtype,
@@ -89,7 +119,9 @@ class BenchEngine:
                 **llm_options,
             },
         )
-        config = self.llm.llm_engine.vllm_config.model_config.hf_config
+        model_config = self.llm.llm_engine.vllm_config.model_config
+        config = model_config.hf_config
+        self.dtype = str(model_config.dtype).removeprefix("torch.")
         self.mask_token_id: int = config.mask_token_id
         self.eos_token_id: int | None = config.eos_token_id
         self.num_layers: int = config.num_hidden_layers

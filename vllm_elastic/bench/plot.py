@@ -18,8 +18,8 @@ def add_parser(commands: Any) -> None:
     """Add ``plot`` to the command line."""
     parser = commands.add_parser(
         "plot",
-        help="a picture of what gamma, compare, card or drift wrote with --json",
-        description="Draws accuracy against work (gamma), tokens per second (compare), where a "
+        help="a picture of what settings, compare, card or drift wrote with --json",
+        description="Draws accuracy against work (settings), tokens per second (compare), where a "
         "pass's time goes (card --parts) or drift by layer (drift); which one, the file says. "
         "Needs matplotlib.",
     )
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         rows = rows.get("passes")
     draw = picture_of(rows)
     if draw is None:
-        raise SystemExit(f"{args.file}: not the --json of gamma, compare, card --parts or drift")
+        raise SystemExit(f"{args.file}: not the --json of settings, compare, card --parts or drift")
     try:
         import matplotlib
     except ImportError:
@@ -79,7 +79,7 @@ def picture_of(rows: Any) -> Callable[[Any, Rows], None] | None:
 
 
 def accuracy_and_work(axes: Any, rows: Rows) -> None:
-    """A point a setting of ``gamma``; settings that differ in the drift bound only are joined."""
+    """A point a row of ``settings``; rows that differ in the drift bound only are joined."""
     lines: dict[str, Rows] = {}
     for row in rows:
         line = re.sub(r", (gamma|block_drift) [\d.]+", "", row["policy"])

@@ -19,7 +19,8 @@ from vllm_elastic.bench.arguments import (
     add_prompts,
     positive,
 )
-from vllm_elastic.bench.engine import DEFAULT_KV_CACHE_BYTES, DEFAULT_ROW_BUDGET, BenchEngine
+from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
+from vllm_elastic.bench.served_model import served_model
 
 
 def add_parser(commands: Any) -> None:
@@ -36,20 +37,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     add_engine(parser, batch_size=1)
     add_adapter(parser)
-    parser.add_argument("--max-model-len", type=positive, default=None, metavar="N")
     parser.add_argument(
         "--max-num-batched-tokens",
         type=positive,
         default=DEFAULT_ROW_BUDGET,
         metavar="N",
         help="row budget of a step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--kv-cache-memory-bytes",
-        type=positive,
-        default=DEFAULT_KV_CACHE_BYTES,
-        metavar="N",
-        help="keys, values and hidden states of all canvases (default: %(default)s)",
     )
     parser.add_argument(
         "--similarities", action="store_true", help="record each drift test's similarities"
@@ -95,18 +88,14 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def main(args: argparse.Namespace) -> None:
     """Run the prompts; records go to ``--out``, a summary to standard error."""
     requests = list(read_jsonl(args.prompts))[: args.count]
-    engine = BenchEngine(
-        args.model,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        elastic_config=args.elastic_config,
+    engine = served_model(
+        args,
+        requests,
         adapter=args.adapter,
-        max_model_len=args.max_model_len,
         row_budget=args.max_num_batched_tokens,
         similarities=args.similarities,
         rows=True,
         canvas=args.canvas,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     )
     started = time.perf_counter()
     results = engine.run(requests)

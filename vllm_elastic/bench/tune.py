@@ -16,6 +16,7 @@ from vllm_elastic.bench.arguments import add_adapter, add_count, add_engine, add
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, percent, score
 from vllm_elastic.bench.run import read_jsonl
+from vllm_elastic.bench.served_model import served_model
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 DRIFTS = (1.0, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005)
@@ -189,13 +190,7 @@ def main(args: argparse.Namespace) -> None:
     """Print every setting tried, write the best, and check it on the prompts kept aside."""
     prompts = list(read_jsonl(args.prompts))[: args.count]
     aside = kept_aside(len(prompts), args.check_share)
-    engine = BenchEngine(
-        args.model,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        elastic_config=args.elastic_config,
-        adapter=args.adapter,
-    )
+    engine = served_model(args, prompts, adapter=args.adapter)
 
     def trial(chosen: list[int]) -> Trial:
         own = [prompts[i] for i in chosen]

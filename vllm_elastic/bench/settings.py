@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench gamma``: what the drift threshold does to accuracy and work, for both statistics."""
+"""``bench settings``: what knobs do to accuracy, passes and work, on problems with answers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,51 @@ from pathlib import Path
 from typing import Any
 
 from vllm_elastic.bench.arguments import add_adapter, add_count, add_engine, add_json, add_model
-from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import Score, is_right, read_problems, score
+from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.config import POLICIES, STATISTICS, knobs_of
 
 
 def add_parser(commands: Any) -> None:
-    """Add ``gamma`` to the command line."""
+    """Add ``settings`` to the command line."""
     parser = commands.add_parser(
-        "gamma",
-        help="accuracy and work over gamma, for both drift statistics",
-        description="Reads problems with answers (JSONL: prompt, answer, optional max_tokens), "
-        "runs them without a cache and with Elastic-Cache at each gamma, in one engine.",
+        "settings",
+        help="accuracy, passes and work of settings of your choice",
+        description="Reads problems with answers (JSONL: prompt, answer, optional max_tokens) and "
+        "runs them without a cache and then under every setting that is named, in one engine.",
     )
     add_model(parser)
     parser.add_argument("--problems", required=True, type=Path, metavar="FILE")
     add_count(parser, "problems")
-    parser.add_argument("--gammas", type=_numbers, default=[0.0, 0.5, 0.7, 0.8, 0.9, 0.95])
-    parser.add_argument("--statistics", nargs="*", default=list(STATISTICS), choices=STATISTICS)
-    parser.add_argument(
-        "--policies",
-        nargs="*",
-        default=["dual-cache"],
-        choices=POLICIES,
-        help="further baselines",
-    )
     parser.add_argument(
         "--configs",
-        nargs="*",
+        nargs="+",
         type=knobs_of,
         default=[],
         metavar="JSON",
-        help='further settings: \'{"policy": "elastic-block", "block_drift": 0.05}\'',
+        help='settings: \'{"policy": "elastic-block", "block_drift": 0.05}\'',
+    )
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=[],
+        choices=POLICIES,
+        help="settings that are a policy and nothing else",
+    )
+    parser.add_argument(
+        "--gammas",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="GAMMA",
+        help="settings of Elastic-Cache, one for each of --statistics",
+    )
+    parser.add_argument(
+        "--statistics",
+        nargs="+",
+        default=None,
+        choices=STATISTICS,
+        help="drift statistics of --gammas (default: both)",
     )
     add_engine(parser, batch_size=16)
     add_adapter(parser)
@@ -51,49 +64,45 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(function=main)
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def named_settings(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """What is run, by the name of its row, with the fields of its requests.
+
+    Raises:
+        SystemExit: statistics are named and no gamma is.
+    """
+    if args.statistics and not args.gammas:
+        raise SystemExit("settings: --statistics is of --gammas; name some")
+    elastic = [
+        (f"elastic, {statistic}, gamma {gamma:g}", {"statistic": statistic, "gamma": gamma})
+        for statistic in args.statistics or STATISTICS
+        for gamma in args.gammas
+    ]
+    named: list[tuple[str, dict[str, Any]]] = [
+        *((policy, {"policy": policy}) for policy in ("none", *args.policies)),
+        *((name, {"policy": "elastic", **knobs}) for name, knobs in elastic),
+        *((_name(knobs), knobs) for knobs in args.configs),
+    ]
+    return [
+        (name, {f"elastic_{key}": value for key, value in knobs.items()}) for name, knobs in named
+    ]
+
+
+def _name(knobs: dict[str, Any]) -> str:
+    shown = [f"{value}" if key == "policy" else f"{key} {value}" for key, value in knobs.items()]
+    return ", ".join(shown)
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the table as it grows."""
+    chosen = named_settings(args)
     problems = read_problems(args.problems, args.count)
-    engine = BenchEngine(
-        args.model,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        elastic_config=args.elastic_config,
-        adapter=args.adapter,
-    )
-    runs: list[tuple[str, dict[str, Any]]] = [("none", {"elastic_policy": "none"})]
-    runs += [(policy, {"elastic_policy": policy}) for policy in args.policies]
-    runs += [
-        (
-            f"elastic, {statistic}, gamma {gamma:g}",
-            {
-                "elastic_policy": "elastic",
-                "elastic_statistic": statistic,
-                "elastic_gamma": gamma,
-            },
-        )
-        for statistic in args.statistics
-        for gamma in args.gammas
-    ]
-    runs += [
-        (
-            ", ".join(
-                f"{value}" if key == "policy" else f"{key} {value}" for key, value in c.items()
-            ),
-            {f"elastic_{key}": value for key, value in c.items()},
-        )
-        for c in args.configs
-    ]
-    print(f"{len(problems)} problems, {args.dtype}, batch {args.batch_size}")
+    engine = served_model(args, problems, adapter=args.adapter)
+    print(f"{len(problems)} problems, {engine.dtype}, batch {args.batch_size}")
     print("| policy | accuracy | same tokens as none | steps | passes | work vs none | seconds |")
     print("|---|---|---|---|---|---|---|", flush=True)
     baseline: list[dict[str, Any]] = []
     rows = []
-    for name, knobs in runs:
+    for name, knobs in chosen:
         started = time.perf_counter()
         results = engine.run([{**problem, **knobs} for problem in problems])
         seconds = time.perf_counter() - started
