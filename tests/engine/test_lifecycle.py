@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -153,6 +154,23 @@ def test_not_finite_request_fails_alone(policy: str, driver: Driver) -> None:
     assert_nothing_left(driver)
 
 
+def test_a_request_that_cannot_begin_ends_alone(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Admission went by other knobs than the engine has: no reason to end the engine."""
+    scheduler = driver.engine.scheduler
+    narrow = dataclasses.replace(scheduler.elastic_config, max_window=32)
+    monkeypatch.setattr(scheduler, "elastic_config", narrow)
+    healthy = driver.add(prompt_of(12, 1), 24)
+    driver.step()
+    wide = driver.add(prompt_of(9, 2), 24, window=64)
+    late = driver.add(prompt_of(7, 3), 8)
+    driver.run()
+    assert driver.finished[wide] == "error" and not driver.tokens[wide]
+    assert {driver.finished[healthy], driver.finished[late]} <= {"stop", "length"}
+    assert_nothing_left(driver)
+
+
 def test_profile_run_needs_no_cache(driver: Driver) -> None:
     """What vLLM's GPU worker calls before there is a KV cache."""
     caches, driver.engine.runner.kv_caches = driver.engine.runner.kv_caches, {}
@@ -181,8 +199,8 @@ def test_warm_up_owns_nothing(
     monkeypatch.setattr(BatchBuilder, "_common_metadata", seen)
     runner.warm_up()
     monkeypatch.undo()
-    assert asked == set(product((1, 2), (1, 2, 32), (32,))) | set(
-        product((1, 2), (1, 2, 192), (256,))
+    assert asked == set(product((1, 2, 16), (1, 2, 32), (32,))) | set(
+        product((1, 2, 16), (1, 2, 192), (256,))
     )
     for cache in runner.kv_caches.values():
         assert cache[1:].isnan().all(), "only vLLM's null block is written"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ def test_flags_end_in_additional_config(engine_args: Any) -> None:
     args = parse(engine_args.add_cli_args, [*ARGUMENTS, "--additional-config", '{"other": 1}'])
     config = engine_args.from_cli_args(args).additional_config
     assert config == {"other": 1, "elastic": {"gamma": 0.5}}
+
+
+def test_api_servers_get_them_without_the_plugin(engine_args: Any) -> None:
+    """Where there are several, vLLM sends them its arguments, and they read those before any plugin
+    is loaded."""
+    args = parse(engine_args.add_cli_args, ARGUMENTS)
+    expected = engine_args.from_cli_args(args).additional_config
+    sent = pickle.loads(pickle.dumps(args))
+    stock = engine_args.from_cli_args.__func__.__wrapped__
+    assert stock(engine_args, sent).additional_config == expected
+    assert engine_args.from_cli_args(args).additional_config == expected, "read once more"
+
+
+def test_a_parser_from_before_the_plugin(engine_args: Any) -> None:
+    stock = engine_args.add_cli_args.__wrapped__
+    assert engine_args.from_cli_args(parse(stock, ["--model", MODEL])).model == MODEL
 
 
 def test_without_flags_nothing_is_added(engine_args: Any) -> None:

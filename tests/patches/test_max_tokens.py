@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint"
 MESSAGES = [{"role": "user", "content": "2"}]
@@ -100,6 +101,26 @@ def test_stock_model_is_left_alone(case: int, stock: Any) -> None:
     make, name = requests_of()[case]
     for request in (make(), make(**{name: 300})):
         assert admitted(stock, request) == LEFT
+
+
+@pytest.mark.parametrize("case", [0, 1, 3])
+def test_min_tokens_is_held_against_the_canvas(
+    case: int, llada: Any, ceiling: Any, stock: Any
+) -> None:
+    """Not against what vLLM has lowered it to; for other models it is, and in the same words."""
+    make, name = requests_of()[case]
+    asked = {name: 300, "min_tokens": 250}
+    assert admitted(llada, make(**asked)) == 300
+    for processor, most in ((ceiling, 100), (stock, LEFT)):
+        with pytest.raises(
+            VLLMValidationError, match=f"less than or equal to max_tokens={most}, got 250"
+        ):
+            admitted(processor, make(**asked))
+    with pytest.raises(VLLMValidationError, match="less than or equal to max_tokens=300, got 301"):
+        admitted(llada, make(**{name: 300, "min_tokens": 301}))
+    if case < 3:  # a completion's default is not known here
+        with pytest.raises(VLLMValidationError, match="equal to max_tokens=200, got 250"):
+            admitted(llada, make(min_tokens=250))
 
 
 class Stop(Exception):

@@ -206,12 +206,17 @@ class ElasticScheduler(Scheduler):
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
             self._clock.admitted(request.request_id)
+            self.running.append(request)
             if resumed:
                 self._denoising[request.request_id].restart()
             else:
-                self._denoising[request.request_id] = self._begin(request)
+                try:
+                    self._denoising[request.request_id] = self._begin(request)
+                except ValueError as error:  # admission has refused it, or knows other knobs
+                    logger.error("%s; request %s is ended", error, request.request_id)
+                    self.encoder_cache_mismatch_reqs.add(request.request_id)
+                    continue
             self._round_robin.add(request.request_id)
-            self.running.append(request)
             adapters |= {self._adapter_of(request)} - {0}
         for request in reversed(unready):
             self.waiting.prepend_request(request)
@@ -268,7 +273,11 @@ class ElasticScheduler(Scheduler):
         return AnswerGrammar(wanted.grammar, self.vllm_config.model_config.get_vocab_size())
 
     def _plan_step(self) -> list[PassPlan]:
-        free = [r.request_id for r in self.running if r.request_id not in self._in_flight]
+        free = [
+            request_id
+            for request_id in (request.request_id for request in self.running)
+            if request_id in self._denoising and request_id not in self._in_flight
+        ]
         most = None
         if self._overlaps:
             most = self._in_flight.most_in_next([self._plan_of(each) for each in free])

@@ -42,9 +42,11 @@ def check_requests_at_admission() -> None:
 
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-        if is_served_by_us(self.vllm_config):
-            # (request_id, prompt, params, ...)
-            sent = kwargs.get("params", args[2] if len(args) > 2 else None)
+        # (request_id, prompt, params, ...)
+        sent = kwargs.get("params", args[2] if len(args) > 2 else None)
+        if not is_served_by_us(self.vllm_config):
+            take_note(sent, self.vllm_config)
+        else:
             check_place_of_knobs(misplaced_knobs(sent))
             check_bad_words(sent)  # before the tokenizer meets them
             take_note(sent, self.vllm_config)

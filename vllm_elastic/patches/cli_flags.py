@@ -57,7 +57,10 @@ def add_elastic_flags() -> None:
     def with_config(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = from_cli_args(cls, args)
         given = [
-            flag for name, flag in ignored.items() if getattr(args, name, None) != defaults[name]
+            flag
+            for name, flag in ignored.items()
+            # A parser that was made before the plugin was loaded has told no defaults.
+            if name in defaults and getattr(args, name, None) != defaults[name]
         ]
         named = getattr(args, "plugin", None)
         # No part of the engine's configuration, so a worker would be the first to say so.
@@ -79,6 +82,9 @@ def add_elastic_flags() -> None:
                     "give one of them."
                 )
             engine_args.additional_config = {**engine_args.additional_config, "elastic": values}
+            # Several API servers are given these arguments, and read them before any plugin is
+            # loaded there: what is vLLM's own reaches them.
+            args.additional_config, args.elastic_config = engine_args.additional_config, None
         return engine_args
 
     setattr(with_flags, _WRAPPED, True)

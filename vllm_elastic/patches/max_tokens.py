@@ -26,6 +26,7 @@ from vllm_elastic.engine.request_defaults import max_tokens_ceiling
 
 _WRAPPED = "_vllm_elastic_wrapped"
 _ASKED = "_vllm_elastic_max_tokens"
+_LOWERED = "_vllm_elastic_lowered_max_tokens"
 
 
 def take_max_tokens_literally() -> None:
@@ -41,11 +42,20 @@ def take_max_tokens_literally() -> None:
 
 
 def take_note(params: Any, vllm_config: VllmConfig) -> None:
-    """Set the canvas that the client asked for, or the engine's default; over HTTP only."""
-    asked = getattr(params, _ASKED, None)
-    if asked:  # 0 with echo: vLLM generates one token and drops it
+    """Set the canvas that the client asked for, or the engine's default; over HTTP only.
+
+    Raises:
+        VLLMValidationError: ``min_tokens`` is more than it.
+    """
+    asked, lowered = getattr(params, _ASKED, None), getattr(params, _LOWERED, None)
+    if not is_served_by_us(vllm_config):
+        if lowered is not None:
+            params.max_tokens = lowered
+            params._verify_args()
+    elif asked:  # 0 with echo: vLLM generates one token and drops it
         ceiling = max_tokens_ceiling(vllm_config)
         params.max_tokens = asked if ceiling is None else min(asked, ceiling)
+        params._verify_args()
 
 
 def _note_max_tokens(request_class: Any, *names: str) -> None:
@@ -55,11 +65,15 @@ def _note_max_tokens(request_class: Any, *names: str) -> None:
     def noted(
         self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None
     ) -> Any:
-        params = to_sampling_params(self, max_tokens, default_sampling_params)
         # vars: reading the deprecated one of two names as an attribute warns.
         sent = [value for name in names if (value := vars(self).get(name)) is not None]
-        default = (default_sampling_params or {}).get("max_tokens")
-        setattr(params, _ASKED, sent[0] if sent else default)
+        asked = sent[0] if sent else (default_sampling_params or {}).get("max_tokens")
+        # vLLM holds min_tokens against what it has lowered; admission holds it against the canvas.
+        enough = max(max_tokens, min(vars(self).get("min_tokens") or 0, asked or 0))
+        params = to_sampling_params(self, enough, default_sampling_params)
+        setattr(params, _ASKED, asked)
+        if enough > max_tokens:
+            setattr(params, _LOWERED, max_tokens)
         return params
 
     request_class.to_sampling_params = noted
