@@ -66,6 +66,8 @@ def test_kernels_compile(gpu: str) -> None:
         assert each["shared"] <= shared_memory, f"{name} would not fit on a multiprocessor"
         assert "tf32" not in assembly, f"{name} rounds float32"
         assert ".local" not in assembly, f"{name} spills registers"
+        if name == "most_probable_kernel":
+            assert "cp.async" in assembly, "every load is waited for"
         if name in ("mass_kernel", "released_kernel", "paper_kernel"):
             # 16 bytes a thread: a key would else be loaded number by number.
             assert "cp.async.cg.shared.global" in assembly, name

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``candidates.most_probable`` as one launch: torch takes seven, and copies of all logits.
 
-A program has one row and looks at it twice: for the largest logit, then for the sum. The second
+A program has one row and looks at it twice: for the largest logit, then for the sum. What it looks
+at next is on its way meanwhile (``num_stages``): programs are few, and rows long. The second
 look finds the row in the GPU's L2 cache (64 rows of LLaDA-8B's in bfloat16 are 16 MB). A row is
 summed in an order that depends on V alone, so its number is the same in every batch.
 """
@@ -43,7 +44,7 @@ def most_probable_kernel(logits, stride, token_ids, probabilities, vocab, BLOCK:
     # Of every lane the largest and its place: a later one has to be larger.
     largest = tl.full([BLOCK], never, tl.float32)
     place = within
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
         here = start + within
         x = tl.load(first + here, mask=here < vocab, other=never).to(tl.float32)
         larger = x > largest
@@ -52,7 +53,7 @@ def most_probable_kernel(logits, stride, token_ids, probabilities, vocab, BLOCK:
     best = tl.max(largest, axis=0)
     token_id = tl.min(tl.where(largest == best, place, vocab - 1), axis=0)
     total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
         here = start + within
         x = tl.load(first + here, mask=here < vocab, other=never).to(tl.float32)
         total += tl.exp(x - best).to(tl.float64)
