@@ -70,6 +70,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/watched_requests.py",
     "patches/traced_requests.py",
     "engine/sampling.py",
+    "engine/reporting.py",
     "engine/scheduler.py",
 }
 
@@ -106,6 +107,10 @@ OVERRIDDEN = [
     ("engine.scheduler:ElasticScheduler._free_request", SCHEDULER),
     *(("engine.worker:ElasticWorker.init_device", worker) for worker in WORKERS),
     *(("engine.worker:ElasticWorker.compile_or_warm_up_model", worker) for worker in WORKERS),
+    (
+        "models.hidden_states:_StoreOnly.supports_batch_invariance",
+        "vllm.v1.attention.backend:AttentionBackend",
+    ),
     ("models.hidden_states:HiddenStateCache.get_attn_backend", ATTENTION_LAYER),
     ("models.hidden_states:HiddenStateCache.get_kv_cache_spec", ATTENTION_LAYER),
     ("engine.engine_config:DiffusionEngineConfig.verify_and_update_config", CONFIG_HOOK),
@@ -251,6 +256,8 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     ),
     ("vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture", [], []),
     ("vllm.utils.gc_utils:freeze_gc_heap", [], []),
+    ("vllm.v1.worker.workspace:lock_workspace", [], []),
+    ("vllm.sampling_params:SamplingParams._verify_args", ["self"], []),
     ("vllm.v1.worker.worker_base:CompilationTimes", [], ["language_model", "encoder"]),
     ("vllm.model_executor.model_loader:get_model", [], ["vllm_config"]),
     (
