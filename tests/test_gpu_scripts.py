@@ -86,6 +86,23 @@ def test_card_driver_and_versions_are_named(machine: dict[str, str]) -> None:
     assert len((Path(machine["OUT"]) / "summary.txt").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["in OUT", "named"])
+def test_what_was_compiled_is_kept(own: bool, machine: dict[str, str]) -> None:
+    """A stage that was stopped for compiling alone would be stopped each time."""
+    folder = Path(machine["OUT"]).parent / "kept" if own else Path(machine["OUT"]) / "compiled"
+    folders = {
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
+    }
+    shown = " ".join(f"${name}" for name in folders)
+    Path(machine["PYTHON"]).write_text(f'#!/bin/sh\necho "{shown}"\n')
+    others = {name: value for name, value in machine.items() if name not in folders}
+    relative = os.path.relpath(machine["OUT"], ROOT)
+    done = run(others | {"OUT": relative} | (folders if own else {}), "graphs")
+    assert done.returncode == 0, done.stderr
+    assert " ".join(folders.values()) in (Path(machine["OUT"]) / "graphs.log").read_text()
+
+
 def test_no_card_is_said(machine: dict[str, str]) -> None:
     (Path(machine["PYTHON"]).parent / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     done = run(machine, "oracle")

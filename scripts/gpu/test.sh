@@ -5,6 +5,7 @@
 #
 # Each stage is a process of its own with a time limit and a log in OUT, and none stops the next: a
 # card that hangs or fails in one of them is there for the others. Ends with a line for each.
+# What was compiled is kept there too, so a stage that was stopped goes further the second time.
 # Without a card the same tests run on the CPU, kernels in Triton's interpreter.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -33,6 +34,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # Ranks are on this machine, which may have no other interface.
 export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+# Absolute: tests change folders.
+mkdir -p "$out"
+compiled=$(cd "$out" && pwd)/compiled || exit 2
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$compiled/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$compiled/torch}
 # Whatever else the machine's pytest would load.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
@@ -74,7 +80,6 @@ stage() {
     summary+=("$(printf '%-8s %-20s %4d s   %s' "$name" "$outcome" $((SECONDS - began)) "$said")")
 }
 
-mkdir -p "$out"
 machine 2>&1 | tee "$out/machine.log"
 for line in "${stages[@]}"; do
     read -r -d '' -a words <<<"$line"

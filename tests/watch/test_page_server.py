@@ -16,10 +16,12 @@ from tests.documented_commands import arguments, documented
 from vllm_elastic.bench.server import free_port
 from vllm_elastic.presets import PRESETS
 from vllm_elastic.watch.__main__ import make_parser
-from vllm_elastic.watch.page_server import MOST_BYTES, PageServer
+from vllm_elastic.watch.page_server import MOST_BYTES, PageServer, hosts_of
 
 KEY = "secret"
 SECONDS = 30
+POLL = 0.02
+"""Seconds until a server sees that it is to end."""
 
 
 class Watched(ThreadingHTTPServer):
@@ -62,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def watched() -> Iterator[Watched]:
     with Watched() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(POLL,), daemon=True).start()
         yield server
         server.go_on.set()
         server.shutdown()
@@ -70,7 +72,7 @@ def watched() -> Iterator[Watched]:
 
 def serve(url: str, key: str | None = KEY) -> PageServer:
     server = PageServer(("127.0.0.1", 0), url, key)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(POLL,), daemon=True).start()
     return server
 
 
@@ -83,10 +85,13 @@ def page(watched: Watched) -> Iterator[PageServer]:
 
 
 def ask(
-    server: PageServer, method: str, path: str, body: bytes | None = None
+    server: PageServer, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> http.client.HTTPResponse:
+    """Headers as keywords: ``Content_Type``."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=SECONDS)
-    connection.request(method, path, body)
+    sent = {"Content-Type": "application/json"} if body is not None else {}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, sent)
     return connection.getresponse()
 
 
@@ -133,12 +138,90 @@ def test_nothing_else_is_handed_on(method: str, path: str, page: PageServer) -> 
     assert ask(page, method, path, b"{}" if method == "POST" else None).status == 404
 
 
-def test_a_question_has_a_limit(page: PageServer) -> None:
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [
+        (str(MOST_BYTES + 1), 413),
+        ("many", 400),
+        ("", 400),
+        ("-1", 400),
+        ("1_0", 400),
+        pytest.param("9" * 5000, 400, id="long"),
+    ],
+)
+def test_a_question_has_a_limit(length: str, status: int, page: PageServer) -> None:
+    """The connection is open still: a negative length was read until the asker went."""
     connection = http.client.HTTPConnection("127.0.0.1", page.server_address[1], timeout=SECONDS)
     connection.putrequest("POST", "/v1/chat/completions")
-    connection.putheader("Content-Length", str(MOST_BYTES + 1))
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", length)
     connection.endheaders()
-    assert connection.getresponse().status == 413
+    assert connection.getresponse().status == status
+
+
+REFUSED = b'{"refuse": 1}'
+"""By the server that is watched, with a 400: it was handed on."""
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "origin",
+    ["https://other.example", "http://localhost", "http://localhost:1", "http://[", "null", ""],
+)
+def test_a_page_of_another_site_may_not_ask(origin: str, path: str, page: PageServer) -> None:
+    """It would ask with the password of whoever has it open."""
+    body = REFUSED if path.endswith("completions") else None
+    answer = ask(page, "POST" if body else "GET", path, body, Origin=origin)
+    assert answer.status == 403
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "text/plain; application/json", "multipart/form-data", ""]
+)
+def test_a_question_is_json(kind: str, page: PageServer) -> None:
+    """Anything else a page of another site sends without asking first."""
+    answer = ask(page, "POST", "/v1/chat/completions", REFUSED, Content_Type=kind)
+    assert answer.status == 415
+
+
+@pytest.mark.parametrize(
+    "host", ["other.example:{port}", "127.0.0.1.other.example:{port}", "localhost", "localhost:1"]
+)
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/chat/completions"])
+def test_a_name_that_leads_here_is_not_ours(host: str, path: str, page: PageServer) -> None:
+    """A site that gives its own name this machine's address could read the answers too."""
+    host = host.format(port=page.server_address[1])
+    body = REFUSED if path.endswith("completions") else None
+    answer = ask(page, "POST" if body else "GET", path, body, Host=host, Origin=f"http://{host}")
+    assert answer.status == 403
+    assert page.url in json.loads(answer.read())["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["localhost", "LocalHost", "127.0.0.1", "[::1]"])
+def test_our_own_page_may_ask(name: str, page: PageServer) -> None:
+    host = f"{name}:{page.server_address[1]}"
+    own = {"Host": host, "Origin": f"http://{host.lower()}"}
+    json_kind = "application/json; charset=utf-8"
+    answer = ask(page, "POST", "/v1/chat/completions", REFUSED, Content_Type=json_kind, **own)
+    assert answer.status == 400 and b"no such knob" in answer.read()
+    assert ask(page, "GET", "/", Host=host).status == 200
+
+
+def test_port_80_is_not_named() -> None:
+    """Browsers leave it out."""
+    assert {"localhost", "localhost:80"} <= (hosts_of("127.0.0.1", 80) or set())
+    assert "127.0.0.2:8080" in (hosts_of("127.0.0.2", 8080) or ())
+
+
+def test_others_reach_it_by_any_name(watched: Watched) -> None:
+    """Where it listens for them; pages of other sites may not ask there either."""
+    url = f"http://127.0.0.1:{watched.server_address[1]}"
+    with PageServer(("0.0.0.0", 0), url, KEY) as server:
+        threading.Thread(target=server.serve_forever, args=(POLL,), daemon=True).start()
+        for origin, status in {"http://gpu.example:8080": 200, "http://other.example": 403}.items():
+            answer = ask(server, "GET", "/v1/models", Host="gpu.example:8080", Origin=origin)
+            assert answer.status == status
+        server.shutdown()
 
 
 def test_says_that_no_server_is_there() -> None:

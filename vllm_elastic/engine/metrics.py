@@ -27,7 +27,7 @@ class _Counters(Collector):
     def __init__(self) -> None:
         self.requests = Counter(
             "vllm:elastic_requests",
-            "Requests ended, aborted ones included.",
+            "Admitted requests that ended, aborted ones included.",
             _LABELS,
             registry=None,
         )

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 ENDED = "vllm_elastic_ended"
 """Beside tokens: True where the last one is an end token. In statistics: ``EndedRequest`` of those
-that ended since the last ones, in whatever way."""
+admitted that ended since the last ones, in whatever way."""
 
 PASSES = "vllm_elastic_passes"
 """Beside tokens, or without any, after every pass of a request with ``watch``: what it did."""

@@ -2,13 +2,15 @@
 """Serves the page, and hands what it asks on to the server that is watched.
 
 So the page has one address to talk to, whatever that server allows to pages of other origins, and
-its password stays here.
+its password stays here. A browser has pages of other sites open too: they may not ask.
 """
 
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -51,6 +53,7 @@ class PageServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.watched = watched.rstrip("/").removesuffix("/v1")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.hosts = hosts_of(str(self.server_address[0]), self.server_address[1])
         self.page = self_contained(
             "watch",
             {
@@ -76,14 +79,25 @@ class PageServer(ThreadingHTTPServer):
             return str(error)
 
 
+def hosts_of(address: str, port: int) -> frozenset[str] | None:
+    """What a browser on this machine may call us; None: others reach us, by names of theirs.
+
+    A site whose name leads to this machine for a while (DNS rebinding) has a name of its own.
+    """
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    names = {"localhost", "127.0.0.1", "[::1]", address}
+    return frozenset({f"{name}:{port}" for name in names} | (names if port == 80 else set()))
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
 
     def do_GET(self) -> None:
-        if self.path == "/":
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
-        else:
+        if self.path != "/":
             self._hand_on()
+        elif self._is_ours():
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
 
     def do_POST(self) -> None:
         self._hand_on()
@@ -91,17 +105,47 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nobody reads an access log of a page that runs beside a terminal."""
 
+    def _is_ours(self) -> bool:
+        """Whether our own page asks, or none; another site's is told so."""
+        host = self.headers.get("Host", "").lower()
+        origin = self.headers.get("Origin")
+        if self.server.hosts is not None and host not in self.server.hosts:
+            self._say(HTTPStatus.FORBIDDEN, f"not served as {host!r}: open {self.server.url}")
+            return False
+        if origin is not None and origin.lower() not in {f"http://{host}", f"https://{host}"}:
+            self._say(HTTPStatus.FORBIDDEN, f"a page of {origin} may not ask")
+            return False
+        return True
+
+    def _question(self) -> bytes | None:
+        """Its body; None where that was refused.
+
+        A page of another site sends JSON only after it has asked whether it may.
+        """
+        if self.headers.get_content_type() != "application/json":
+            self._say(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
+            return None
+        length = self.headers.get("Content-Length", "0").strip()
+        if not re.fullmatch("[0-9]{1,18}", length):
+            self._say(HTTPStatus.BAD_REQUEST, "Content-Length must be a number of bytes")
+            return None
+        if int(length) > MOST_BYTES:
+            self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes")
+            return None
+        return self.rfile.read(int(length))
+
     def _hand_on(self) -> None:
+        if not self._is_ours():
+            return
         if HANDED_ON.get(self.path) != self.command:
             self._say(HTTPStatus.NOT_FOUND, f"no {self.command} {self.path} here")
             return
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > MOST_BYTES:
-            self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes")
+        body = None
+        if self.command == "POST" and (body := self._question()) is None:
             return
         request = urllib.request.Request(
             self.server.watched + self.path,
-            self.rfile.read(length) if self.command == "POST" else None,
+            body,
             {"Content-Type": "application/json", **self.server.headers},
         )
         try:
