@@ -70,6 +70,7 @@ FILES_THAT_IMPORT_VLLM = {
     "patches/watched_requests.py",
     "patches/traced_requests.py",
     "engine/sampling.py",
+    "engine/optimisation_flags.py",
     "engine/reporting.py",
     "engine/scheduler.py",
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_elastic.engine.optimisation_flags import leave_on
 from vllm_elastic.models.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -18,16 +18,10 @@ logger = init_logger("vllm.vllm_elastic.engine.compile_flags")
 
 
 def compiles(vllm_config: VllmConfig) -> bool:
-    """On CPUs, unless flags say otherwise; on a GPU graphs do what it would.
-
-    Asked before vLLM fills in what the operator left open.
-    """
-    model, mode = vllm_config.model_config, vllm_config.compilation_config.mode
-    if mode is None:
-        wanted = vllm_config.optimization_level > 0
-    else:
-        wanted = mode != CompilationMode.NONE
-    if not current_platform.is_cpu() or model.enforce_eager or not wanted:
+    """On CPUs, unless flags say otherwise; on a GPU graphs do what it would."""
+    model = vllm_config.model_config
+    wanted = leave_on(vllm_config, vllm_config.compilation_config.mode)
+    if not current_platform.is_cpu() or not wanted:
         return False
     off = {
         "what ranks exchange in a layer was not compiled yet": (

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_elastic.engine.optimisation_flags import leave_on
 from vllm_elastic.models.rows import bucket
 
 if TYPE_CHECKING:
@@ -30,17 +30,10 @@ def most_rows(limit: int | None, row_budget: int) -> int:
 
 
 def graph_rows(vllm_config: VllmConfig) -> list[int]:
-    """Numbers of rows, ascending; none: every pass is eager.
-
-    Asked before vLLM fills in what the operator left open.
-    """
+    """Numbers of rows, ascending; none: every pass is eager."""
     compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
-    mode = compilation.cudagraph_mode
-    if mode is None:
-        wanted = vllm_config.optimization_level > 0
-    else:
-        wanted = mode != CUDAGraphMode.NONE
-    if not current_platform.is_cuda() or vllm_config.model_config.enforce_eager or not wanted:
+    wanted = leave_on(vllm_config, compilation.cudagraph_mode)
+    if not current_platform.is_cuda() or not wanted:
         return []
     limit = compilation.max_cudagraph_capture_size
     sizes = compilation.cudagraph_capture_sizes
