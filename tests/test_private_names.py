@@ -533,6 +533,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.engine.llm_engine:LLMEngine": ["vllm_config"],
     "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [
+        "all_stop_token_ids",
         "eos_token_id",
         "extra_args",
         "ignore_eos",
