@@ -407,6 +407,12 @@ WRAPPED = {
         "self",
         "scheduler_stats",
     ],
+    "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_finished": [
+        "self",
+        "req_state",
+        "finish_reason",
+        "iteration_stats",
+    ],
     "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": [
         "self",
         "engine_core_output",
@@ -558,6 +564,8 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
+    "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer": ["include_stop_str_in_output"],
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer": ["num_output_tokens"],
     "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",

@@ -105,7 +105,9 @@ RULES: dict[str, Rule] = {
     "detokenize": Rule("kept"),
     "skip_special_tokens": Rule("kept"),
     "spaces_between_special_tokens": Rule("kept"),
-    "include_stop_str_in_output": Rule("kept"),
+    "include_stop_str_in_output": Rule(
+        "kept", "with it an end token is part of text, token_ids, logprobs and usage"
+    ),
     "output_kind": Rule("kept"),
     "stream_interval": Rule("kept"),
     "skip_clone": Rule("kept"),
