@@ -419,6 +419,12 @@ WRAPPED = {
         "self",
         "scheduler_stats",
     ],
+    "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_finished": [
+        "self",
+        "req_state",
+        "finish_reason",
+        "iteration_stats",
+    ],
     "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": [
         "self",
         "engine_core_output",
@@ -546,6 +552,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "vllm.v1.engine.llm_engine:LLMEngine": ["vllm_config"],
     "vllm.outputs:CompletionOutput": ["cumulative_logprob", "logprobs", "token_ids"],
     "vllm.sampling_params:SamplingParams": [
+        "all_stop_token_ids",
         "eos_token_id",
         "extra_args",
         "ignore_eos",
@@ -570,6 +577,8 @@ ATTRIBUTES: dict[str, list[str]] = {
         "request_id",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
+    "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer": ["include_stop_str_in_output"],
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer": ["num_output_tokens"],
     "vllm.v1.engine.output_processor:OutputProcessor": ["request_states"],
     "vllm.v1.engine.output_processor:RequestState": [
         "detokenizer",

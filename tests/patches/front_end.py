@@ -25,7 +25,7 @@ def add_request(
         external_req_id=external_req_id,
         prompt_token_ids=[1, 2],
         mm_features=None,
-        sampling_params=SamplingParams(detokenize=False, **params),
+        sampling_params=SamplingParams(**{"detokenize": False, **params}),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,

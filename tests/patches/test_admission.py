@@ -49,6 +49,45 @@ def test_refused(processor: Any, name: str) -> None:
         admit(processor, type(processor).process_inputs, **BAD[name])
 
 
+@pytest.mark.parametrize(
+    ("wish", "remedy"),
+    [
+        ({"min_tokens": 2}, "leave out min_tokens"),
+        ({"extra_args": {"elastic_logits_eos_inf": 1}}, "send 'elastic_logits_eos_inf': 0"),
+        ({"allowed_token_ids": [5]}, "add it to allowed_token_ids"),
+        ({"bad_words": ["<|endoftext|>"]}, "take it out of bad_words"),
+        ({"logit_bias": {0: float("-inf")}}, "take it out of logit_bias"),
+        # A stop token ends the grammar as well, but for the mask.
+        ({"stop_token_ids": [1], "allowed_token_ids": [1, 5]}, "add it to allowed_token_ids"),
+        ({"stop_token_ids": [5], "bad_words": ["<|endoftext|>"], "min_tokens": 2}, "bad_words"),
+    ],
+    ids=str,
+)
+def test_grammar_that_could_not_end(processor: Any, wish: dict[str, Any], remedy: str) -> None:
+    """Its answer would be a 500 where the grammar lets nothing but an end token come."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = StructuredOutputsParams(choice=["fig", "elf"])
+    process_inputs = type(processor).process_inputs
+    with pytest.raises(VLLMValidationError, match=rf"^structured_outputs: .*\(id 0.*{remedy}"):
+        admit(processor, process_inputs, structured_outputs=grammar, **wish)
+    admit(processor, process_inputs, **wish)
+
+
+def test_grammar_that_can_end(processor: Any) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = StructuredOutputsParams(choice=["fig", "elf"])
+    for wish in (
+        {"allowed_token_ids": [0, 5]},
+        {"stop_token_ids": [5], "allowed_token_ids": [5, 6]},
+        {"logit_bias": {0: -100.0}, "bad_words": ["fig"]},
+        {"extra_args": {"elastic_logits_eos_inf": 1}, "stop_token_ids": [5]},
+    ):
+        admit(processor, type(processor).process_inputs, structured_outputs=grammar, **wish)
+
+
 def test_canvas_that_just_fits(processor: Any) -> None:
     process_inputs = type(processor).process_inputs
     request = admit(processor, process_inputs, prompt_length=40, max_tokens=24)

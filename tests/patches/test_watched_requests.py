@@ -169,18 +169,21 @@ def test_a_client_that_leaves_ends_its_request() -> None:
 
 
 def test_other_requests_have_vllms_own_stream() -> None:
+    """Those of an endpoint that makes events of its own of a chat's chunks among them."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
     processor()
     stream = OpenAIServingChat.chat_completion_stream_generator
     own = stream.__wrapped__
-    for xargs, ours in (
-        (None, False),
-        ({"elastic_window": 4}, False),
-        ({"elastic_watch": 1}, True),
+    for serving, xargs, ours in (
+        (OpenAIServingChat, None, False),
+        (OpenAIServingChat, {"elastic_window": 4}, False),
+        (OpenAIServingChat, {"elastic_watch": 1}, True),
+        (AnthropicServingMessages, {"elastic_watch": 1}, False),
     ):
         request = types.SimpleNamespace(vllm_xargs=xargs)
-        made = stream(None, request, None, "a", "tiny", [], None, None)
+        made = stream(object.__new__(serving), request, None, "a", "tiny", [], None, None)
         assert (made.ag_code is not own.__code__) == ours
 
 

@@ -97,6 +97,23 @@ def test_fuzz_notices_5xx_and_silence() -> None:
     assert "the server ended" in find_fuzz_problems(run)
 
 
+def test_fuzz_tells_grammars_that_go_nowhere_from_those_that_cannot_end() -> None:
+    """Of stock vLLM is what the model cannot write; what forbids its end is ours to refuse."""
+    answer = Answer(500, error="Internal server error")
+    for beside, known in (
+        ({}, True),
+        ({"min_tokens": 0, "vllm_xargs": {"elastic_window": 3}, "bad_words": ["2"]}, True),
+        ({"allowed_token_ids": [0, 5]}, True),
+        ({"allowed_token_ids": [5]}, False),
+        ({"min_tokens": 1}, False),
+        ({"vllm_xargs": {"elastic_logits_eos_inf": 1}}, False),
+    ):
+        run = FuzzRun(IDLE, end=IDLE, is_up=True)
+        body = {"prompt": "2", "structured_outputs": {"choice": ["a"]}, **beside}
+        run.count(Ask("/v1/completions", body), answer)
+        assert (find_fuzz_problems(run) == []) == known, beside
+
+
 def test_mixed_asks_are_reproducible_and_mixed() -> None:
     asks = mixed_asks(200, MODEL)
     assert asks == mixed_asks(200, MODEL) and asks != mixed_asks(200, MODEL, seed=1)

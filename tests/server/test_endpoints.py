@@ -67,6 +67,23 @@ def test_metrics_count_requests_and_tokens(client: Client) -> None:
     assert {RUNNING, WAITING, CACHE_USAGE} <= set(after)
 
 
+def test_metrics_count_what_a_stop_string_leaves(client: Client) -> None:
+    """Not the rest of the tokens that were shown with it."""
+    question = "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin"
+    knobs = {"elastic_policy": "none", "elastic_steps": 2, "elastic_block_length": 32}
+    wait_for(client.server, is_idle)
+    before = read_metrics(client.server)
+    body = {"max_tokens": 32, "stop": ["91"], "vllm_xargs": knobs}
+    _, answer = client.chat(question, **body, return_token_ids=True)
+    wait_for(client.server, is_idle)
+    after = read_metrics(client.server)
+    (choice,) = answer["choices"]
+    assert choice["stop_reason"] == "91" and len(choice["token_ids"]) == 2
+    assert answer["usage"]["completion_tokens"] == 2
+    for name in ("vllm:generation_tokens_total", "vllm:request_generation_tokens_sum"):
+        assert after[name] - before[name] == 2, name
+
+
 def test_metrics_count_answers_that_stop_strings_end(client: Client) -> None:
     """vLLM's front end cuts these answers and tells the engine; no other request ends meanwhile."""
     ended = "vllm:elastic_requests_total"

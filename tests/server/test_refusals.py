@@ -59,6 +59,21 @@ def test_a_grammar_that_is_none(alive: Client) -> None:
     assert "regex" in refusal(alive.chat("2", max_tokens=4, structured_outputs={"regex": "("}))
 
 
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"min_tokens": 10}, "min_tokens"),
+        ({"vllm_xargs": {"elastic_logits_eos_inf": 1}}, "'elastic_logits_eos_inf': 0"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+    ],
+    ids=str,
+)
+def test_a_grammar_that_could_not_end(alive: Client, beside: dict[str, Any], named: str) -> None:
+    body = {"structured_outputs": {"choice": ["fig", "elf"]}, "max_tokens": 20, **beside}
+    message = refusal(alive.chat("Read fig", **body))
+    assert message.startswith("structured_outputs: the grammar says where") and named in message
+
+
 def test_likelihoods_are_named(alive: Client) -> None:
     """What evaluation harnesses ask for multiple choice."""
     body = {"prompt": "2", "echo": True, "logprobs": 1, "max_tokens": 1}

@@ -97,6 +97,22 @@ def test_other_answers_have_no_events(client: Client) -> None:
     assert status == 200 and answer["choices"][0]["message"]["content"] == text_of(chunks)
 
 
+def test_messages_have_no_events(client: Client) -> None:
+    """Anthropic's endpoint makes its own events of a chat's chunks: one without text is the end."""
+
+    def events(**options: Any) -> list[dict[str, Any]]:
+        body = {"model": "tiny", "messages": user(questions(1)[0]), "max_tokens": CANVAS}
+        with client._open("messages", {**body, **options, "stream": True}) as answer:
+            lines = [line.decode() for line in answer]
+        found = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        return [event for event in found if event["type"] != "content_block_delta"]
+
+    plain, watched = events(), events(vllm_xargs={"elastic_watch": 1})
+    assert [event["type"] for event in plain].count("message_delta") == 1
+    plain[0]["message"]["id"] = watched[0]["message"]["id"]
+    assert watched == plain
+
+
 def test_figures_do_not_count_events(client: Client) -> None:
     """vLLM would take a pass for the first token."""
     from tests.server_metrics import read_metrics

@@ -55,7 +55,9 @@ RULES: dict[str, Rule] = {
         "deviates", "the canvas: how many masks the model sees from the first step on"
     ),
     "min_tokens": Rule(
-        "deviates", "no end token is chosen at the first min_tokens positions of the answer"
+        "deviates",
+        "no end token is chosen at the first min_tokens positions of the answer; a 400 beside a "
+        "grammar, which says itself where an answer ends",
     ),
     "stop": Rule("kept", "looked for in the finished left-to-right prefix"),
     "stop_token_ids": Rule(
@@ -91,8 +93,8 @@ RULES: dict[str, Rule] = {
     "structured_outputs": Rule(
         "deviates",
         "the answer follows the grammar; its tokens are then committed from left to right, several "
-        "a step, and not in the order in which the model is sure of them "
-        "([structured output](serving.md#structured-output))",
+        "a step, and not in the order in which the model is sure of them; a 400 beside what leaves "
+        "it no end token ([structured output](serving.md#structured-output))",
     ),
     "thinking_token_budget": Rule("refused", "leave it out.", (None,)),
     "watermarking": Rule("refused", "leave it out or send false.", (None, False)),
@@ -103,7 +105,9 @@ RULES: dict[str, Rule] = {
     "detokenize": Rule("kept"),
     "skip_special_tokens": Rule("kept"),
     "spaces_between_special_tokens": Rule("kept"),
-    "include_stop_str_in_output": Rule("kept"),
+    "include_stop_str_in_output": Rule(
+        "kept", "with it an end token is part of text, token_ids, logprobs and usage"
+    ),
     "output_kind": Rule("kept"),
     "stream_interval": Rule("kept"),
     "skip_clone": Rule("kept"),

@@ -58,10 +58,10 @@ def check_requests_at_admission() -> None:
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)
             check_sampling_params(params, sent_as(sent))
-            check_grammar(params, config, sent_as(sent), self.vllm_config, self.tokenizer)
             check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
             check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
             check_candidates(params, config, self.vllm_config)
+            check_grammar(params, config, sent_as(sent), self.vllm_config, self.tokenizer)
             check_transport(request)
         return request
 
@@ -256,7 +256,7 @@ def check_grammar(
     vllm_config: VllmConfig,
     tokenizer: Any,
 ) -> None:
-    """Refuse a grammar for an answer that is not written from left to right, or not to its end, and
+    """Refuse a grammar for an answer that is not written from left to right, or has no end, and
     JSON of a model that has no quotation mark to write it with, as the test model.
 
     Args:
@@ -284,6 +284,7 @@ def check_grammar(
             "leave one out.",
             parameter="ignore_eos",
         )
+    check_end_of_grammar(params, config, called, vllm_config)
     structured = vllm_config.structured_outputs_config
     if structured.reasoning_parser and not structured.enable_in_reasoning:
         raise VLLMValidationError(
@@ -297,6 +298,45 @@ def check_grammar(
         raise VLLMValidationError(
             f"{called}: no token of this model has a quotation mark, so it cannot write JSON; send "
             "a choice or a regex of what it can write.",
+            parameter=called,
+        )
+
+
+def check_end_of_grammar(
+    params: SamplingParams, config: ElasticConfig, called: str, vllm_config: VllmConfig
+) -> None:
+    """Refuse a grammar beside what leaves it no end token: its answer would end with an error.
+
+    Args:
+        config: the request's own settings.
+        called: what the client sent the grammar as.
+
+    Raises:
+        VLLMValidationError: names the parameters and the remedy.
+    """
+    traits = traits_of(vllm_config.model_config.hf_config)
+    # vLLM lets a grammar end with any of these.
+    ends = params.all_stop_token_ids.difference(traits.never_chosen)
+    allowed = params.allowed_token_ids
+    # What rules ends out, by what to do about it.
+    ruled_out = {
+        "leave out min_tokens": ends if params.min_tokens else set(),
+        "send 'elastic_logits_eos_inf': 0": (
+            {traits.end_of_text_id} if config.logits_eos_inf else set()
+        ),
+        "add it to allowed_token_ids": ends.difference(allowed) if allowed else set(),
+        "take it out of bad_words": {ids[0] for ids in params.bad_words_token_ids or ()},
+        "take it out of logit_bias": {
+            token_id
+            for token_id, bias in (params.logit_bias or {}).items()
+            if _is_minus_infinity(bias)
+        },
+    }
+    if ends and ends <= set().union(*ruled_out.values()):
+        remedies = [remedy for remedy, token_ids in ruled_out.items() if ends & token_ids]
+        raise VLLMValidationError(
+            f"{called}: the grammar says where an answer ends, and needs an end token (id "
+            f"{', '.join(map(str, sorted(ends)))}) there; {' and '.join(remedies)}.",
             parameter=called,
         )
 
@@ -330,7 +370,7 @@ def check_candidates(
     if sampling is None:
         return
     never = {*traits.never_chosen, *sampling.banned_token_ids, *sampling.end_token_ids}
-    never |= {token_id for token_id, bias in biases if bias < -1e30}  # minus infinity in float32
+    never |= {token_id for token_id, bias in biases if _is_minus_infinity(bias)}
     allowed = sampling.allowed_token_ids
     candidates = range(traits.vocab_size) if allowed is None else allowed
     if all(token_id in never for token_id in candidates):
@@ -376,6 +416,10 @@ def _check_infilling(canvas: tuple[int, ...], max_tokens: int, vllm_config: Vllm
             f"'elastic_canvas' has token id {max(canvas)}; the vocabulary ends at "
             f"{traits.vocab_size - 1}."
         )
+
+
+def _is_minus_infinity(bias: float) -> bool:
+    return bias < -1e30  # in float32
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:

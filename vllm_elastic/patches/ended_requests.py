@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the front end does when requests end: leave the end token out, count the work."""
+"""What the front end does when requests end: leave the end token out, count tokens and work."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def account_for_ended_requests() -> None:
     if hasattr(OutputProcessor.update_scheduler_stats, _WRAPPED):
         return
     update_scheduler_stats = OutputProcessor.update_scheduler_stats
+    update_stats_from_finished = OutputProcessor._update_stats_from_finished
     new_completion_output = RequestState._new_completion_output
 
     @functools.wraps(update_scheduler_stats)
@@ -36,6 +37,21 @@ def account_for_ended_requests() -> None:
             for request in ended or ():
                 count_ended(request)
         update_scheduler_stats(self, stats)
+
+    @functools.wraps(update_stats_from_finished)
+    def count_answer(
+        self: OutputProcessor,
+        state: RequestState,
+        finish_reason: FinishReason | None,
+        iteration: IterationStats | None,
+    ) -> None:
+        # vLLM has counted what a stop string cut off since.
+        if iteration is not None and state.stats is not None and state.detokenizer is not None:
+            counted, left = state.stats.num_generation_tokens, state.detokenizer.num_output_tokens()
+            cut = max(counted - left, 0)  # an end token that is left out was not counted
+            iteration.num_generation_tokens -= cut
+            state.stats.num_generation_tokens -= cut
+        update_stats_from_finished(self, state, finish_reason, iteration)
 
     @functools.wraps(new_completion_output)
     def without_end(
@@ -55,6 +71,7 @@ def account_for_ended_requests() -> None:
 
     setattr(update, _WRAPPED, True)
     OutputProcessor.update_scheduler_stats = update
+    OutputProcessor._update_stats_from_finished = count_answer
     RequestState._new_completion_output = without_end
 
 
@@ -75,8 +92,11 @@ def take_end_token(
 ) -> None:
     """Note that the output's last token is an end token, and keep it from vLLM's counts.
 
-    vLLM is about to count all new tokens, for its metrics and traces.
+    vLLM is about to count all new tokens, for its metrics and traces. With
+    ``include_stop_str_in_output`` the end token is part of the answer.
     """
+    if getattr(state.detokenizer, "include_stop_str_in_output", False):
+        return
     setattr(state, _END_TOKEN, True)
     before = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
     if iteration is not None and state.stats is not None and before + len(output.new_token_ids) > 1:

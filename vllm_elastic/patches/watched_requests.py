@@ -54,7 +54,9 @@ def show_passes_of_watched_requests() -> None:
             self, request, result_generator, request_id, model_name, conversation, tokenizer,
             *args, **kwargs,
         )  # fmt: skip
-        if not (request.vllm_xargs or {}).get(f"{REQUEST_PREFIX}watch"):
+        watched = (request.vllm_xargs or {}).get(f"{REQUEST_PREFIX}watch")
+        # Other endpoints' servings inherit the chat's, and make events of their own of its chunks.
+        if not watched or type(self) is not OpenAIServingChat:
             return chunks
         return _with_passes(chunks, request_id, model_name, tokenizer)
 
