@@ -297,7 +297,6 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         loaded: set[str] = set()
         filled: set[str] = set()  # likewise, a fused layer's parts apart
         for full_name, weight in weights:
-            self.half_loaded = True
             part = self._names.map_name(full_name)
             if part is None or (self.tied and part.startswith("lm_head.")):
                 continue
@@ -312,6 +311,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
                 )
             param = params[name]
             loader = getattr(param, "weight_loader", default_weight_loader)
+            self.half_loaded = True
             loader(param, weight) if shard is None else loader(param, weight, shard)
             loaded.add(name)
             filled.add(part)

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,6 +19,9 @@ _TYPES: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
     torch.bool: np.bool_,
 }
+
+_Form = tuple[type[np.generic], torch.Size, int]
+"""Type, shape, bytes."""
 
 
 class Fetched(Generic[T]):
@@ -54,19 +56,16 @@ class Download:
         """
         tensors, self._tensors = self._tensors, []
         away = [tensor for tensor in tensors if not self._is_here(tensor)]
-        forms = [(_TYPES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in away]
+        forms: list[_Form] = [
+            (_TYPES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in away
+        ]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         host, copied = _sent(away) if away else (nothing, None)
 
         def arrive() -> list[npt.NDArray[Any]]:
             if copied is not None:
                 copied.synchronize()
-            raw, ends = host.numpy(), accumulate(num_bytes for _, _, num_bytes in forms)
-            fetched = (
-                # A copy: a piece begins anywhere. By numpy: in torch it takes twice as long.
-                raw[end - num_bytes : end].copy().view(dtype).reshape(shape)
-                for end, (dtype, shape, num_bytes) in zip(ends, forms, strict=True)
-            )
+            fetched = _pieces(host, forms)
             return [t.numpy() if self._is_here(t) else next(fetched) for t in tensors]
 
         self._arrive = arrive
@@ -85,6 +84,15 @@ class Download:
         if self._arrive is not None:
             self._arrays, self._arrive = self._arrive(), None
         return self._arrays[place]
+
+
+def _pieces(host: torch.Tensor, forms: list[_Form]) -> Iterator[npt.NDArray[Any]]:
+    """What lies one behind the other. By numpy: in torch it takes twice as long."""
+    raw, start = host.numpy(), 0
+    for dtype, shape, num_bytes in forms:
+        # A copy: a piece begins anywhere.
+        yield raw[start : start + num_bytes].copy().view(dtype).reshape(shape)
+        start += num_bytes
 
 
 def _sent(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
