@@ -274,9 +274,9 @@ class ElasticScheduler(Scheduler):
 
     def _plan_step(self) -> list[PassPlan]:
         free = [
-            request_id
-            for request_id in (request.request_id for request in self.running)
-            if request_id in self._denoising and request_id not in self._in_flight
+            r.request_id
+            for r in self.running
+            if r.request_id in self._denoising and r.request_id not in self._in_flight
         ]
         most = None
         if self._overlaps:

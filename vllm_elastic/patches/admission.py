@@ -44,16 +44,16 @@ def check_requests_at_admission() -> None:
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         # (request_id, prompt, params, ...)
         sent = kwargs.get("params", args[2] if len(args) > 2 else None)
-        if not is_served_by_us(self.vllm_config):
-            take_note(sent, self.vllm_config)
-        else:
+        ours = is_served_by_us(self.vllm_config)
+        if ours:
             check_place_of_knobs(misplaced_knobs(sent))
             check_bad_words(sent)  # before the tokenizer meets them
-            take_note(sent, self.vllm_config)
+        take_note(sent, self.vllm_config)
+        if ours:
             forget_echo(sent)
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
-        if is_served_by_us(self.vllm_config) and params is not None:
+        if ours and params is not None:
             end_at_stops(params, self.vllm_config)
             check_prompt(request, self.vllm_config)
             config = check_knobs(params, self.vllm_config)

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats, SchedulerStats
 
 from vllm_elastic.engine.metrics import count_ended
 from vllm_elastic.engine.report import ENDED, detach
@@ -48,9 +48,8 @@ def account_for_ended_requests() -> None:
         # vLLM has counted what a stop string cut off since.
         if iteration is not None and state.stats is not None and state.detokenizer is not None:
             counted, left = state.stats.num_generation_tokens, state.detokenizer.num_output_tokens()
-            cut = max(counted - left, 0)  # an end token that is left out was not counted
-            iteration.num_generation_tokens -= cut
-            state.stats.num_generation_tokens -= cut
+            # An end token that is left out was not counted.
+            _count_fewer(max(counted - left, 0), state.stats, iteration)
         update_stats_from_finished(self, state, finish_reason, iteration)
 
     @functools.wraps(new_completion_output)
@@ -100,5 +99,9 @@ def take_end_token(
     setattr(state, _END_TOKEN, True)
     before = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
     if iteration is not None and state.stats is not None and before + len(output.new_token_ids) > 1:
-        iteration.num_generation_tokens -= 1
-        state.stats.num_generation_tokens -= 1
+        _count_fewer(1, state.stats, iteration)
+
+
+def _count_fewer(tokens: int, *stats: RequestStateStats | IterationStats) -> None:
+    for each in stats:
+        each.num_generation_tokens -= tokens

@@ -10,15 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-T = TypeVar("T")
+from vllm_elastic.runner.number_types import NUMPY_OF
 
-_TYPES: dict[torch.dtype, type[np.generic]] = {
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.float64: np.float64,
-    torch.float32: np.float32,
-    torch.bool: np.bool_,
-}
+T = TypeVar("T")
 
 _Form = tuple[type[np.generic], torch.Size, int]
 """Type, shape, bytes."""
@@ -57,7 +51,7 @@ class Download:
         tensors, self._tensors = self._tensors, []
         away = [tensor for tensor in tensors if not self._is_here(tensor)]
         forms: list[_Form] = [
-            (_TYPES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in away
+            (NUMPY_OF[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in away
         ]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         host, copied = _sent(away) if away else (nothing, None)

@@ -9,17 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_elastic.runner.number_types import TORCH_OF
+
 _ALIGNMENT = 16
 """Bytes: no array of numbers starts inside another one's word."""
 
 _FIRST_CAPACITY = 1 << 16
-
-_TYPES = {
-    np.int64: torch.int64,
-    np.int32: torch.int32,
-    np.float32: torch.float32,
-    np.bool_: torch.bool,
-}
 
 
 class Upload:
@@ -95,7 +90,7 @@ class Upload:
         self._host_np = self._host.numpy()
         self._on_device = self._twin(self._host)
         # A slice of one of these is one operator, a slice seen as another type is two.
-        self._typed = {numpy: self._on_device.view(own) for numpy, own in _TYPES.items()}
+        self._typed = {numpy: self._on_device.view(own) for numpy, own in TORCH_OF.items()}
 
     def _twin(self, host: torch.Tensor) -> torch.Tensor:
         return host if self.device.type == "cpu" else torch.zeros_like(host, device=self.device)
