@@ -169,27 +169,37 @@ def counted_transfers(
         look: is shown the plans of each pass.
     """
     engine: Any = served.engine
-    start, finish, download = engine.runner.start, BatchBuilder.finish, Download.send
+    start, download = engine.runner.start, Download.send
+    call, metadata = BatchBuilder._call, BatchBuilder._metadata
     num_plans: list[int] = []
-    calls: list[int] = []
     counts: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
 
     def counted(plans: Any) -> Any:
         counts.clear()
+        calls.clear()
         with Operators() as seen:
             in_flight = start(plans)
         num_plans.append(len(plans))
         look(plans)
         # vLLM's attention metadata has two tensors for the host itself.
-        assert seen.counts["lift_fresh"] == 2 * calls.pop()
+        assert seen.counts["lift_fresh"] == 2 * calls["laid out"]
+        assert 0 < calls["built"] <= calls["laid out"]
         assert not seen.waits
         assert counts == {"downloads": 1}
         return in_flight
 
-    def kept(builder: BatchBuilder) -> None:
-        calls.append(len(builder._calls))
-        finish(builder)
+    def noted_call(*args: Any) -> Any:
+        calls["laid out"] += 1
+        return call(*args)
+
+    def noted_metadata(*args: Any) -> Any:
+        calls["built"] += 1
+        before = counts.copy()
+        built = metadata(*args)
         counts.clear()  # vLLM's metadata builder reads its own host tensors
+        counts.update(before)
+        return built
 
     def fetched(own: Download) -> None:
         counts["downloads"] += 1
@@ -197,7 +207,8 @@ def counted_transfers(
 
     for name in ("numpy", "tolist", "item", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
-    monkeypatch.setattr(BatchBuilder, "finish", kept)
+    monkeypatch.setattr(BatchBuilder, "_call", noted_call)
+    monkeypatch.setattr(BatchBuilder, "_metadata", noted_metadata)
     monkeypatch.setattr(Download, "send", fetched)
     monkeypatch.setattr(engine.runner, "start", counted)
     yield

@@ -21,12 +21,16 @@ LAYERS, BLOCK = 6, 4
 
 
 class Kernels:
-    """Keeps what the attention backend would be told."""
+    """Keeps what the attention backend would be told, and counts how often it is."""
+
+    def __init__(self) -> None:
+        self.built = 0
 
     def get_metadata_builder(self) -> Kernels:
         return self
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any) -> Any:
+        self.built += 1
         return common_attn_metadata
 
 
@@ -53,15 +57,17 @@ def plans() -> list[PassPlan]:
     ]
 
 
-def build(chunk: int = 1000, tested: int = 0) -> tuple[PassRows, RowOrder]:
+def build(
+    chunk: int = 1000, tested: int = 0, kernels: Kernels | None = None
+) -> tuple[PassRows, RowOrder]:
     cache: Any = SimpleNamespace(block_size=BLOCK, kernel_blocks=lambda blocks: blocks)
     asked = plans()
     order, upload = RowOrder.of(asked, BLOCK), Upload(DEVICE)
-    builder = BatchBuilder(asked, order, upload, Kernels(), cache, chunk)  # type: ignore[arg-type]
+    group: Any = kernels or Kernels()
+    builder = BatchBuilder(asked, order, upload, group, cache, chunk)
     positions = np.arange(tested, dtype=np.int64) + 90
     rows = builder.lay_out(LAYERS, positions, NO_ROWS)
     upload.send()
-    builder.finish()
     return rows, order
 
 
@@ -128,6 +134,17 @@ def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
                 assert common.seq_lens[piece] == lengths[plan_of_piece]
                 assert common.block_table_tensor[piece, 0] == first_blocks[plan_of_piece]
         assert covered == getattr(active, "num_rows", len(of_window))
+
+
+def test_metadata_is_built_where_it_is_used_first() -> None:
+    """The device would wait for that of later layers before the first one begins."""
+    kernels = Kernels()
+    rows, _ = build(kernels=kernels)
+    assert not kernels.built
+    seen = {id(active.calls[0].metadata) for active in rows.layers[:4] if active is not None}
+    assert kernels.built == len(seen) == 2, "layers 0 and 1 share one, 2 and 3 another"
+    assert rows.window.calls[0].metadata is rows.window.calls[0].metadata
+    assert kernels.built == 3
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])

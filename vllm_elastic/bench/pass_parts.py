@@ -46,7 +46,7 @@ def places() -> dict[str, list[tuple[Any, str]]]:
             (MeasuringStatistics, "results"),
         ],
         "head": [(Head, "predict")],
-        "batch": [(RowOrder, "of"), (BatchBuilder, "lay_out"), (BatchBuilder, "finish")],
+        "batch": [(RowOrder, "of"), (BatchBuilder, "lay_out"), (BatchBuilder, "_metadata")],
     }
 
 

@@ -7,6 +7,7 @@ position 0 and write vLLM's null block, which no request owns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -34,11 +35,23 @@ def bucket(count: int) -> int:
 
 @dataclass(slots=True)
 class AttentionCall:
-    """Rows [start, stop) that one call of the attention backend works on."""
+    """Rows [start, stop) that one call of the attention backend works on.
+
+    Attributes:
+        build: makes the backend's metadata; None: there is nothing to attend to yet.
+    """
 
     start: int
     stop: int
-    metadata: Any
+    build: Callable[[], Any] | None = None
+    _metadata: Any = None
+
+    @property
+    def metadata(self) -> Any:
+        """Built where it is used first: the device works on earlier layers meanwhile."""
+        if self._metadata is None and self.build is not None:
+            self._metadata = self.build()
+        return self._metadata
 
 
 def chunks(calls: list[AttentionCall], total: int) -> list[tuple[int, int]]:

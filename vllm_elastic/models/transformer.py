@@ -275,7 +275,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
             slots=positions,
             num_queries=0,
             calls=[
-                AttentionCall(start, min(start + chunk_rows, num_rows), None)
+                AttentionCall(start, min(start + chunk_rows, num_rows))
                 for start in range(0, num_rows, chunk_rows)
             ],
             adapters=adapters,

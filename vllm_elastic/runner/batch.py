@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from vllm_elastic.models.rows import (
 from vllm_elastic.runner.adapters import PassAdapters
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.ragged import filled_up
-from vllm_elastic.runner.row_order import IntArray, RowOrder
+from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
 
 ONE_BATCH_AT_A_TIME = ("FLASHINFER", "FLEX_ATTENTION")
@@ -58,7 +61,6 @@ class BatchBuilder:
         self._null_slots = cache.block_size  # vLLM's null block is the first one
         self._max_chunk_rows = max_chunk_rows
         self._adapters = adapters
-        self._calls: list[tuple[AttentionCall, CommonAttentionMetadata]] = []
         blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
         # int32 [plans, most blocks], filled up with the null block to a width that is a multiple of
         # 16: vLLM's Triton kernel is compiled once more for rows of other widths, when they come.
@@ -68,7 +70,7 @@ class BatchBuilder:
     def lay_out(
         self, num_layers: int, tested_positions: IntArray, query_rows: IntArray
     ) -> PassRows:
-        """Put everything into the upload; the rows are of use after ``finish``.
+        """Put everything into the upload; the rows are of use once it was sent.
 
         Args:
             tested_positions: int64 [M], projected once more in every layer.
@@ -94,88 +96,87 @@ class BatchBuilder:
             window=self._window(window_rows),
         )
 
-    def finish(self) -> None:
-        """After the upload was sent: build the attention metadata, which may read it."""
-        for call, common in self._calls:
-            # By the builder itself: the group maps block tables in a buffer of one row a request.
-            builder = self._attention_group.get_metadata_builder()
-            call.metadata = builder.build(common_prefix_len=0, common_attn_metadata=common)
-
     def _layer_rows(
         self, join_layer: int, tested_positions: IntArray, query_rows: IntArray
     ) -> LayerRows:
         order = self._order
-        spans = [span for span in order.spans if span.join_layer <= join_layer]
-        num_rows = spans[-1].stop
-        num_projected = bucket(num_rows + len(tested_positions))
-        positions = np.zeros(num_projected, dtype=np.int64)
+        pieces = [
+            (span.plan, span.start, span.stop)
+            for span in order.spans
+            if span.join_layer <= join_layer
+        ]
+        num_rows, num_tested = pieces[-1][2], len(tested_positions)
+        num_projected = bucket(num_rows + num_tested)
+        both = np.zeros((2, num_projected), dtype=np.int64)
+        positions, slots = both
         positions[:num_rows] = order.positions[:num_rows]
-        positions[num_rows : num_rows + len(tested_positions)] = tested_positions
-        # What is not written for good goes to the null block.
-        slots = np.arange(num_projected, dtype=np.int64) % self._null_slots
+        positions[num_rows : num_rows + num_tested] = tested_positions
         slots[:num_rows] = order.slots[:num_rows]
+        # What is not written for good goes to the null block.
+        slots[num_rows:] = np.arange(num_projected - num_rows) % self._null_slots
+        positions_on_device, slots_on_device = self._upload.put(both).unbind()
+        tested = ((index, 0, plan.tested.size) for index, plan in enumerate(self._plans))
         return LayerRows(
             num_rows=num_rows,
             num_finished=bucket(num_rows),
-            positions=self._upload.put(positions),
-            slots=self._upload.put(slots),
-            num_queries=int(np.searchsorted(query_rows, num_rows)),
-            calls=self._chunked([(span.plan, span.start, span.stop) for span in spans]),
-            adapters=self._adapters_of(
-                [span.plan for span in spans] + list(range(len(self._plans))),
-                [span.stop - span.start for span in spans]
-                + [plan.tested.size for plan in self._plans],
-                num_projected,
-            ),
+            positions=positions_on_device,
+            slots=slots_on_device,
+            num_queries=int(query_rows.searchsorted(num_rows)),
+            calls=self._chunked(pieces),
+            adapters=self._adapters_of(chain(pieces, tested), num_projected),
         )
 
     def _window(self, window_rows: list[IntArray]) -> CandidateRows:
-        ends = np.cumsum([len(rows) for rows in window_rows]).tolist()
-        starts = [0, *ends[:-1]]
+        ends = list(accumulate(map(len, window_rows), initial=0))
+        pieces = [(index, first, last) for index, (first, last) in enumerate(pairwise(ends))]
         rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
-        rows[: ends[-1]] = np.concatenate(window_rows)
+        np.concatenate(window_rows, out=rows[: ends[-1]])
         return CandidateRows(
             rows=self._upload.put(rows),
-            calls=self._chunked(list(zip(range(len(ends)), starts, ends, strict=True))),
-            adapters=self._adapters_of(range(len(ends)), list(map(len, window_rows)), len(rows)),
+            calls=self._chunked(pieces),
+            adapters=self._adapters_of(pieces, len(rows)),
         )
 
-    def _adapters_of(
-        self, owners: Sequence[int], lengths: Sequence[int], num_rows: int
-    ) -> RowAdapters | None:
-        """Args:
-        owners: plan of each piece of rows; lengths: its rows; num_rows: all, filled up.
-        """
+    def _adapters_of(self, pieces: Iterable[Piece], num_rows: int) -> RowAdapters | None:
+        """Of the rows of the pieces, one behind the other, filled up to so many."""
         if self._adapters is None:
             return None
+        owners, lengths = zip(*((plan, last - first) for plan, first, last in pieces), strict=True)
         return self._adapters.of_rows(np.repeat(np.array(owners, np.int64), lengths), num_rows)
 
     def _chunked(self, pieces: list[Piece]) -> list[AttentionCall]:
         """Cut rows into calls of at most the row budget."""
-        calls = []
-        num_rows = pieces[-1][2]
-        for start in range(0, num_rows, self._max_chunk_rows):
-            stop = min(start + self._max_chunk_rows, num_rows)
-            owners = [index for index, first, last in pieces if first < stop and last > start]
-            lengths = [
-                min(last, stop) - max(first, start)
-                for _, first, last in pieces
-                if first < stop and last > start
-            ]
-            call = AttentionCall(start, stop, None)
-            self._calls.append((call, self._common_metadata(owners, lengths)))
-            calls.append(call)
-        return calls
+        num_rows, most = pieces[-1][2], self._max_chunk_rows
+        if num_rows <= most:
+            return [self._call(0, pieces)]
+        return [
+            self._call(
+                start,
+                [
+                    (plan, max(first, start), min(last, start + most))
+                    for plan, first, last in pieces
+                    if first < start + most and last > start
+                ],
+            )
+            for start in range(0, num_rows, most)
+        ]
 
-    def _common_metadata(self, owners: list[int], lengths: list[int]) -> CommonAttentionMetadata:
-        """Each piece is one sequence of T keys, not causal.
+    def _call(self, start: int, pieces: list[Piece]) -> AttentionCall:
+        build = functools.partial(self._metadata, self._common_metadata(pieces))
+        return AttentionCall(start, pieces[-1][2], build)
 
-        Args:
-            owners: plan of each piece; lengths: its rows.
-        """
+    def _metadata(self, common: CommonAttentionMetadata) -> Any:
+        """The backend's own."""
+        # By the builder itself: the group maps block tables in a buffer of one row a request.
+        builder = self._attention_group.get_metadata_builder()
+        return builder.build(common_prefix_len=0, common_attn_metadata=common)
+
+    def _common_metadata(self, pieces: list[Piece]) -> CommonAttentionMetadata:
+        """Each piece is one sequence of T keys, not causal."""
         put = self._upload.put
-        starts = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=starts[1:])
+        owners = [plan for plan, _, _ in pieces]
+        lengths = [last - first for _, first, last in pieces]
+        starts = np.array(list(accumulate(lengths, initial=0)), dtype=np.int32)
         keys = self._lengths[owners]
         return CommonAttentionMetadata(
             query_start_loc=put(starts),
@@ -183,11 +184,11 @@ class BatchBuilder:
             seq_lens=put(keys),
             seq_lens_cpu_upper_bound=torch.from_numpy(keys),
             num_reqs=len(owners),
-            num_actual_tokens=int(starts[-1]),
+            num_actual_tokens=sum(lengths),
             max_query_len=max(lengths),
             max_seq_len=int(keys.max()),
             block_table_tensor=put(self._block_table[owners]),
             # Writes go by the slots of the pass's own rows.
-            slot_mapping=put(np.empty(0, dtype=np.int64)),
+            slot_mapping=put(NO_ROWS),
             causal=False,
         )

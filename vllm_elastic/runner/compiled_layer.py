@@ -161,9 +161,9 @@ def _rows(positions: torch.Tensor) -> LayerRows:
         positions=positions,
         slots=positions,
         num_queries=0,
-        calls=[AttentionCall(0, count, None)],
+        calls=[AttentionCall(0, count)],
     )
 
 
 def _window(rows: torch.Tensor) -> CandidateRows:
-    return CandidateRows(rows=rows, calls=[AttentionCall(0, len(rows), None)])
+    return CandidateRows(rows=rows, calls=[AttentionCall(0, len(rows))])

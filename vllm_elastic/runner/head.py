@@ -61,14 +61,14 @@ class Head:
         ]
         self._allowed = AllowedTokens(plans, self.slices, traits.vocab_size, upload)
         self._never_chosen = upload.put(np.array(traits.never_chosen, dtype=np.int64))
-        self._positions = upload.put(
-            np.concatenate([plan.window for plan in plans]).astype(np.int64)
-        )
         self._constraints = {
             index: Constraints(plan.sampling, traits.vocab_size, upload)
             for index, plan in enumerate(plans)
             if plan.sampling is not None
         }
+        if self._constraints:  # nobody else asks where a row is
+            positions = np.concatenate([plan.window for plan in plans], dtype=np.int64)
+            self._positions = upload.put(positions)
 
     def predict(
         self, model: Any, hidden: torch.Tensor, adapters: RowAdapters | None = None

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,12 @@ NO_ROWS: IntArray = np.empty(0, dtype=np.int64)
 
 def slots_of(block_ids: IntArray, positions: IntArray, block_size: int) -> IntArray:
     """int64 [R]: where canvas positions [R] are in the paged cache."""
-    return block_ids[positions // block_size] * block_size + positions % block_size
+    blocks, within = np.divmod(positions, block_size)
+    slots: IntArray = block_ids[blocks] * block_size + within
+    return slots
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Rows [start, stop) of a pass: one segment of a plan."""
 
     join_layer: int
@@ -56,40 +59,39 @@ class RowOrder:
         """Args:
         block_size: positions a block of ``plan.block_ids`` has.
         """
-        segments = sorted(
-            (segment.join_layer, index, number)
+        segments = [
+            (segment.join_layer, index, segment.positions)
             for index, plan in enumerate(plans)
-            for number, segment in enumerate(plan.segments)
-        )
-        parts = [plans[index].segments[number].positions for _, index, number in segments]
-        spans, row = [], 0
-        for (join_layer, index, _), part in zip(segments, parts, strict=True):
-            spans.append(Span(join_layer, index, row, row + len(part)))
-            row += len(part)
-        positions = np.concatenate(parts).astype(np.int64)
+            for segment in plan.segments
+        ]
+        segments.sort(key=itemgetter(0))  # stable: plan by plan
+        join_layers, owners, parts = zip(*segments, strict=True)
+        lengths = list(map(len, parts))
+        ends = _ends(lengths)
+        positions = np.concatenate(parts, dtype=np.int64)
         # All at once, as if the canvases of all plans, and their blocks, were one.
-        owner = np.repeat([span.plan for span in spans], [len(part) for part in parts])
-        starts = _starts(len(plan.tokens) for plan in plans)
-        places = positions + starts[owner]
+        starts = _ends(len(plan.tokens) for plan in plans)
+        places = positions + np.repeat([starts[owner] for owner in owners], lengths)
         row_of = np.full(starts[-1], -1, dtype=np.int64)
-        row_of[places] = np.arange(row)
-        first_blocks = _starts(len(plan.block_ids) for plan in plans)
+        row_of[places] = np.arange(len(positions))
+        first_blocks = _ends(len(plan.block_ids) for plan in plans)
+        blocked = positions + np.repeat([first_blocks[o] * block_size for o in owners], lengths)
         block_ids = np.fromiter(chain.from_iterable(p.block_ids for p in plans), np.int64)
-        embedded = places[: sum(span.stop - span.start for span in spans if not span.join_layer)]
+        embedded = places[: ends[join_layers.count(0)]]
         stored = np.zeros(len(embedded), dtype=np.bool_)
         for plan, start in zip(plans, starts[:-1], strict=True):
             if plan.stored_inputs.size:
                 stored |= np.isin(embedded, plan.stored_inputs + start)
         return cls(
             positions=positions,
-            slots=slots_of(block_ids, positions + first_blocks[owner] * block_size, block_size),
-            tokens=np.concatenate([plan.tokens for plan in plans])[embedded].astype(np.int64),
+            slots=slots_of(block_ids, blocked, block_size),
+            tokens=np.concatenate([plan.tokens for plan in plans], dtype=np.int64)[embedded],
             stored=stored,
-            row_of=[row_of[start:stop] for start, stop in pairwise(starts.tolist())],
-            spans=spans,
+            row_of=[row_of[start:stop] for start, stop in pairwise(starts)],
+            spans=list(map(Span, join_layers, owners, ends, ends[1:])),
         )
 
 
-def _starts(lengths: Iterable[int]) -> IntArray:
-    """int64 [N + 1]: where each of N begins, one behind the other, and where the last one ends."""
-    return np.array(list(accumulate(lengths, initial=0)), dtype=np.int64)
+def _ends(lengths: Iterable[int]) -> list[int]:
+    """Where each of N begins, one behind the other, and where the last one ends."""
+    return list(accumulate(lengths, initial=0))

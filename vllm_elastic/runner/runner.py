@@ -295,7 +295,7 @@ class ElasticRunner:
         order = RowOrder.of(plans, self.cache.block_size)
         statistics = statistics_of(plans, order, self.cache, self._upload)
         head = Head(plans, self.traits, self._upload)
-        builder = BatchBuilder(
+        batch = BatchBuilder(
             plans,
             order,
             self._upload,
@@ -304,14 +304,12 @@ class ElasticRunner:
             self.max_chunk_rows,
             None if self._adapters is None else self._adapters.of_pass(plans),
         )
-        rows = builder.lay_out(
+        rows = batch.lay_out(
             self.traits.num_layers, statistics.tested_positions, statistics.query_rows
         )
         half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()
-        builder.finish()
-        self._upload.mark()
         if half_filled is not None:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)

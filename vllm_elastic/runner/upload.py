@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -50,14 +49,16 @@ class Upload:
 
     def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """An array's view on the device, of the same shape and type."""
-        array = np.ascontiguousarray(array)
+        number = array.dtype.type
+        if not array.size:
+            return self._nothing[number].view(array.shape)  # many a pass has no such rows
         if self._used + array.nbytes > self._host.numel():
             self._grow(array.nbytes)
-        start, stop = self._used, self._used + array.nbytes
-        self._used = _aligned(stop)
-        self._host_np[start:stop] = array.reshape(-1).view(np.uint8)
-        size = array.itemsize
-        view = self._typed[array.dtype.type][start // size : stop // size]
+        start = self._used // array.itemsize
+        own = slice(start, start + array.size)
+        self._used = _aligned(self._used + array.nbytes)
+        self._host_typed[number][own] = array.reshape(-1)
+        view = self._typed[number][own]
         return view if array.ndim == 1 else view.view(array.shape)
 
     def send(self) -> None:
@@ -66,13 +67,6 @@ class Upload:
             return
         for host, on_device in [*self._outgrown, (self._host[: self._used], self._on_device)]:
             on_device[: host.numel()].copy_(host, non_blocking=True)
-        self.mark()
-
-    def mark(self) -> None:
-        """The next ``start`` waits until the device is here.
-
-        For who queued more copies of host memory that the next pass writes anew.
-        """
         if self.device.type == "cuda":
             self._sent = torch.cuda.Event()
             self._sent.record()
@@ -87,10 +81,11 @@ class Upload:
         pinned = self.device.type == "cuda"
         size = _aligned(num_bytes)
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self._host_np = self._host.numpy()
         self._on_device = self._twin(self._host)
         # A slice of one of these is one operator, a slice seen as another type is two.
-        self._typed = {numpy: self._on_device.view(own) for numpy, own in TORCH_OF.items()}
+        self._host_typed = {number: self._host.numpy().view(number) for number in TORCH_OF}
+        self._typed = {number: self._on_device.view(own) for number, own in TORCH_OF.items()}
+        self._nothing = {number: typed[:0] for number, typed in self._typed.items()}
 
     def _twin(self, host: torch.Tensor) -> torch.Tensor:
         return host if self.device.type == "cpu" else torch.zeros_like(host, device=self.device)

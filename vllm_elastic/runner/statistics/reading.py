@@ -142,7 +142,7 @@ class ReadingPlanner:
         places, weights = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         for place, weight, own in zip(places, weights, owners, strict=True):
             place[:] = own.queries.start  # another plan's may not be a number
-            place[: len(own.in_window)] = range(own.queries.start, own.queries.stop)
+            place[: len(own.in_window)] = np.arange(own.queries.start, own.queries.stop)
             weight[: len(own.in_window)] = own.in_window
         return Piece(owners, self._upload.put(places), self._upload.put(weights))
 

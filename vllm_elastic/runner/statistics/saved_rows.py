@@ -83,22 +83,21 @@ class SavedRows:
         self.owners: dict[int, OwnRows] = {}
         measuring = [index for index, plan in enumerate(plans) if plan.measure is not None]
         queries = {index: plans[index].queries for index in measuring}
-        self.query_rows: IntArray = np.sort(
-            np.concatenate([NO_ROWS, *(order.row_of[i][rows] for i, rows in queries.items())])
-        )
+        rows_of = [order.row_of[index][rows] for index, rows in queries.items()]
+        self.query_rows: IntArray = np.sort(np.concatenate(rows_of))
+        firsts = self.query_rows.searchsorted([rows[0] for rows in rows_of]).tolist()
         tested_rows, old_key_rows, probe_rows = [NO_ROWS], [NO_ROWS], [NO_ROWS]
         num_tested = self.num_old_keys = 0
-        for index in measuring:
+        for index, first in zip(measuring, firsts, strict=True):
             plan, row_of = plans[index], order.row_of[index]
             written = NO_ROWS
             if plan.tested.size:
                 written = plan.segments[0].positions.astype(np.int64)
-            self.owners[index] = self._own(
-                plan, queries[index], row_of, written, num_tested, upload
-            )
-            tested_rows.append(row_of[plan.tested])
-            old_key_rows.append(row_of[written])
-            probe_rows.append(row_of[plan.probes])
+                tested_rows.append(row_of[plan.tested])
+                old_key_rows.append(row_of[written])
+            elif plan.probes.size:
+                probe_rows.append(row_of[plan.probes])
+            self.owners[index] = self._own(plan, queries[index], first, written, num_tested, upload)
             num_tested += plan.tested.size
             self.num_old_keys += written.size
         tested = np.concatenate(tested_rows)
@@ -115,17 +114,16 @@ class SavedRows:
         self,
         plan: PassPlan,
         positions: npt.NDArray[np.int32],
-        row_of: IntArray,
+        first: int,
         written: IntArray,
         num_tested: int,
         upload: Upload,
     ) -> OwnRows:
         assert plan.measure is not None
-        in_window = np.ones(len(positions), dtype=np.bool_)
+        in_window, tested = np.ones(len(positions), dtype=np.bool_), NO_ROWS
         if plan.tested.size:
             in_window = np.isin(positions, plan.window_rows)
-        first = int(np.searchsorted(self.query_rows, row_of[positions[0]]))
-        tested = np.searchsorted(positions, plan.tested)
+            tested = positions.searchsorted(plan.tested)
         return OwnRows(
             plan=plan,
             measure=plan.measure,
