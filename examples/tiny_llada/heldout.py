@@ -4,7 +4,8 @@
 
 makes `heldout_short.jsonl` and `heldout_long.jsonl` of 200 problems each, the same on every
 machine; with `--terse` also `heldout_terse.jsonl`, which the adapter of that name answers. A line
-has `id`, `task`, `prompt` (templated text), `messages`, `answer`, `max_tokens`.
+has `id`, `task`, `prompt` (templated text), `messages`, `answer`, `max_tokens`. `--sharegpt` writes
+the same problems as `.json` files beside them, in the form that `vllm bench serve` reads.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def requests(chosen: Iterable[Problem]) -> Iterator[dict[str, Any]]:
         }
 
 
+def conversation(record: dict[str, Any]) -> dict[str, Any]:
+    """A request as ShareGPT has it: the templated prompt, and the answer for its length."""
+    turns = [("human", record["prompt"]), ("gpt", record["answer"])]
+    return {"conversations": [{"from": name, "value": text} for name, text in turns]}
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--terse", action="store_true", help="write the adapter's problems, too")
+    parser.add_argument("--sharegpt", action="store_true", help="write ShareGPT's form, too")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     files = {
@@ -68,9 +76,11 @@ def main() -> None:
     if args.terse:
         files["terse"] = requests(terse_problems(args.seed, args.count))
     for name, of_file in files.items():
-        with (args.folder / f"heldout_{name}.jsonl").open("w") as lines:
-            for record in of_file:
-                lines.write(json.dumps(record) + "\n")
+        path = args.folder / f"heldout_{name}.jsonl"
+        written = list(of_file)
+        path.write_text("".join(json.dumps(record) + "\n" for record in written))
+        if args.sharegpt:
+            path.with_suffix(".json").write_text(json.dumps(list(map(conversation, written))))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from vllm_elastic.runner.upload import Upload
 
 ONE_BATCH_AT_A_TIME = ("FLASHINFER", "FLEX_ATTENTION")
 """vLLM's attention backends whose metadata is lost when the next is built: they keep it in buffers
-of their own, FLASHINFER in a wrapper with one plan. A pass needs one for each set of rows that some
-layers work on, and one for the window, all at once."""
+of their own, FLASHINFER in a wrapper with one plan. A canvas in row chunks needs one a chunk in
+every layer, over and over."""
 
 Piece = tuple[int, int, int]
 """Plan, first and end row of neighbours that attend to the same canvas."""
