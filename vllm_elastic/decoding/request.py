@@ -243,8 +243,9 @@ class DenoisingRequest:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
                 self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
-        self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
-        if self.appended.size:
+        self.appended = NO_POSITIONS
+        if self.canvas.length > len(plan.tokens):
+            self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
             self.validity.extend(self.canvas.length)
 
     def _add_to_record(

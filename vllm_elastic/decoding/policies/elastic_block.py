@@ -189,9 +189,9 @@ class ElasticBlock(RefreshPolicy):
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
-        ranked = np.argsort(-cost, kind="stable")
-        left = total - np.cumsum(cost[ranked])
-        count = 1 + int(np.searchsorted(-left, -self.config.block_drift / 2))
+        ranked = (-cost).argsort(kind="stable")
+        left = total - cost[ranked].cumsum()
+        count = 1 + int((-left).searchsorted(-self.config.block_drift / 2))
         ranked = ranked[:count]
         return self._join_layers(request, ranked[cost[ranked] > 0])
 
@@ -201,18 +201,17 @@ class ElasticBlock(RefreshPolicy):
         """int16 [blocks]: where those to be refreshed join, L for others."""
         assert self._rate is not None
         stale = np.full(len(self._rate), request.num_layers, dtype=np.int16)
-        for block in refreshed:
-            # Its age multiplies the drift of all layers alike.
-            drifted = self._rate[block] > self.config.slack * self._rate[block].max()
-            # argmax: the first layer whose input has; the one before is where to join.
-            first = int(drifted.argmax()) if drifted.any() else request.num_layers
-            stale[block] = max(0, first - 1)
+        rate = self._rate[refreshed]  # the age of a block multiplies the drift of all layers alike
+        drifted = rate > self.config.slack * rate.max(axis=1, keepdims=True)
+        # argmax: the first layer whose input has; the one before is where to join.
+        first = np.where(drifted.any(axis=1), drifted.argmax(axis=1), request.num_layers)
+        stale[refreshed] = np.maximum(first - 1, 0)
         return stale
 
     def _choose_probes(self, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
         due = self._attention * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
-        ranked = np.argsort(-due, kind="stable")[: self.config.probes]
+        ranked = (-due).argsort(kind="stable")[: self.config.probes]
         self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
 
 
@@ -232,7 +231,6 @@ def attention_of_blocks(
     by_position = np.full(num_blocks * block_size, -1.0, dtype=np.float32)
     np.copyto(by_position[: len(attention)], attention, where=watched)
     paid = by_position.reshape(num_blocks, block_size)
-    best = paid.argmax(axis=1)
-    seen = paid.max(axis=1) >= 0
-    most_attended = np.where(seen, best + np.arange(num_blocks) * block_size, -1)
+    most_attended = paid.argmax(axis=1) + np.arange(0, len(by_position), block_size)
+    most_attended[by_position[most_attended] < 0] = -1
     return np.maximum(paid, 0).sum(axis=1), most_attended.astype(np.int32)
