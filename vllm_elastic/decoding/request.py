@@ -70,6 +70,7 @@ class DenoisingRequest:
         self.request_id = request_id
         self.config = config
         self.traits = traits
+        self.num_layers = traits.num_layers
         self.canvas = Canvas(
             prompt_token_ids,
             max_tokens,
@@ -107,10 +108,6 @@ class DenoisingRequest:
         self._state = StepState.FIRST_PASS
         self._stored_inputs = stored_inputs
         self._num_written = 0  # positions whose KV blocks a pass has written
-
-    @property
-    def num_layers(self) -> int:
-        return self.traits.num_layers
 
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""

@@ -102,9 +102,9 @@ class ElasticBlock(RefreshPolicy):
         if not (self._measures or everything):
             return None
         # What the next step computes in any case is not looked after by blocks.
-        watched = np.ones(request.canvas.length, dtype=np.bool_)
-        watched[plan.window_rows if everything else rows] = False
-        watched[request.looked_after :] = False
+        watched = np.zeros(request.canvas.length, dtype=np.bool_)
+        watched[: request.looked_after] = True
+        watched.put(plan.window_rows if everything else rows, False)
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
             watched=watched,
@@ -140,7 +140,7 @@ class ElasticBlock(RefreshPolicy):
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:
         for segment in plan.segments:
-            self._written_at[segment.positions] = plan.denoising_step
+            self._written_at.put(segment.positions, plan.denoising_step)
 
     def _take_in_new(self, request: DenoisingRequest, step: int) -> None:
         """What the canvas has grown by is as of this step; how fast it drifts is not known."""
@@ -179,7 +179,7 @@ class ElasticBlock(RefreshPolicy):
     def _drift(self, step: int) -> npt.NDArray[np.float64]:
         """float64 [blocks], expected at a step, of the layer where it is largest."""
         assert self._rate is not None
-        return self._rate.max(axis=1) * np.maximum(step - self._refreshed_at, 0) ** GROWTH
+        return self._rate.max(axis=1) * (step - self._refreshed_at) ** GROWTH
 
     def _verdict(self, request: DenoisingRequest, step: int) -> npt.NDArray[np.int16] | None:
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
@@ -191,8 +191,7 @@ class ElasticBlock(RefreshPolicy):
             return None
         ranked = (-cost).argsort(kind="stable")
         left = total - cost[ranked].cumsum()
-        count = 1 + int((-left).searchsorted(-self.config.block_drift / 2))
-        ranked = ranked[:count]
+        ranked = ranked[: 1 + np.count_nonzero(left > self.config.block_drift / 2)]
         return self._join_layers(request, ranked[cost[ranked] > 0])
 
     def _join_layers(
@@ -210,7 +209,7 @@ class ElasticBlock(RefreshPolicy):
 
     def _choose_probes(self, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        due = self._attention * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
+        due = self._attention * (step + 1 - self._probed_at) * (most_attended >= 0)
         ranked = (-due).argsort(kind="stable")[: self.config.probes]
         self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
 
