@@ -18,7 +18,7 @@ def merged(length: int, *sets: Positions | slice) -> Positions:
     """Positions below ``length`` that are in any of the sets or ranges, ascending.
 
     By flags, not by sorting: this runs for every request of a batch between two passes, and
-    numpy's union takes ten times as long; so does indexing by int32, beside ``put``, twice.
+    numpy's union takes ten times as long. (``put``: indexing by int32 takes twice as long.)
     """
     taken = np.zeros(length, dtype=np.bool_)
     for positions in sets:

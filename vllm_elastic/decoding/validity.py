@@ -55,11 +55,11 @@ class BlockValidity:
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
         layers = np.asarray(stale_from, dtype=np.int16)
-        stored = np.where(
-            layers < self.num_layers, layers - layers % self._hidden_stride, self.num_layers
-        )
-        self.stale_from = np.minimum(self.stale_from, stored).astype(np.int16)
-        self.all_valid = bool((self.stale_from == self.num_layers).all())
+        if self._hidden_stride > 1:
+            stored = layers - layers % self._hidden_stride
+            layers = np.where(layers < self.num_layers, stored, layers)
+        np.minimum(self.stale_from, layers, out=self.stale_from)
+        self.all_valid = bool(self.stale_from.min() == self.num_layers)
 
     def validate(self) -> None:
         """All blocks were brought up to date by the pass that just ran."""

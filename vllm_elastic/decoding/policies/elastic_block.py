@@ -209,7 +209,7 @@ class ElasticBlock(RefreshPolicy):
 
     def _choose_probes(self, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        due = self._attention * (step + 1 - self._probed_at) * (most_attended >= 0)
+        due = self._attention * (step + 1 - self._probed_at)  # 0 where no position is watched
         ranked = (-due).argsort(kind="stable")[: self.config.probes]
         self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
 
