@@ -70,6 +70,7 @@ class DenoisingRequest:
         self.request_id = request_id
         self.config = config
         self.traits = traits
+        self.num_layers = traits.num_layers
         self.canvas = Canvas(
             prompt_token_ids,
             max_tokens,
@@ -107,10 +108,6 @@ class DenoisingRequest:
         self._state = StepState.FIRST_PASS
         self._stored_inputs = stored_inputs
         self._num_written = 0  # positions whose KV blocks a pass has written
-
-    @property
-    def num_layers(self) -> int:
-        return self.traits.num_layers
 
     def restart(self) -> None:
         """The KV blocks were taken away: keep what is committed, recompute the canvas."""
@@ -243,8 +240,9 @@ class DenoisingRequest:
             for index, position in zip(chosen, self.just_committed.tolist(), strict=True):
                 self._logprobs[position] = result.logprobs.take(np.array([index]))
         self._add_to_record(plan, result, self.just_committed.tolist())
-        self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
-        if self.appended.size:
+        self.appended = NO_POSITIONS
+        if self.canvas.length > len(plan.tokens):
+            self.appended = np.arange(len(plan.tokens), self.canvas.length, dtype=np.int32)
             self.validity.extend(self.canvas.length)
 
     def _add_to_record(

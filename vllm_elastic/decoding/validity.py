@@ -18,6 +18,7 @@ class BlockValidity:
 
     Attributes:
         block_size: positions a block has.
+        all_valid: nothing is stale, as before most passes.
         stale_from: int16 [blocks], 0 .. L.
     """
 
@@ -28,11 +29,8 @@ class BlockValidity:
         self._hidden_stride = hidden_stride
         self.block_size = block_size
         self.stale_from: npt.NDArray[np.int16] = np.empty(0, dtype=np.int16)
+        self.all_valid = False
         self.extend(canvas_length)
-
-    @property
-    def all_valid(self) -> bool:
-        return bool((self.stale_from == self.num_layers).all())
 
     @property
     def all_stale(self) -> bool:
@@ -57,15 +55,17 @@ class BlockValidity:
     def invalidate(self, stale_from: int | npt.NDArray[np.int16]) -> None:
         """Blocks become stale from a layer on: one for all, or one a block. Never less stale."""
         layers = np.asarray(stale_from, dtype=np.int16)
-        stored = np.where(
-            layers < self.num_layers, layers - layers % self._hidden_stride, self.num_layers
-        )
-        self.stale_from = np.minimum(self.stale_from, stored).astype(np.int16)
+        if self._hidden_stride > 1:
+            stored = layers - layers % self._hidden_stride
+            layers = np.where(layers < self.num_layers, stored, layers)
+        np.minimum(self.stale_from, layers, out=self.stale_from)
+        self.all_valid = bool(self.stale_from.min() == self.num_layers)
 
     def validate(self) -> None:
         """All blocks were brought up to date by the pass that just ran."""
         self.stale_from[:] = self.num_layers
+        self.all_valid = True
 
     def join_layers(self) -> npt.NDArray[np.int16]:
         """int16 [T]: the layer at which each position has to join to be valid again; L = not."""
-        return np.repeat(self.stale_from, self.block_size)[: self._canvas_length]
+        return self.stale_from.repeat(self.block_size)[: self._canvas_length]

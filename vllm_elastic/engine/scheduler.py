@@ -69,6 +69,7 @@ class ElasticScheduler(Scheduler):
         own = self.vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._denoising: dict[str, DenoisingRequest] = {}  # what runs
+        self._block_ids: dict[str, list[int]] = {}  # while a request holds its KV blocks
         self._round_robin = RoundRobin()
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
         self._in_flight = PassesInFlight()
@@ -193,6 +194,8 @@ class ElasticScheduler(Scheduler):
             )
             if blocks is None:
                 break
+            (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
+            self._block_ids[request.request_id] = block_ids
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
             resumed = request.status == RequestStatus.PREEMPTED
@@ -286,9 +289,8 @@ class ElasticScheduler(Scheduler):
             taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))
         for request_id, plan in taken:
             self._in_flight.add(plan)
-            (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
             # A canvas that grows has blocks for all that it may grow to.
-            plan.block_ids = block_ids[: -(-len(plan.tokens) // self.block_size)]
+            plan.block_ids = self._block_ids[request_id][: -(-len(plan.tokens) // self.block_size)]
             plan.adapter = self.requests[request_id].lora_request
         return [plan for _, plan in taken]
 
@@ -304,9 +306,7 @@ class ElasticScheduler(Scheduler):
         """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
         fresh = [plan.request_id for plan in plans if not plan.num_written]
         return [
-            NewRequestData.from_request(
-                self.requests[request_id], self.kv_cache_manager.get_block_ids(request_id)
-            )
+            NewRequestData.from_request(self.requests[request_id], (self._block_ids[request_id],))
             for request_id in fresh
             if self.requests[request_id].mm_features
         ]
@@ -317,12 +317,14 @@ class ElasticScheduler(Scheduler):
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         self._in_flight.drop(request.request_id)
+        del self._block_ids[request.request_id]
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         denoising = self._denoising.pop(request.request_id, None)
+        self._block_ids.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
         self._in_flight.drop(request.request_id)
         first_commit = self._clock.seconds_to_commit(request.request_id)

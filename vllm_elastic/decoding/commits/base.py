@@ -53,10 +53,10 @@ class CommitRule:
         """
         predictions = self.weighed(predictions)
         probabilities, accepted = predictions.probabilities, self.accepts(predictions)
-        sure = np.flatnonzero(accepted & (probabilities > 0))
+        sure = (accepted & (probabilities > 0)).nonzero()[0]
         if len(sure):
             return sure
-        best = np.flatnonzero(probabilities == probabilities.max())
+        best = (probabilities == probabilities.max()).nonzero()[0]
         return best if probabilities[best[0]] > 0 else best[:1]
 
 

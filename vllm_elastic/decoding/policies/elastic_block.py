@@ -102,9 +102,9 @@ class ElasticBlock(RefreshPolicy):
         if not (self._measures or everything):
             return None
         # What the next step computes in any case is not looked after by blocks.
-        watched = np.ones(request.canvas.length, dtype=np.bool_)
-        watched[plan.window_rows if everything else rows] = False
-        watched[request.looked_after :] = False
+        watched = np.zeros(request.canvas.length, dtype=np.bool_)
+        watched[: request.looked_after] = True
+        watched.put(plan.window_rows if everything else rows, False)
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
             watched=watched,
@@ -140,7 +140,7 @@ class ElasticBlock(RefreshPolicy):
         self, request: DenoisingRequest, plan: PassPlan, measured: Measured | None
     ) -> None:
         for segment in plan.segments:
-            self._written_at[segment.positions] = plan.denoising_step
+            self._written_at.put(segment.positions, plan.denoising_step)
 
     def _take_in_new(self, request: DenoisingRequest, step: int) -> None:
         """What the canvas has grown by is as of this step; how fast it drifts is not known."""
@@ -179,7 +179,7 @@ class ElasticBlock(RefreshPolicy):
     def _drift(self, step: int) -> npt.NDArray[np.float64]:
         """float64 [blocks], expected at a step, of the layer where it is largest."""
         assert self._rate is not None
-        return self._rate.max(axis=1) * np.maximum(step - self._refreshed_at, 0) ** GROWTH
+        return self._rate.max(axis=1) * (step - self._refreshed_at) ** GROWTH
 
     def _verdict(self, request: DenoisingRequest, step: int) -> npt.NDArray[np.int16] | None:
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""
@@ -189,10 +189,9 @@ class ElasticBlock(RefreshPolicy):
         total = float(cost.sum())
         if total <= self.config.block_drift:
             return None
-        ranked = np.argsort(-cost, kind="stable")
-        left = total - np.cumsum(cost[ranked])
-        count = 1 + int(np.searchsorted(-left, -self.config.block_drift / 2))
-        ranked = ranked[:count]
+        ranked = (-cost).argsort(kind="stable")
+        left = total - cost[ranked].cumsum()
+        ranked = ranked[: 1 + np.count_nonzero(left > self.config.block_drift / 2)]
         return self._join_layers(request, ranked[cost[ranked] > 0])
 
     def _join_layers(
@@ -201,18 +200,17 @@ class ElasticBlock(RefreshPolicy):
         """int16 [blocks]: where those to be refreshed join, L for others."""
         assert self._rate is not None
         stale = np.full(len(self._rate), request.num_layers, dtype=np.int16)
-        for block in refreshed:
-            # Its age multiplies the drift of all layers alike.
-            drifted = self._rate[block] > self.config.slack * self._rate[block].max()
-            # argmax: the first layer whose input has; the one before is where to join.
-            first = int(drifted.argmax()) if drifted.any() else request.num_layers
-            stale[block] = max(0, first - 1)
+        rate = self._rate[refreshed]  # the age of a block multiplies the drift of all layers alike
+        drifted = rate > self.config.slack * rate.max(axis=1, keepdims=True)
+        # argmax: the first layer whose input has; the one before is where to join.
+        first = np.where(drifted.any(axis=1), drifted.argmax(axis=1), request.num_layers)
+        stale[refreshed] = np.maximum(first - 1, 0)
         return stale
 
     def _choose_probes(self, most_attended: Positions, step: int) -> None:
         """The most attended position of the blocks whose drift is least known where it counts."""
-        due = self._attention * np.maximum(step + 1 - self._probed_at, 0) * (most_attended >= 0)
-        ranked = np.argsort(-due, kind="stable")[: self.config.probes]
+        due = self._attention * (step + 1 - self._probed_at)  # 0 where no position is watched
+        ranked = (-due).argsort(kind="stable")[: self.config.probes]
         self._next_probes = np.sort(most_attended[ranked[due[ranked] > 0]])
 
 
@@ -232,7 +230,6 @@ def attention_of_blocks(
     by_position = np.full(num_blocks * block_size, -1.0, dtype=np.float32)
     np.copyto(by_position[: len(attention)], attention, where=watched)
     paid = by_position.reshape(num_blocks, block_size)
-    best = paid.argmax(axis=1)
-    seen = paid.max(axis=1) >= 0
-    most_attended = np.where(seen, best + np.arange(num_blocks) * block_size, -1)
+    most_attended = paid.argmax(axis=1) + np.arange(0, len(by_position), block_size)
+    most_attended[by_position[most_attended] < 0] = -1
     return np.maximum(paid, 0).sum(axis=1), most_attended.astype(np.int32)
