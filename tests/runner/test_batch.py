@@ -44,7 +44,7 @@ def plan(first_block: int, length: int, segments: dict[int, list[int]], window: 
         rows,
         np.arange(length, dtype=np.int32) + 100 * first_block,
         rows[0].positions[-window:],
-        block_ids=list(range(first_block, first_block + blocks)),
+        block_ids=np.arange(first_block, first_block + blocks, dtype=np.int32),
     )
 
 

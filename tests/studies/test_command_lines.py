@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import drift
+import host_time
 import ideal
 import images
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from tests.documented_commands import arguments, documented
 
 
-@pytest.mark.parametrize("study", [drift, ideal, images], ids=lambda study: study.__name__)
+@pytest.mark.parametrize(
+    "study", [drift, host_time, ideal, images], ids=lambda study: study.__name__
+)
 def test_documented_commands_are_understood(study: ModuleType) -> None:
     commands = documented(f"python examples/studies/{study.__name__}.py")
     assert commands

@@ -66,7 +66,7 @@ class PlanMaker:
             window=window,
             measure=self._measure(kind, tracked, segment.positions, ~masked),
             num_written=self.canvas,  # not a request's first pass
-            block_ids=list(range(first, first + self.blocks_of_canvas)),
+            block_ids=np.arange(first, first + self.blocks_of_canvas, dtype=np.int32),
         )
 
     def _measure(

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_elastic.bench import machine
 from vllm_elastic.bench.arguments import add_json, positive
 from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_sizes
@@ -216,14 +219,14 @@ class _Places:
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
         self._free = list(range(capacity.blocks, 0, -1))
-        self._taken: dict[str, list[int]] = {}
+        self._taken: dict[str, npt.NDArray[np.int32]] = {}
 
-    def of(self, name: str, canvas: int) -> list[int]:
+    def of(self, name: str, canvas: int) -> npt.NDArray[np.int32]:
         if name not in self._taken:
             count = self._capacity.blocks_of(canvas)
-            self._taken[name] = [self._free.pop() for _ in range(count)]
+            self._taken[name] = np.array([self._free.pop() for _ in range(count)], np.int32)
         return self._taken[name]
 
     def free(self, names: set[str]) -> None:
         for name in names:
-            self._free += self._taken.pop(name)
+            self._free += self._taken.pop(name).tolist()

@@ -71,7 +71,7 @@ class PassPlan:
         adapter: of the request (LoRA), filled in by whoever knows it; None: it has none.
         num_written: positions whose KV blocks earlier passes have written; what those behind hold
             is another request's.
-        block_ids: the request's KV blocks, filled in by whoever owns them.
+        block_ids: int32, the request's KV blocks, filled in by whoever owns them.
     """
 
     request_id: str
@@ -87,7 +87,7 @@ class PassPlan:
     allowed: TokenBits | None = None
     adapter: Any = None
     num_written: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     @property
     def window_rows(self) -> Positions:

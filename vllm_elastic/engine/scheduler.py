@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -69,7 +70,7 @@ class ElasticScheduler(Scheduler):
         own = self.vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._denoising: dict[str, DenoisingRequest] = {}  # what runs
-        self._block_ids: dict[str, list[int]] = {}  # while a request holds its KV blocks
+        self._block_ids: dict[str, npt.NDArray[np.int32]] = {}  # of who holds KV blocks
         self._round_robin = RoundRobin()
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
         self._in_flight = PassesInFlight()
@@ -195,7 +196,7 @@ class ElasticScheduler(Scheduler):
             if blocks is None:
                 break
             (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-            self._block_ids[request.request_id] = block_ids
+            self._block_ids[request.request_id] = np.array(block_ids, dtype=np.int32)
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
             resumed = request.status == RequestStatus.PREEMPTED
@@ -306,7 +307,9 @@ class ElasticScheduler(Scheduler):
         """The images of those whose KV blocks are fresh: workers keep nothing else of a request."""
         fresh = [plan.request_id for plan in plans if not plan.num_written]
         return [
-            NewRequestData.from_request(self.requests[request_id], (self._block_ids[request_id],))
+            NewRequestData.from_request(
+                self.requests[request_id], self.kv_cache_manager.get_block_ids(request_id)
+            )
             for request_id in fresh
             if self.requests[request_id].mm_features
         ]

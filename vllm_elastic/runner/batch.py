@@ -88,12 +88,11 @@ class BatchBuilder:
         if order.stored.any():
             stored = np.zeros(len(tokens), dtype=np.bool_)
             stored[:num_embedded] = order.stored
-        window_rows = [order.row_of[i][plan.window_rows] for i, plan in enumerate(self._plans)]
         return PassRows(
             tokens=self._upload.put(tokens),
             stored=None if stored is None else self._upload.put(stored),
             layers=layers,
-            window=self._window(window_rows),
+            window=self._window(),
         )
 
     def _layer_rows(
@@ -126,11 +125,12 @@ class BatchBuilder:
             adapters=self._adapters_of(chain(pieces, tested), num_projected),
         )
 
-    def _window(self, window_rows: list[IntArray]) -> CandidateRows:
-        ends = list(accumulate(map(len, window_rows), initial=0))
+    def _window(self) -> CandidateRows:
+        windows = {index: plan.window_rows for index, plan in enumerate(self._plans)}
+        ends = list(accumulate(map(len, windows.values()), initial=0))
         pieces = [(index, first, last) for index, (first, last) in enumerate(pairwise(ends))]
         rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
-        np.concatenate(window_rows, out=rows[: ends[-1]])
+        rows[: ends[-1]] = self._order.rows_of(windows)
         return CandidateRows(
             rows=self._upload.put(rows),
             calls=self._chunked(pieces),

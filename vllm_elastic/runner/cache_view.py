@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -68,12 +69,12 @@ class CacheView:
             hidden_stride=model.hidden_stride,
         )
 
-    def kernel_blocks(self, block_ids: Sequence[int]) -> Sequence[int]:
+    def kernel_blocks(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The attention kernels' blocks that make up blocks of the manager's, in order."""
         parts = self.block_size // self.key_layout.block_size
         if parts == 1:
             return block_ids
-        return [block * parts + part for block in block_ids for part in range(parts)]
+        return (block_ids[:, None] * parts + np.arange(parts, dtype=np.int32)).ravel()
 
     def num_tested(self, tested_layers: int | None) -> int | None:
         """How many of the first so many layers store their input, or are layer 0; None: all."""

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -43,7 +43,6 @@ class RowOrder:
         positions, slots: int64 [R], canvas position and slot of the paged cache.
         tokens: int64 [R0], of the rows that join at layer 0.
         stored: bool [R0], of these, whose input is stored and no token's embedding.
-        row_of: per plan int64 [T], row of a canvas position or -1.
         spans: in row order.
     """
 
@@ -51,8 +50,9 @@ class RowOrder:
     slots: IntArray
     tokens: IntArray
     stored: npt.NDArray[np.bool_]
-    row_of: list[IntArray]
     spans: list[Span]
+    _row_of: IntArray  # of a canvas position or -1; the canvases one behind the other
+    _starts: list[int]  # where each plan's canvas begins there
 
     @classmethod
     def of(cls, plans: Sequence[PassPlan], block_size: int) -> RowOrder:
@@ -76,7 +76,7 @@ class RowOrder:
         row_of[places] = np.arange(len(positions))
         first_blocks = _ends(len(plan.block_ids) for plan in plans)
         blocked = positions + np.repeat([first_blocks[o] * block_size for o in owners], lengths)
-        block_ids = np.fromiter(chain.from_iterable(p.block_ids for p in plans), np.int64)
+        block_ids = np.concatenate([plan.block_ids for plan in plans], dtype=np.int64)
         embedded = places[: ends[join_layers.count(0)]]
         stored = np.zeros(len(embedded), dtype=np.bool_)
         for plan, start in zip(plans, starts[:-1], strict=True):
@@ -87,9 +87,19 @@ class RowOrder:
             slots=slots_of(block_ids, blocked, block_size),
             tokens=np.concatenate([plan.tokens for plan in plans], dtype=np.int64)[embedded],
             stored=stored,
-            row_of=[row_of[start:stop] for start, stop in pairwise(starts)],
             spans=list(map(Span, join_layers, owners, ends, ends[1:])),
+            _row_of=row_of,
+            _starts=starts,
         )
+
+    def rows_of(self, positions: Mapping[int, npt.NDArray[np.integer]]) -> IntArray:
+        """Rows of canvas positions, by the plan's index: int64, one plan's behind another's."""
+        if not positions:
+            return NO_ROWS
+        parts = list(positions.values())
+        starts = np.repeat([self._starts[index] for index in positions], list(map(len, parts)))
+        rows: IntArray = self._row_of[np.concatenate(parts) + starts]
+        return rows
 
 
 def _ends(lengths: Iterable[int]) -> list[int]:

@@ -338,7 +338,8 @@ class ElasticRunner:
         ]
         if not last:
             return None
-        return self._upload.put(np.array(self.cache.kernel_blocks(last), dtype=np.int64))
+        blocks = self.cache.kernel_blocks(np.array(last, dtype=np.int32))
+        return self._upload.put(blocks.astype(np.int64))
 
     # Asked by vLLM's worker now and then.
 

@@ -39,7 +39,7 @@ def warm_up_passes(
             tokens=np.full(length, traits.mask_token_id, dtype=np.int32),
             window=window,
             num_written=length,
-            block_ids=[0] * -(-length // block_size),
+            block_ids=np.zeros(-(-length // block_size), dtype=np.int32),
         )
 
     lengths = sorted({min(_SHORT, canvas), canvas})

@@ -48,9 +48,10 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
     """A Hopper GPU (SXM).
 
     Peaks are the vendor's: dense bfloat16, plain float32. Nothing here was measured on a GPU. The
-    scheduler's time for a pass, and for what it measured, is what ``bench card`` measures on a CPU
-    core; efficiency and the other overheads are guesses. With graphs a layer is some six calls
-    from Python (docs/decisions.md), at 5 microseconds each.
+    host's time for a step, a pass and what it measured is what fits ``host_time.py`` (of
+    examples/studies) on a core of an Intel Xeon, and 0.2 ms a step for launching and reading back,
+    which is a guess, as the efficiency is. With graphs a layer is some six calls from Python
+    (docs/decisions.md), at 5 microseconds each.
     """
     return Device(
         name=name,
@@ -59,10 +60,10 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
         bandwidth=bandwidth,
         memory=memory,
         efficiency=0.65,
-        step_seconds=1e-3,
+        step_seconds=0.5e-3,
         layer_seconds=30e-6,
-        pass_seconds=28e-6,
-        statistics_seconds=30e-6,
+        pass_seconds=65e-6,
+        statistics_seconds=125e-6,
         paged_statistics=True,
         asynchronous=True,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_elastic.attention.paged_statistics import (
@@ -62,7 +63,8 @@ class KernelSums:
         self._cache, self._drift, self._upload = cache, drift, upload
         self._num_rows = len(saved.query_rows) + len(saved.tested_positions)
         self._in_window = np.zeros(len(saved.query_rows), dtype=np.float32)
-        self._tested, self._blocks, self._written_at = [NO_ROWS], [NO_ROWS], [NO_ROWS]
+        self._tested, self._written_at = [NO_ROWS], [NO_ROWS]
+        self._blocks: list[npt.NDArray[np.int32]] = []
         self._num_blocks = self._num_written = 0
         self.read_layers: set[int] = set()
         entries_of = {
@@ -77,7 +79,7 @@ class KernelSums:
         ]
         self._shared = (
             upload.put(self._in_window),
-            upload.put(np.concatenate(self._blocks).astype(np.int32)),
+            upload.put(np.concatenate(self._blocks)),
             upload.put(np.concatenate(self._tested)),
         )
         self._written_on_device = upload.put(np.concatenate(self._written_at).astype(np.int32))
@@ -114,7 +116,7 @@ class KernelSums:
             num_queries=len(own.in_window),
         )
         self._in_window[own.queries] = own.in_window
-        self._blocks.append(np.asarray(cache.kernel_blocks(own.plan.block_ids)))
+        self._blocks.append(cache.kernel_blocks(own.plan.block_ids))
         self._num_blocks += len(self._blocks[-1])
         if own.tested.size:
             assert isinstance(measure, DriftTest)

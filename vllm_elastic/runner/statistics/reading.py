@@ -131,7 +131,7 @@ class ReadingPlanner:
             layers=layers,
             layers_at_once=room,
             pieces=[self._piece(owners) for owners in pieces],
-            blocks=blocks,
+            blocks=[own.tolist() for own in blocks],
             table=self._upload.put(table),
             lengths=lengths,
             beyond=beyond,

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.measurement import Measure
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
@@ -80,59 +82,61 @@ class SavedRows:
     """
 
     def __init__(self, plans: Sequence[PassPlan], order: RowOrder, upload: Upload) -> None:
+        measuring = {i: plan for i, plan in enumerate(plans) if plan.measure is not None}
+        queries = {index: plan.queries for index, plan in measuring.items()}
+        tested = {index: plan.tested for index, plan in measuring.items() if plan.tested.size}
+        written = {i: plans[i].segments[0].positions.astype(np.int64) for i in tested}
+        probes = {index: plan.probes for index, plan in measuring.items() if plan.probes.size}
+        query_rows, tested_rows = order.rows_of(queries), order.rows_of(tested)
+        old_key_rows, probe_rows = order.rows_of(written), order.rows_of(probes)
+        self.query_rows: IntArray = np.sort(query_rows)
+        self.tested_positions: IntArray = order.positions[tested_rows]
+        self.num_old_keys, self.num_probes = len(old_key_rows), len(probe_rows)
+        # Whose they are.
+        starts = list(accumulate(map(len, queries.values()), initial=0))[:-1]
+        firsts = self.query_rows.searchsorted(query_rows[starts]).tolist()
         self.owners: dict[int, OwnRows] = {}
-        measuring = [index for index, plan in enumerate(plans) if plan.measure is not None]
-        queries = {index: plans[index].queries for index in measuring}
-        rows_of = [order.row_of[index][rows] for index, rows in queries.items()]
-        self.query_rows: IntArray = np.sort(np.concatenate(rows_of))
-        firsts = self.query_rows.searchsorted([rows[0] for rows in rows_of]).tolist()
-        tested_rows, old_key_rows, probe_rows = [NO_ROWS], [NO_ROWS], [NO_ROWS]
-        num_tested = self.num_old_keys = 0
-        for index, first in zip(measuring, firsts, strict=True):
-            plan, row_of = plans[index], order.row_of[index]
-            written = NO_ROWS
-            if plan.tested.size:
-                written = plan.segments[0].positions.astype(np.int64)
-                tested_rows.append(row_of[plan.tested])
-                old_key_rows.append(row_of[written])
-            elif plan.probes.size:
-                probe_rows.append(row_of[plan.probes])
-            self.owners[index] = self._own(plan, queries[index], first, written, num_tested, upload)
-            num_tested += plan.tested.size
-            self.num_old_keys += written.size
-        tested = np.concatenate(tested_rows)
-        self.tested_positions: IntArray = order.positions[tested]
-        self.num_probes = sum(map(len, probe_rows))
+        old_queries = old_keys = 0
+        for (index, plan), first in zip(measuring.items(), firsts, strict=True):
+            overwritten = written.get(index, NO_ROWS)
+            places = first, old_queries, old_keys
+            own = _own_rows(plan, queries[index], overwritten, places, upload)
+            self.owners[index] = own
+            old_queries, old_keys = own.old_queries.stop, own.old_keys.stop
         # On the device, by row and by slot.
         self.queries_on_device = upload.put(self.query_rows)
-        self.tested_on_device = upload.put(tested)
-        self.tested_slots = upload.put(order.slots[tested])
-        self.old_key_slots = upload.put(order.slots[np.concatenate(old_key_rows)])
-        self.probe_slots = upload.put(order.slots[np.concatenate(probe_rows)])
+        self.tested_on_device = upload.put(tested_rows)
+        self.tested_slots = upload.put(order.slots[tested_rows])
+        self.old_key_slots = upload.put(order.slots[old_key_rows])
+        self.probe_slots = upload.put(order.slots[probe_rows])
 
-    def _own(
-        self,
-        plan: PassPlan,
-        positions: npt.NDArray[np.int32],
-        first: int,
-        written: IntArray,
-        num_tested: int,
-        upload: Upload,
-    ) -> OwnRows:
-        assert plan.measure is not None
-        in_window, tested = np.ones(len(positions), dtype=np.bool_), NO_ROWS
-        if plan.tested.size:
-            in_window = np.isin(positions, plan.window_rows)
-            tested = positions.searchsorted(plan.tested)
-        return OwnRows(
-            plan=plan,
-            measure=plan.measure,
-            queries=slice(first, first + len(positions)),
-            in_window=in_window,
-            tested=tested,
-            old_queries=slice(num_tested, num_tested + plan.tested.size),
-            old_keys=slice(self.num_old_keys, self.num_old_keys + written.size),
-            written=written,
-            tested_on_device=upload.put(tested),
-            written_on_device=upload.put(written),
-        )
+
+def _own_rows(
+    plan: PassPlan,
+    positions: Positions,
+    written: IntArray,
+    firsts: tuple[int, int, int],
+    upload: Upload,
+) -> OwnRows:
+    """Args:
+    positions: of its queries; written: of the keys that the pass overwrites.
+    firsts: its first place in the saved queries, old queries and old keys.
+    """
+    assert plan.measure is not None
+    in_window, tested = np.ones(len(positions), dtype=np.bool_), NO_ROWS
+    if plan.tested.size:
+        in_window = np.isin(positions, plan.window_rows)
+        tested = positions.searchsorted(plan.tested)
+    first_query, first_old_query, first_old_key = firsts
+    return OwnRows(
+        plan=plan,
+        measure=plan.measure,
+        queries=slice(first_query, first_query + len(positions)),
+        in_window=in_window,
+        tested=tested,
+        old_queries=slice(first_old_query, first_old_query + len(tested)),
+        old_keys=slice(first_old_key, first_old_key + len(written)),
+        written=written,
+        tested_on_device=upload.put(tested),
+        written_on_device=upload.put(written),
+    )

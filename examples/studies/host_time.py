@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host takes between two passes: results taken in, the next pass planned and laid out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_elastic.bench.arguments import (
+    add_engine,
+    add_json,
+    add_model,
+    add_prompts,
+    positive,
+)
+from vllm_elastic.bench.engine import BenchEngine
+from vllm_elastic.bench.run import read_jsonl
+from vllm_elastic.bench.served_model import served_model
+from vllm_elastic.decoding.plan import PassPlan, PassResult
+
+PARTS = ("planning", "laying out", "taking in results")
+"""``schedule``, ``ElasticRunner.start`` up to its upload, ``update_from_output``; vLLM's own share
+of the first and the last is in them."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Serves prompts and keeps what every pass reports; then serves them again and "
+        "again with these results in place of passes, so that the host is as warm as beside a GPU. "
+        "Of each step's times the least counts, of the steps their mean. Run it on a machine that "
+        "does nothing else."
+    )
+    add_model(parser)
+    add_prompts(parser)
+    parser.add_argument("--batch-size", nargs="+", type=positive, default=[1, 16, 64], metavar="N")
+    parser.add_argument("--count", type=positive, default=None, help="prompts (default: 2 a seat)")
+    parser.add_argument("--repeats", type=positive, default=7)
+    add_engine(parser)
+    add_json(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print a row for each batch size, and write the figures."""
+    prompts = list(read_jsonl(args.prompts))
+    engine = served_model(args, prompts, max(args.batch_size))
+    print(f"| seats | requests a step | {', ms | '.join(PARTS)}, ms | together, ms |")
+    print("|---" * (3 + len(PARTS)) + "|")
+    rows = []
+    for seats in args.batch_size:
+        asked = prompts[: args.count or max(16, 2 * seats)]
+        engine.scheduler.max_num_active_reqs = seats
+        row = host_time(engine, asked, args.repeats) | {"seats": seats}
+        rows.append(row)
+        shown = " | ".join(f"{row[part]:.3f}" for part in PARTS)
+        print(f"| {seats} | {row['requests']:.1f} | {shown} | {row['together']:.2f} |", flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def host_time(
+    engine: BenchEngine, asked: Sequence[dict[str, Any]], repeats: int
+) -> dict[str, float]:
+    """Milliseconds a step of each of ``PARTS``, and the requests that a step has."""
+    kept = _results(engine, asked)
+    times = [_replayed(engine, asked, kept) for _ in range(repeats)]
+    least = {part: np.min([each[part] for each in times], axis=0) for part in PARTS}
+    found = {part: 1e3 * float(least[part].mean()) for part in PARTS}
+    requests = float(np.mean([len(results) for results in kept]))
+    return found | {"together": sum(found.values()), "requests": requests}
+
+
+def _results(engine: BenchEngine, asked: Sequence[dict[str, Any]]) -> list[list[PassResult]]:
+    """Of every pass, in their order."""
+    run, kept = engine.runner.run, []
+
+    def keep(plans: list[PassPlan]) -> Any:
+        kept.append(run(plans))
+        return kept[-1]
+
+    with patch.object(engine.runner, "run", keep):
+        engine.run(asked)
+    return kept
+
+
+def _replayed(
+    engine: BenchEngine, asked: Sequence[dict[str, Any]], kept: list[list[PassResult]]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Seconds of each step's parts, [steps]."""
+    runner, scheduler, results = engine.runner, engine.scheduler, iter(kept)
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                seconds[part].append(time.perf_counter() - started)
+
+        return wrapper
+
+    planning, laying_out, taking_in = PARTS
+    start = timed(laying_out, runner.start)
+
+    def run(plans: list[PassPlan]) -> list[PassResult]:
+        with contextlib.suppress(_LaidOutError):
+            start(plans)
+        return next(results)
+
+    with (
+        patch.object(runner, "run", run),
+        patch.object(runner._upload, "send", _stop),
+        patch.object(scheduler, "schedule", timed(planning, scheduler.schedule)),
+        patch.object(
+            scheduler, "update_from_output", timed(taking_in, scheduler.update_from_output)
+        ),
+    ):
+        engine.run(asked)
+    found = {part: np.array(of_steps) for part, of_steps in seconds.items()}
+    assert {len(of_steps) for of_steps in found.values()} == {len(kept)}, "a step without a pass"
+    return found
+
+
+class _LaidOutError(Exception):
+    """A pass is laid out, and goes no further."""
+
+
+def _stop() -> None:
+    raise _LaidOutError
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
