@@ -189,14 +189,13 @@ def test_warm_up_owns_nothing(
     runner: Any = served.engine.runner  # type: ignore[attr-defined]
     poison(served.engine)
     asked: set[tuple[int, int, int]] = set()
-    common_metadata = BatchBuilder._common_metadata
+    metadata = BatchBuilder._metadata
 
-    def seen(self: BatchBuilder, owners: list[int], lengths: list[int]) -> Any:
-        common = common_metadata(self, owners, lengths)
+    def seen(self: BatchBuilder, common: Any) -> Any:
         asked.add((common.num_reqs, common.max_query_len, common.max_seq_len))
-        return common
+        return metadata(self, common)
 
-    monkeypatch.setattr(BatchBuilder, "_common_metadata", seen)
+    monkeypatch.setattr(BatchBuilder, "_metadata", seen)
     runner.warm_up()
     monkeypatch.undo()
     assert asked == set(product((1, 2, 16), (1, 2, 32), (32,))) | set(

@@ -86,6 +86,18 @@ def test_a_layer_works_on_the_rows_that_have_joined() -> None:
     assert rows.tokens[:6].tolist() == [103, 107, 108, 109, 705, 706]
 
 
+def test_rows_are_found_by_plan_and_position() -> None:
+    """A measurement would read another request's rows."""
+    _, order = build()
+    asked = {2: np.array([1, 4]), 0: np.array([3, 21])}
+    found = order.rows_of(asked).tolist()
+    wanted = [(plan, position) for plan, own in asked.items() for position in own.tolist()]
+    owners = {row: span.plan for span in order.spans for row in range(span.start, span.stop)}
+    assert [(owners[row], int(order.positions[row])) for row in found] == wanted
+    assert order.rows_of({1: np.array([0])}).tolist() == [-1], "in no segment of the pass"
+    assert not len(order.rows_of({}))
+
+
 @pytest.mark.parametrize("tested", [0, 3, 20])
 def test_what_fills_up_is_nobodys(tested: int) -> None:
     """Filling would overwrite keys of a request, or read a position that there is not."""
