@@ -26,6 +26,8 @@ from vllm_elastic.bench.run import read_jsonl
 from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 
+Floats = npt.NDArray[np.float64]
+
 PARTS = ("planning", "laying out", "taking in results")
 """``schedule``, ``ElasticRunner.start`` up to its upload, ``update_from_output``; vLLM's own share
 of the first and the last is in them."""
@@ -36,13 +38,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Serves prompts and keeps what every pass reports; then serves them again and "
         "again with these results in place of passes, so that the host is as warm as beside a GPU. "
-        "Of each step's times the least counts, of the steps their mean. Run it on a machine that "
-        "does nothing else."
+        "Of each step's times the least counts, of the steps their mean. At last what the steps of "
+        "all batch sizes say of a step, of a request's pass and of what it measured, for `bench "
+        "simulate`. Run it on a machine that does nothing else."
     )
     add_model(parser)
     add_prompts(parser)
     parser.add_argument("--batch-size", nargs="+", type=positive, default=[1, 16, 64], metavar="N")
-    parser.add_argument("--count", type=positive, default=None, help="prompts (default: 2 a seat)")
+    parser.add_argument(
+        "--count", type=positive, default=None, help="prompts (default: 2 a seat, at least 16)"
+    )
     parser.add_argument("--repeats", type=positive, default=7)
     add_engine(parser)
     add_json(parser)
@@ -55,28 +60,46 @@ def main(args: argparse.Namespace) -> None:
     engine = served_model(args, prompts, max(args.batch_size))
     print(f"| seats | requests a step | {', ms | '.join(PARTS)}, ms | together, ms |")
     print("|---" * (3 + len(PARTS)) + "|")
-    rows = []
+    rows, counts, seconds = [], [], []
     for seats in args.batch_size:
         asked = prompts[: args.count or max(16, 2 * seats)]
         engine.scheduler.max_num_active_reqs = seats
-        row = host_time(engine, asked, args.repeats) | {"seats": seats}
-        rows.append(row)
+        kept = _results(engine, asked)
+        times = host_time(engine, asked, kept, args.repeats)
+        counts.append(_counts(kept))
+        seconds.append(sum(times.values()))
+        row = {part: 1e3 * float(of_steps.mean()) for part, of_steps in times.items()}
+        row |= {"together": sum(row.values()), "requests": float(counts[-1][:, 1].mean())}
+        rows.append(row | {"seats": seats})
         shown = " | ".join(f"{row[part]:.3f}" for part in PARTS)
         print(f"| {seats} | {row['requests']:.1f} | {shown} | {row['together']:.2f} |", flush=True)
+    fitted = _fit(np.concatenate(counts), np.concatenate(seconds))
+    print("\n" + ", ".join(f"{each}: {1e6 * cost:.0f} us" for each, cost in fitted.items()))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def host_time(
-    engine: BenchEngine, asked: Sequence[dict[str, Any]], repeats: int
-) -> dict[str, float]:
-    """Milliseconds a step of each of ``PARTS``, and the requests that a step has."""
-    kept = _results(engine, asked)
+    engine: BenchEngine, asked: Sequence[dict[str, Any]], kept: list[list[PassResult]], repeats: int
+) -> dict[str, Floats]:
+    """Seconds of each step's parts, [steps], the least of all repeats."""
     times = [_replayed(engine, asked, kept) for _ in range(repeats)]
-    least = {part: np.min([each[part] for each in times], axis=0) for part in PARTS}
-    found = {part: 1e3 * float(least[part].mean()) for part in PARTS}
-    requests = float(np.mean([len(results) for results in kept]))
-    return found | {"together": sum(found.values()), "requests": requests}
+    return {part: np.min([each[part] for each in times], axis=0) for part in PARTS}
+
+
+def _counts(kept: list[list[PassResult]]) -> Floats:
+    """[steps, 3]: each step's 1, its passes, and those that measured."""
+    measured = [sum(result.measured is not None for result in results) for results in kept]
+    return np.array(
+        [(1, len(results), n) for results, n in zip(kept, measured, strict=True)], float
+    )
+
+
+def _fit(counts: Floats, seconds: Floats) -> dict[str, float]:
+    """Seconds of each of the three, by least squares; large steps vary more and weigh less."""
+    weights = counts[:, 1] ** -0.5
+    found = np.linalg.lstsq(counts * weights[:, None], seconds * weights, rcond=None)[0]
+    return dict(zip(("a step", "a pass", "what it measured"), found.tolist(), strict=True))
 
 
 def _results(engine: BenchEngine, asked: Sequence[dict[str, Any]]) -> list[list[PassResult]]:
@@ -94,7 +117,7 @@ def _results(engine: BenchEngine, asked: Sequence[dict[str, Any]]) -> list[list[
 
 def _replayed(
     engine: BenchEngine, asked: Sequence[dict[str, Any]], kept: list[list[PassResult]]
-) -> dict[str, npt.NDArray[np.float64]]:
+) -> dict[str, Floats]:
     """Seconds of each step's parts, [steps]."""
     runner, scheduler, results = engine.runner, engine.scheduler, iter(kept)
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from vllm_elastic.models.rows import (
 )
 from vllm_elastic.runner.adapters import PassAdapters
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.ragged import filled_up
+from vllm_elastic.runner.ragged import bounds, filled_up
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
 
@@ -127,7 +127,7 @@ class BatchBuilder:
 
     def _window(self) -> CandidateRows:
         windows = {index: plan.window_rows for index, plan in enumerate(self._plans)}
-        ends = list(accumulate(map(len, windows.values()), initial=0))
+        ends = bounds(map(len, windows.values()))
         pieces = [(index, first, last) for index, (first, last) in enumerate(pairwise(ends))]
         rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
         rows[: ends[-1]] = self._order.rows_of(windows)
@@ -176,7 +176,7 @@ class BatchBuilder:
         put = self._upload.put
         owners = [plan for plan, _, _ in pieces]
         lengths = [last - first for _, first, last in pieces]
-        starts = np.array(list(accumulate(lengths, initial=0)), dtype=np.int32)
+        starts = np.array(bounds(lengths), dtype=np.int32)
         keys = self._lengths[owners]
         return CommonAttentionMetadata(
             query_start_loc=put(starts),

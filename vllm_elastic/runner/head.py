@@ -25,7 +25,7 @@ from vllm_elastic.runner.candidates import (
     sampled,
 )
 from vllm_elastic.runner.constraints import Constraints
-from vllm_elastic.runner.ragged import joined
+from vllm_elastic.runner.ragged import bounds, joined
 from vllm_elastic.runner.upload import Upload
 
 LOGITS_AT_ONCE = 1 << 25
@@ -55,10 +55,8 @@ class Head:
 
     def __init__(self, plans: Sequence[PassPlan], traits: DecodingTraits, upload: Upload) -> None:
         self._plans, self._traits = plans, traits
-        ends = np.cumsum([len(plan.window) for plan in plans]).tolist()
-        self.slices = [
-            slice(end - len(plan.window), end) for plan, end in zip(plans, ends, strict=True)
-        ]
+        ends = bounds(len(plan.window) for plan in plans)
+        self.slices = list(map(slice, ends, ends[1:]))
         self._allowed = AllowedTokens(plans, self.slices, traits.vocab_size, upload)
         self._never_chosen = upload.put(np.array(traits.never_chosen, dtype=np.int64))
         self._constraints = {

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+
+def bounds(lengths: Iterable[int]) -> list[int]:
+    """Where each of N pieces begins, one behind the other, and where the last one ends."""
+    return list(accumulate(lengths, initial=0))
 
 
 def filled_up(rows: Sequence[Any], length: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

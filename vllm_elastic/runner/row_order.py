@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.runner.ragged import bounds
 
 IntArray = npt.NDArray[np.int64]
 
@@ -67,14 +67,14 @@ class RowOrder:
         segments.sort(key=itemgetter(0))  # stable: plan by plan
         join_layers, owners, parts = zip(*segments, strict=True)
         lengths = list(map(len, parts))
-        ends = _ends(lengths)
+        ends = bounds(lengths)
         positions = np.concatenate(parts, dtype=np.int64)
         # All at once, as if the canvases of all plans, and their blocks, were one.
-        starts = _ends(len(plan.tokens) for plan in plans)
+        starts = bounds(len(plan.tokens) for plan in plans)
         places = positions + np.repeat([starts[owner] for owner in owners], lengths)
         row_of = np.full(starts[-1], -1, dtype=np.int64)
         row_of[places] = np.arange(len(positions))
-        first_blocks = _ends(len(plan.block_ids) for plan in plans)
+        first_blocks = bounds(len(plan.block_ids) for plan in plans)
         blocked = positions + np.repeat([first_blocks[o] * block_size for o in owners], lengths)
         block_ids = np.concatenate([plan.block_ids for plan in plans], dtype=np.int64)
         embedded = places[: ends[join_layers.count(0)]]
@@ -100,8 +100,3 @@ class RowOrder:
         starts = np.repeat([self._starts[index] for index in positions], list(map(len, parts)))
         rows: IntArray = self._row_of[np.concatenate(parts) + starts]
         return rows
-
-
-def _ends(lengths: Iterable[int]) -> list[int]:
-    """Where each of N begins, one behind the other, and where the last one ends."""
-    return list(accumulate(lengths, initial=0))

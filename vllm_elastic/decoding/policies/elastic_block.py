@@ -179,7 +179,7 @@ class ElasticBlock(RefreshPolicy):
     def _drift(self, step: int) -> npt.NDArray[np.float64]:
         """float64 [blocks], expected at a step, of the layer where it is largest."""
         assert self._rate is not None
-        return self._rate.max(axis=1) * (step - self._refreshed_at) ** GROWTH
+        return self._rate.max(axis=1) * np.maximum(step - self._refreshed_at, 0) ** GROWTH
 
     def _verdict(self, request: DenoisingRequest, step: int) -> npt.NDArray[np.int16] | None:
         """int16 [blocks]: the join layers of those too costly at a step to come, L for others."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import torch
 from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.measurement import Measure
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.runner.ragged import bounds
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
 
@@ -93,7 +93,7 @@ class SavedRows:
         self.tested_positions: IntArray = order.positions[tested_rows]
         self.num_old_keys, self.num_probes = len(old_key_rows), len(probe_rows)
         # Whose they are.
-        starts = list(accumulate(map(len, queries.values()), initial=0))[:-1]
+        starts = bounds(map(len, queries.values()))[:-1]
         firsts = self.query_rows.searchsorted(query_rows[starts]).tolist()
         self.owners: dict[int, OwnRows] = {}
         old_queries = old_keys = 0
