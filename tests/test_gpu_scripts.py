@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "gpu" / "test.sh"
 SETUP = ROOT / "scripts" / "gpu" / "setup.sh"
 
-STAGES = ["kernels", "oracle", "trained", "batches", "graphs", "ranks"]
+STAGES = ["kernels", "oracle", "trained", "batches", "graphs", "whole", "ranks"]
 
 CARD = "NVIDIA H100 80GB HBM3, 580.65.06, 81559 MiB, 9.0"
 

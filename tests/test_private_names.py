@@ -63,6 +63,7 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/batch.py",
     "runner/cache_view.py",
     "runner/cuda_graphs.py",
+    "runner/graphed_pass.py",
     "plugin.py",
     "patches/ray_on_cpu/__init__.py",
     "patches/max_tokens.py",
@@ -286,7 +287,13 @@ CALLED: list[tuple[str, list[str], list[str]]] = [
     (
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         ["self"],
-        ["common_prefix_len", "common_attn_metadata"],
+        ["common_prefix_len", "common_attn_metadata", "fast_build"],
+    ),
+    ("vllm.config:CUDAGraphMode.has_full_cudagraphs", ["self"], []),
+    (
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support",
+        ["vllm_config", "kv_cache_spec"],
+        [],
     ),
     (
         "vllm.v1.attention.backend:CommonAttentionMetadata",
@@ -461,7 +468,11 @@ WRAPPED = {
 
 # Attributes that we read or set on objects that vLLM hands us.
 ATTRIBUTES: dict[str, list[str]] = {
-    "vllm.config:AttentionConfig": ["backend", "use_non_causal"],
+    "vllm.config:AttentionConfig": [
+        "backend",
+        "flash_attn_max_num_splits_for_cuda_graph",
+        "use_non_causal",
+    ],
     "vllm.config:VllmConfig": [
         "additional_config",
         "attention_config",
@@ -516,6 +527,12 @@ ATTRIBUTES: dict[str, list[str]] = {
     ],
     "vllm.config:CompilationMode": ["NONE"],
     "vllm.config:CUDAGraphMode": ["NONE"],
+    "vllm.v1.attention.backend:AttentionCGSupport": ["UNIFORM_BATCH"],
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": ["max_num_splits"],
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder": [
+        "aot_schedule",
+        "vllm_config",
+    ],
     "vllm.engine.arg_utils:EngineArgs": ["additional_config"],
     "vllm.model_executor.layers.attention:Attention": [
         "head_size",
@@ -615,7 +632,7 @@ ATTRIBUTES: dict[str, list[str]] = {
         "PREEMPTED",
         "RUNNING",
     ],
-    "vllm.v1.worker.utils:AttentionGroup": ["backend", "layer_names"],
+    "vllm.v1.worker.utils:AttentionGroup": ["backend", "kv_cache_spec", "layer_names"],
 }
 
 # Containers of vLLM's that we fill or iterate over: a release may give one another type.

@@ -26,6 +26,7 @@ stages=(
     "trained  240 tests/engine/test_tiny_llada.py tests/engine/test_accuracy.py"
     "batches  240 tests/engine/test_batch_invariance.py tests/engine/test_overlap.py"
     "graphs   240 tests/engine/test_graphs.py tests/engine/test_card_waits.py"
+    "whole    240 tests/engine/test_graphed_passes.py"
     "ranks    240 tests/engine/test_tensor_parallel.py::test_equals_oracle
                   tests/engine/test_tensor_parallel.py::test_sampled_answers_equal_one_rank"
 )

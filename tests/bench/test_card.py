@@ -7,7 +7,9 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from vllm_elastic.runner.executor import (
     EagerExecutor,
     GraphExecutor,
     PassExecutor,
+    WholePassExecutor,
 )
 
 SIZES = ["--width", "64", "--heads", "2", "--layers", "4", "--mlp", "96", "--vocabulary", "300"]
@@ -140,6 +143,15 @@ def test_by_graphs_and_eagerly(
     assert replays[0] == 3 * 2 * (2 * 4 - 1)
     assert runner._executor is executor
     assert "(batch 1000 of canvas 64: the KV cache holds" in capsys.readouterr().out
+
+
+def test_layers_graphs_beside_whole_passes() -> None:
+    """Each by its own, where the runner has both."""
+    layers = GraphExecutor(None)
+    whole = WholePassExecutor(MagicMock(), layers)
+    found = card.executors(SimpleNamespace(model=None, _executor=whole))
+    assert list(found) == ["eager", "graphs", "whole passes"]
+    assert found["graphs"] is layers and found["whole passes"] is whole
 
 
 def test_a_refresh_behind_the_last_layer_is_refused() -> None:

@@ -28,7 +28,10 @@ class CheckedExecutor:
 
     Attributes:
         passes: how many of each kind there were.
+        same_shapes: whether it multiplies what the eager pass does, shape by shape.
     """
+
+    same_shapes = True
 
     def __init__(self, runner: Any, tested: PassExecutor) -> None:
         self._runner = runner
@@ -41,7 +44,11 @@ class CheckedExecutor:
         expected = self._eager.run(rows, recorder)
         for name, wanted in self._left(rows, recorder).items():
             assert same(left[name], wanted), name
-        assert same(hidden, expected), "hidden"
+        count = rows.window.calls[-1].stop  # what fills up is of no meaning
+        if self.same_shapes:
+            assert same(hidden[:count], expected[:count]), "hidden"
+        else:
+            torch.testing.assert_close(hidden[:count], expected[:count], rtol=1e-5, atol=1e-5)
         active = [layer for layer in rows.layers if layer is not None]
         joins = len({id(layer) for layer in active})
         self.passes[f"join {'later' if joins > 1 else 'at one layer'}"] += 1

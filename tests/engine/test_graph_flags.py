@@ -13,18 +13,26 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker import gpu_worker
 
 from tests.device import ON_CARD
 from tests.live_bytes import LiveBytes
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.engine import graph_flags
-from vllm_elastic.engine.graph_flags import graph_rows
+from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
+from vllm_elastic.runner import cuda_graphs
 from vllm_elastic.runner import runner as runner_module
-from vllm_elastic.runner.executor import GRAPH_ROWS, GraphExecutor
+from vllm_elastic.runner.executor import (
+    GRAPH_ROWS,
+    GRAPHED_PASSES,
+    GraphExecutor,
+    WholePassExecutor,
+)
 
 from .conftest import Served
 from .driver import Driver, prompt_of
+from .plain_attention import plain_attention
 
 pytestmark = pytest.mark.engine
 
@@ -84,6 +92,25 @@ def test_flags_that_switch_graphs_off(options: dict[str, Any]) -> None:
     assert graph_rows(config_of(**options)) == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        (None, False),
+        (CUDAGraphMode.NONE, False),
+        (CUDAGraphMode.PIECEWISE, False),
+        (CUDAGraphMode.FULL, True),
+        (CUDAGraphMode.FULL_DECODE_ONLY, True),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, True),
+    ],
+)
+def test_whole_passes_are_captured_where_they_are_asked_for(
+    mode: CUDAGraphMode | None, wanted: bool
+) -> None:
+    found = graphed_passes(config_of(mode=mode), [8, 16, 64, 72, 512])
+    assert found == ([8, 16, 64] if wanted else [])
+    assert graphed_passes(config_of(mode=mode), []) == []
+
+
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("options", [{"ranks": 2}, {"adapters": object()}])
 def test_who_gets_none_is_told(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +153,7 @@ def test_graphs_are_captured_in_the_profiling_run(
             super().take_memory(graph)
 
     monkeypatch.setattr(runner_module, "CudaGraphs", Counting)
-    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setattr(runner, "_executor", runner._executor)
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8, 24])
     runner.profile_run()
@@ -139,6 +166,48 @@ def test_graphs_are_captured_in_the_profiling_run(
     assert replays[0] > 0
 
 
+@pytest.fixture
+def graphed_runner(serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A runner that is to capture layers and whole passes, recorded for captured; of its state
+    nothing stays."""
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    monkeypatch.setattr(runner_module, "CudaGraphs", lambda device: RecordedGraphs())
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
+    monkeypatch.setattr(runner_module, "warm_up_passes", lambda *_: [])
+    for name in ("_executor", "_graphs"):
+        monkeypatch.setattr(runner, name, getattr(runner, name))
+    for name in (GRAPH_ROWS, GRAPHED_PASSES):
+        monkeypatch.setitem(runner.vllm_config.additional_config, name, [8, 24])
+    return runner
+
+
+def test_whole_passes_are_captured_once_the_cache_is_there(
+    graphed_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, builder = graphed_runner, graphed_runner._attention_group.get_metadata_builder()
+    runner.profile_run()
+    layers, graphs = runner._executor, runner._graphs
+    assert isinstance(layers, GraphExecutor)
+    monkeypatch.setattr(type(builder), "_cudagraph_support", AttentionCGSupport.UNIFORM_BATCH)
+    with plain_attention(runner):
+        runner.warm_up()
+    assert isinstance(runner._executor, WholePassExecutor)
+    assert runner._executor.others is layers and runner._graphs is graphs
+    assert sorted(runner._executor._passes._graphs) == [8, 24]
+
+
+def test_a_backend_that_takes_no_part_in_graphs(
+    graphed_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of CPUs: all else runs as without the flag, and the log says so."""
+    said: list[str] = []
+    monkeypatch.setattr(runner_module.logger, "info", lambda line, *rest: said.append(line % rest))
+    graphed_runner.profile_run()
+    graphed_runner.warm_up()
+    assert isinstance(graphed_runner._executor, GraphExecutor)
+    assert "whole passes are not captured: CPU_ATTN takes no part in a graph" in said
+
+
 def test_a_device_that_refuses_is_told_with_the_remedy(
     serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +217,7 @@ def test_a_device_that_refuses_is_told_with_the_remedy(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(runner_module, "CudaGraphs", refuse)
-    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8])
     with pytest.raises(RuntimeError, match="--enforce-eager"):
         runner.profile_run()
@@ -173,7 +242,7 @@ def test_vllm_sizes_the_cache_with_graphs_counted(
 
     monkeypatch.setattr(gpu_worker, "memory_profiling", memory_profiling)
     monkeypatch.setattr(runner_module, "CudaGraphs", lambda device: RecordedGraphs())
-    monkeypatch.setattr(runner_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setattr(runner, "_executor", runner._executor)
     available = {}
     for rows in ([], counts):

@@ -27,12 +27,12 @@ from vllm_elastic.decoding.round_robin import RoundRobin
 
 DESCRIPTION = """\
 Builds a LLaDA with random weights and runs passes of every kind, as the device runs them (by CUDA
-graphs, on a CPU by compiled layers) and eagerly, interleaved. A pass is timed from the upload of
-its numbers until its results are on their way back; the host gap is what the device waits between
-two passes: scheduling, laying out, reading results. The floor is the longer of a pass's bytes over
-the bytes a second of a large copy and its floating-point operations over the rate of a large matrix
-product, both measured in the same run. A batch of more rows than a step takes is cut as the
-scheduler cuts it. Run it on a machine that does nothing else.
+graphs, with --whole-passes in both ways; on a CPU by compiled layers) and eagerly, interleaved. A
+pass is timed from the upload of its numbers until its results are on their way back; the host gap
+is what the device waits between two passes: scheduling, laying out, reading results. The floor is
+the longer of a pass's bytes over the bytes a second of a large copy and its floating-point
+operations over the rate of a large matrix product, both measured in the same run. A batch of more
+rows than a step takes is cut as the scheduler cuts it. Run it on a machine that does nothing else.
 """
 
 
@@ -136,10 +136,15 @@ def measure(
 
 
 def executors(runner: Any) -> dict[str, Any]:
-    """The ways to run a pass, by name: eagerly, and as the runner does."""
-    from vllm_elastic.runner.executor import EagerExecutor
+    """The ways to run a pass, by name: eagerly, and as the runner does; where that has a way for
+    some passes only, the way of the others too."""
+    from vllm_elastic.runner.executor import EagerExecutor, WholePassExecutor
 
-    return {each.name: each for each in (EagerExecutor(runner.model), runner._executor)}
+    own = runner._executor
+    ways = [EagerExecutor(runner.model), own]
+    if isinstance(own, WholePassExecutor):
+        ways.insert(1, own.others)
+    return {each.name: each for each in ways}
 
 
 def row_of(

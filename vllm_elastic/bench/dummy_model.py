@@ -18,9 +18,13 @@ from vllm_elastic.bench.simulation.model_shape import ModelShape
 
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 
+WHOLE_PASSES = {"cudagraph_mode": "FULL_AND_PIECEWISE"}
+"""vLLM's ``--compilation-config`` for graphs of whole passes (``engine.graph_flags``)."""
+
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """``--width``, ``--layers``, ``--heads``, ``--mlp``, ``--vocabulary``, ``--dtype``."""
+    """``--width``, ``--layers``, ``--heads``, ``--mlp``, ``--vocabulary``, ``--dtype``, and how the
+    engine runs it."""
     shape = ModelShape()
     sizes = parser.add_argument_group("model (default: LLaDA-8B's sizes)")
     sizes.add_argument("--width", type=positive, default=shape.width, help="d_model")
@@ -35,6 +39,11 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_ROW_BUDGET,
         metavar="N",
         help="row budget of a step (default: %(default)s)",
+    )
+    sizes.add_argument(
+        "--whole-passes",
+        action="store_true",
+        help="on a GPU: window passes of a request that is alone are one CUDA graph each",
     )
 
 
@@ -78,4 +87,5 @@ def dummy_engine(
             load_format="dummy",
             row_budget=args.max_num_batched_tokens,
             kv_cache_memory_bytes=cache_bytes(shape, canvas, seats),
+            compilation_config=WHOLE_PASSES if args.whole_passes else None,
         )

@@ -16,13 +16,13 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.compile_flags import compiles
 from vllm_elastic.engine.flag_rules import refuse_flags
-from vllm_elastic.engine.graph_flags import graph_rows
+from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import FAMILIES, traits_of
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
-from vllm_elastic.runner.executor import COMPILES, GRAPH_ROWS
+from vllm_elastic.runner.executor import COMPILES, GRAPH_ROWS, GRAPHED_PASSES
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, VllmConfig
@@ -87,6 +87,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         counts = graph_rows(vllm_config)
         vllm_config.additional_config = vllm_config.additional_config | {
             GRAPH_ROWS: counts,
+            GRAPHED_PASSES: graphed_passes(vllm_config, counts),
             COMPILES: compiles(vllm_config),
         }
         if counts:

@@ -278,8 +278,9 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--compilation-config --optimization-level",
         "ours",
-        "of them `cudagraph_mode` switches graphs off, `mode` (0) compiled layers, and level 0 "
-        "both",
+        "of them `cudagraph_mode` switches graphs off (`NONE`) or, on a GPU, takes whole passes in "
+        "(`FULL_AND_PIECEWISE`, where it is named), `mode` (0) switches compiled layers off, and "
+        "level 0 both",
     ),
     Group(
         "--performance-mode --enable-flashinfer-autotune --disable-cascade-attn "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For how many rows CUDA graphs are captured, by vLLM's own flags."""
+"""For how many rows CUDA graphs are captured, and of what, by vLLM's own flags."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ logger = init_logger("vllm.vllm_elastic.engine.graph_flags")
 
 MOST_ROWS = 512
 """vLLM's own default. A pass of more rows computes for longer than it takes to launch."""
+
+MOST_ROWS_OF_A_WINDOW = 64
+"""A window of the default width and what was committed beside it are seldom more."""
 
 
 def most_rows(limit: int | None, row_budget: int) -> int:
@@ -48,3 +51,18 @@ def graph_rows(vllm_config: VllmConfig) -> list[int]:
         logger.info("CUDA graphs are off: which rows an adapter changes differs from pass to pass")
         return []
     return counts
+
+
+def graphed_passes(vllm_config: VllmConfig, counts: list[int]) -> list[int]:
+    """Numbers of rows for which a whole pass is captured, attention in it; none: each layer's
+    parts are, and no more.
+
+    Only where the operator names a mode of vLLM's that has attention in graphs: no card ran it yet.
+
+    Args:
+        counts: numbers of rows that layers' graphs are captured for.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is None or not mode.has_full_cudagraphs():
+        return []
+    return [count for count in counts if count <= MOST_ROWS_OF_A_WINDOW]

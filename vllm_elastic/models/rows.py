@@ -39,11 +39,14 @@ class AttentionCall:
 
     Attributes:
         build: makes the backend's metadata; None: there is nothing to attend to yet.
+        pieces: what it makes them of, vLLM's ``CommonAttentionMetadata``: each sequence is rows
+            that attend to one canvas.
     """
 
     start: int
     stop: int
     build: Callable[[], Any] | None = None
+    pieces: Any = None
     _metadata: Any = None
 
     @property

@@ -23,7 +23,7 @@ from vllm_elastic.models.rows import (
     bucket,
 )
 from vllm_elastic.runner.adapters import PassAdapters
-from vllm_elastic.runner.cache_view import CacheView
+from vllm_elastic.runner.cache_view import CacheView, table_width
 from vllm_elastic.runner.ragged import bounds, filled_up
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.upload import Upload
@@ -62,10 +62,9 @@ class BatchBuilder:
         self._max_chunk_rows = max_chunk_rows
         self._adapters = adapters
         blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
-        # int32 [plans, most blocks], filled up with the null block to a width that is a multiple of
-        # 16: vLLM's Triton kernel is compiled once more for rows of other widths, when they come.
-        self._block_table = filled_up(blocks, -(-max(map(len, blocks)) // 16) * 16, np.int32)
         self._lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
+        # int32 [plans, most blocks], filled up with the null block.
+        self._block_table = filled_up(blocks, table_width(max(map(len, blocks))), np.int32)
 
     def lay_out(
         self, num_layers: int, tested_positions: IntArray, query_rows: IntArray
@@ -162,8 +161,9 @@ class BatchBuilder:
         ]
 
     def _call(self, start: int, pieces: list[Piece]) -> AttentionCall:
-        build = functools.partial(self._metadata, self._common_metadata(pieces))
-        return AttentionCall(start, pieces[-1][2], build)
+        common = self._common_metadata(pieces)
+        build = functools.partial(self._metadata, common)
+        return AttentionCall(start, pieces[-1][2], build, common)
 
     def _metadata(self, common: CommonAttentionMetadata) -> Any:
         """The backend's own."""

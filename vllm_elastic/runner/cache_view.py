@@ -15,6 +15,15 @@ from vllm_elastic.attention.key_layout import KeyLayout
 from vllm_elastic.models import ranks
 
 
+def table_width(num_blocks: int) -> int:
+    """Columns of a block table that has room for so many of the kernels' blocks.
+
+    A multiple of 16: vLLM's Triton kernel is compiled once more for rows of other widths, when they
+    come.
+    """
+    return -(-num_blocks // 16) * 16
+
+
 @dataclass(slots=True)
 class CacheView:
     """The model's caches as the runner and the statistics see them.
@@ -75,6 +84,11 @@ class CacheView:
         if parts == 1:
             return block_ids
         return (block_ids[:, None] * parts + np.arange(parts, dtype=np.int32)).ravel()
+
+    def table_width(self, num_positions: int) -> int:
+        """Columns of a block table that has room for canvases of so many positions."""
+        parts = self.block_size // self.key_layout.block_size
+        return table_width(-(-num_positions // self.block_size) * parts)
 
     def num_tested(self, tested_layers: int | None) -> int | None:
         """How many of the first so many layers store their input, or are layer 0; None: all."""

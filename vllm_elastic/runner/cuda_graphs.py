@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from vllm.logger import init_logger
+from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import weak_ref_tensors
 
 from vllm_elastic.runner.graphed_block import Tensors
+
+logger = init_logger("vllm.vllm_elastic.runner.cuda_graphs")
 
 
 @dataclass(slots=True)
@@ -46,6 +52,35 @@ class CudaGraphs:
                 graph.capture_end()
         torch.cuda.synchronize()
         return CudaGraph(outputs, graph)
+
+
+@contextlib.contextmanager
+def capturing(what: str, count: int, remedy: str) -> Iterator[None]:
+    """Graphs are captured while it is entered; the log says how long it took and what they take.
+
+    Args:
+        what: they are of. count: numbers of rows that they are for. remedy: what to start with
+            instead.
+
+    Raises:
+        RuntimeError: the device refuses.
+    """
+    started, free = time.perf_counter(), free_bytes()
+    try:
+        # What is collected inside a capture may end it: a kernel's module that is unloaded.
+        with freeze_gc_for_cudagraph_capture():
+            yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"capturing CUDA graphs of {what} failed; {remedy} (vllm_elastic)"
+        ) from error
+    logger.info(
+        "captured CUDA graphs of %s for %d numbers of rows in %.1f s; they take %d MiB",
+        what,
+        count,
+        time.perf_counter() - started,
+        (free - free_bytes()) >> 20,
+    )
 
 
 def free_bytes() -> int:

@@ -13,9 +13,13 @@ from vllm_elastic.models.layer_pass import Layer, LayerAsWritten
 from vllm_elastic.models.rows import PassRows, Recorder
 from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
+from vllm_elastic.runner.graphed_pass import GraphedPasses
 
 GRAPH_ROWS = "elastic_graph_rows"
-"""Where vLLM's ``additional_config`` has the numbers of rows that graphs are captured for."""
+"""Where vLLM's ``additional_config`` has the numbers of rows that graphs of layers are for."""
+
+GRAPHED_PASSES = "elastic_graphed_passes"
+"""Where it has those of them that graphs of whole passes are for, too."""
 
 COMPILES = "elastic_compiles"
 """Where it has whether layers are compiled."""
@@ -92,6 +96,23 @@ class GraphExecutor:
             layers = self._layers
         hidden: torch.Tensor = self._model.run(rows, recorder, layers)
         return hidden
+
+
+class WholePassExecutor:
+    """Window passes of a request that is alone by one graph each.
+
+    Attributes:
+        others: runs all other passes.
+    """
+
+    name = "whole passes"
+
+    def __init__(self, passes: GraphedPasses, others: PassExecutor) -> None:
+        self._passes, self.others = passes, others
+
+    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
+        hidden = self._passes.run(rows, recorder)
+        return self.others.run(rows, recorder) if hidden is None else hidden
 
 
 class CompiledExecutor:

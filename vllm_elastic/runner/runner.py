@@ -21,8 +21,8 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 from vllm.tasks import SupportedTask
-from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
@@ -36,16 +36,19 @@ from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.adapters import Adapters
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.cuda_graphs import CudaGraphs, free_bytes
+from vllm_elastic.runner.cuda_graphs import CudaGraphs, capturing
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import (
     COMPILES,
     GRAPH_ROWS,
+    GRAPHED_PASSES,
     CompiledExecutor,
     EagerExecutor,
     GraphExecutor,
     PassExecutor,
+    WholePassExecutor,
 )
+from vllm_elastic.runner.graphed_pass import GraphedPasses
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
@@ -80,6 +83,7 @@ class ElasticRunner:
         # Whether vLLM queues a step while another one runs (--async-scheduling).
         self._overlaps = vllm_config.max_concurrent_batches > 1
         self._queued: PassInFlight | None = None  # until vLLM asks for its tokens
+        self._graphs: CudaGraphs | None = None
         self._compiling: float | None = None  # seconds, once it was tried
 
     # Called by the worker at start, in this order.
@@ -124,24 +128,36 @@ class ElasticRunner:
         """Raises:
         RuntimeError: the device refuses.
         """
-        started, free = time.perf_counter(), free_bytes()
         executor = GraphExecutor(self.model)
-        try:
-            # What is collected inside a capture may end it: a kernel's module that is unloaded.
-            with freeze_gc_for_cudagraph_capture():
-                executor.capture(CudaGraphs(self.device), counts)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "capturing CUDA graphs failed; --enforce-eager serves without them, "
-                "--max-cudagraph-capture-size with fewer (vllm_elastic)"
-            ) from error
+        remedy = "--enforce-eager serves without them, --max-cudagraph-capture-size with fewer"
+        with capturing("each layer", len(counts), remedy):
+            self._graphs = CudaGraphs(self.device)
+            executor.capture(self._graphs, counts)
         self._executor = executor
-        logger.info(
-            "captured CUDA graphs for %d numbers of rows in %.1f s; they take %d MiB",
-            len(counts),
-            time.perf_counter() - started,
-            (free - free_bytes()) >> 20,
-        )
+
+    def _capture_passes(self, counts: list[int]) -> None:
+        """What they keep of numbers on their way lies in the layers' pool, which was measured.
+
+        What CUDA keeps of these graphs themselves was not: they need the KV cache's addresses.
+
+        Raises:
+            RuntimeError: the device refuses.
+        """
+        group = self._attention_group
+        builder = group.get_metadata_builder()
+        support = builder.get_cudagraph_support(self.vllm_config, group.kv_cache_spec)
+        # Of one request all queries are as many.
+        if support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+            backend = group.backend.get_name()
+            logger.info("whole passes are not captured: %s takes no part in a graph", backend)
+            return
+        canvas = self.model_config.max_model_len
+        passes = GraphedPasses(self.model, counts[-1], self.cache.table_width(canvas))
+        remedy = "the cudagraph_mode PIECEWISE serves without them"
+        with capturing("whole window passes", len(counts), remedy):
+            assert self._graphs is not None, "layers' are captured first"
+            passes.capture(self._graphs, counts, builder, canvas)
+        self._executor = WholePassExecutor(passes, self._executor)
 
     def warming_up_model(self) -> None:
         """Asked by vLLM's CPU worker before it sizes the KV cache, so that what compiling takes is
@@ -244,6 +260,9 @@ class ElasticRunner:
         for plans in warm_up_passes(self.traits, canvas, self.max_chunk_rows, block_size):
             self.run(plans)
         logger.info("warm-up passes took %.1f s", time.perf_counter() - started)
+        counts: list[int] = self.vllm_config.additional_config[GRAPHED_PASSES]
+        if counts:
+            self._capture_passes(counts)
 
     # Called once a step.
 

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole passes by one graph against the same passes run eagerly, over poisoned inputs.
+
+Without a GPU graphs are recorded instead of captured, and attention is torch's own
+(``plain_attention``): what a tape of it reads of a pass is tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from vllm import envs
+from vllm.config import set_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+
+from tests.device import ON_CARD
+from tests.recorded_graphs import RecordedGraphs
+from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WINDOW
+from vllm_elastic.models.rows import PassRows, Recorder
+from vllm_elastic.runner.cuda_graphs import CudaGraphs
+from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
+from vllm_elastic.runner.graphed_pass import GraphedPasses, _metadata
+
+from .checked_passes import CheckedExecutor, run_by
+from .conftest import Served, poison
+from .driver import Driver, prompt_of
+from .plain_attention import plain_attention
+from .schedules import Schedule, play, schedules
+from .test_graphs import COUNTS, Counted
+from .test_oracle import CONFIGS, compare, request
+from .test_transfers import Operators
+
+pytestmark = pytest.mark.engine
+
+INPUTS = ("_tokens", "_positions", "_slots", "_window", "_length", "_blocks")
+
+
+class CheckedPasses(CheckedExecutor):
+    """Graphs of layers and of whole passes. The last layer finishes as many rows as the others, so
+    its products have another shape than in the eager pass and may round otherwise."""
+
+    same_shapes = False
+
+    def __init__(self, runner: Any) -> None:
+        canvas = runner.model_config.max_model_len
+        graphs = CudaGraphs(runner.device) if ON_CARD else RecordedGraphs()
+        self._graphs = Counted(graphs)
+        layers, self.whole = GraphExecutor(runner.model), _passes(runner)
+        builder = runner._attention_group.get_metadata_builder()
+        with torch.inference_mode():
+            layers.capture(graphs, COUNTS)
+            self.whole.capture(self._graphs, COUNTS, builder, canvas)
+        super().__init__(runner, WholePassExecutor(self.whole, layers))
+
+    @property
+    def replays(self) -> int:
+        """Of whole passes."""
+        return self._graphs.replays
+
+    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
+        self._poison()
+        before = self.replays
+        hidden = super().run(rows, recorder)
+        whole = self.replays > before
+        self.passes["whole" if whole else "not whole"] += 1
+        if whole:
+            layer = rows.layers[0]
+            assert layer is not None and recorder is None
+            assert {each is layer for each in rows.layers} == {True}
+        return hidden
+
+    def _poison(self) -> None:
+        """What is legal, and another pass's."""
+        whole = self.whole
+        whole._tokens.fill_(7)
+        whole._positions.fill_(self._runner.model_config.max_model_len - 1)
+        whole._slots.fill_(0)
+        whole._window.fill_(MOST_ROWS_OF_A_WINDOW - 1)  # no row of a smaller graph
+        whole._length.fill_(1)
+        whole._blocks.fill_(0)
+
+
+@contextlib.contextmanager
+def checked(served: Served) -> Iterator[CheckedPasses]:
+    """An engine whose passes are run both ways."""
+    runner: Any = served.engine.runner  # type: ignore[attr-defined]
+    with contextlib.nullcontext() if ON_CARD else plain_attention(runner):
+        executor = CheckedPasses(runner)
+        with run_by(served, executor):
+            yield executor
+
+
+def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
+    """Among all other kinds of pass, of requests that are alone now and then."""
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=6,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+    )
+    @given(schedule=schedules())
+    def check(schedule: Schedule) -> None:
+        served = serve(schedule.model)
+        driver = Driver(served)
+        poison(driver.engine)
+        with checked(served) as executor:
+            play(driver, schedule)
+        seen.update(executor.passes)
+
+    check()
+    for kind in ("whole", "not whole", "join later", "measured", "chunks"):
+        assert seen[kind] > 10, seen
+
+
+@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+def test_against_the_oracle(model: str, serve: Callable[[str], Served]) -> None:
+    """One request after the other, each by as many whole passes as it can."""
+    served = serve(model)
+    cases = [(6, name) for name in CONFIGS]
+    poison(served.engine)
+    with checked(served) as executor:
+        results = [
+            served.engine.run([request(*case)])[0]  # type: ignore[attr-defined]
+            for case in cases
+        ]
+    compare(served, cases, results)
+    assert executor.passes["whole"] > 30, executor.passes
+
+
+def test_a_request_that_wishes(serve: Callable[[str], Served]) -> None:
+    """Sampled, with log probabilities: that is the head's, which is in no graph."""
+    served = serve("gqa-tied")
+    driver = Driver(served)
+    wishes = {"temperature": 0.7, "seed": 5, "logprobs": 2, "top_p": 0.9}
+    answers = []
+    for way in (checked, lambda _: plain_attention(driver.engine.runner)):
+        with way(served):
+            name = driver.add(prompt_of(30, 2), 24, wishes, window=16)
+            driver.run()
+        answers.append(driver.tokens[name])
+    driver.take_records()
+    assert answers[0] == answers[1] and len(answers[0]) > 1
+
+
+BUILDERS = [TritonAttentionMetadataBuilder, FlashAttentionMetadataBuilder]
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_gpu_backends_read_the_passes_own_tensors(
+    kind: Any, serve: Callable[[str], Served]
+) -> None:
+    """A builder that copied or worked anything out would freeze what a canvas had at the capture.
+    vLLM's own, which need no GPU to build."""
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    passes, builder = _passes(runner), _builder(kind, runner)
+    found = _metadata(builder, passes._piece(16, 200))
+    for name, own in (("seq_lens", passes._length), ("block_table", passes._blocks)):
+        assert getattr(found, name).data_ptr() == own.data_ptr(), name
+    assert found.query_start_loc.tolist() == [0, 16]
+    assert (found.max_query_len, found.max_seq_len, found.causal) == (16, 200, False)
+    support = builder.get_cudagraph_support(runner.vllm_config, builder.kv_cache_spec)
+    assert support.value >= AttentionCGSupport.UNIFORM_BATCH.value
+
+
+def test_flash_attention_3_gets_no_schedule_and_a_bound(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
+    passes, builder = _passes(runner), _builder(FlashAttentionMetadataBuilder, runner)
+    monkeypatch.setattr(builder, "aot_schedule", True)
+    found = _metadata(builder, passes._piece(16, 200))
+    assert found.scheduler_metadata is None
+    attention = runner.vllm_config.attention_config
+    assert found.max_num_splits == attention.flash_attn_max_num_splits_for_cuda_graph > 1
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
+    assert _metadata(builder, passes._piece(16, 200)).max_num_splits == 1
+
+
+def _passes(runner: Any) -> GraphedPasses:
+    width = runner.cache.table_width(runner.model_config.max_model_len)
+    return GraphedPasses(runner.model, MOST_ROWS_OF_A_WINDOW, width)
+
+
+def _builder(kind: Any, runner: Any) -> Any:
+    group = runner._attention_group
+    with set_current_vllm_config(runner.vllm_config):
+        return kind(group.kv_cache_spec, group.layer_names, runner.vllm_config, runner.device)
+
+
+@pytest.mark.skipif(ON_CARD, reason="torch does not count launches of Triton's kernels")
+def test_operators_of_a_whole_pass(
+    serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host does for one, the head and all: with each layer's graphs it is 147 here, of
+    four layers (``test_graphs.BUDGET``). So many of any model."""
+    served = serve("gqa-tied")
+    driver, most = Driver(served), [0]
+    with checked(served) as executor:
+        runner = driver.engine.runner
+        runner._executor = executor.tested
+        run = runner.run
+
+        def counted(plans: Any) -> Any:
+            before = executor.replays
+            with Operators() as seen:
+                results = run(plans)
+            if executor.replays > before:
+                most[0] = max(most[0], seen.counts.total() + executor.replays - before)
+            return results
+
+        monkeypatch.setattr(runner, "run", counted)
+        for _ in range(2):  # the upload's buffer grows for the first
+            most[0] = 0
+            driver.add(prompt_of(45, 3), 64, policy="dual-cache", block_length=16)
+            driver.run()
+    driver.take_records()
+    assert 0 < most[0] <= 64
+
+
+# The test tested: what a faulty one would do.
+
+
+def _fills_elsewhere(name: str) -> Callable[[GraphedPasses], None]:
+    return lambda whole: setattr(whole, name, getattr(whole, name).clone())
+
+
+def _another_number_of_rows(whole: GraphedPasses) -> None:
+    counts = sorted(whole._graphs)
+    whole._graphs = {count: whole._graphs[fewer] for fewer, count in itertools.pairwise(counts)}
+
+
+FAULTS: dict[str, Callable[[GraphedPasses], None]] = {
+    **{f"{name} not copied": _fills_elsewhere(name) for name in INPUTS},
+    "another number of rows": _another_number_of_rows,
+}
+
+
+@pytest.mark.skipif(ON_CARD, reason="a row that is not there ends a card's process")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault: str, serve: Callable[[str], Served]) -> None:
+    served = serve("gqa-tied")
+    driver = Driver(served)
+    with checked(served) as executor:
+        FAULTS[fault](executor.whole)
+        name = driver.add(prompt_of(45, 3), 24, policy="elastic-block", window=16)
+        with pytest.raises((AssertionError, IndexError)):
+            driver.run()
+    driver.llm_engine.abort_request([name])
+    driver.step()
+    driver.take_records()
