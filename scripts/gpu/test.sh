@@ -28,6 +28,7 @@ stages=(
     "graphs   240 tests/engine/test_graphs.py tests/engine/test_card_waits.py"
     "whole    240 tests/engine/test_graphed_passes.py"
     "ranks    240 tests/engine/test_tensor_parallel.py::test_equals_oracle
+                  tests/engine/test_tensor_parallel.py::test_graphs_equal_oracle
                   tests/engine/test_tensor_parallel.py::test_sampled_answers_equal_one_rank"
 )
 

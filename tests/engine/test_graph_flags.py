@@ -21,6 +21,7 @@ from tests.live_bytes import LiveBytes
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.engine import graph_flags
 from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
+from vllm_elastic.models import ranks
 from vllm_elastic.runner import cuda_graphs
 from vllm_elastic.runner import runner as runner_module
 from vllm_elastic.runner.executor import (
@@ -69,6 +70,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, 8, 512, 24),
         ({"mode": CUDAGraphMode.PIECEWISE, "level": 0}, 8, 512, 24),
+        ({"mode": CUDAGraphMode.PIECEWISE, "ranks": 2}, 8, 512, 24),
         ({"most": 100}, 8, 112, 11),
         ({"most": 1024}, 8, 1024, 40),
         ({"budget": 60}, 8, 64, 8),
@@ -120,7 +122,8 @@ def test_who_gets_none_is_told(options: dict[str, Any], monkeypatch: pytest.Monk
     graph_rows(config_of(eager=True, **options))
     assert not said
     assert graph_rows(config_of(**options)) == []
-    assert [line.split(":")[0] for line in said] == ["CUDA graphs are off"]
+    (line,) = said
+    assert line.startswith("CUDA graphs are off")
 
 
 def test_a_cpu_captures_nothing(serve: Callable[[str], Served]) -> None:
@@ -206,6 +209,30 @@ def test_a_backend_that_takes_no_part_in_graphs(
     graphed_runner.warm_up()
     assert isinstance(graphed_runner._executor, GraphExecutor)
     assert "whole passes are not captured: CPU_ATTN takes no part in a graph" in said
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ranks_tell_each_other_once_all_is_captured(
+    count: int, graphed_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's sums over ranks write to where the others' graphs read."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def graph_capture(device: torch.device) -> Iterator[None]:
+        assert device == graphed_runner.device
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    def capture(executor: GraphExecutor, *_: Any) -> None:
+        entered.append("capture")
+
+    monkeypatch.setattr(ranks, "graph_capture", graph_capture)
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    monkeypatch.setattr(GraphExecutor, "capture", capture)
+    graphed_runner._capture_graphs([8])
+    assert entered == (["in", "capture", "out"] if count > 1 else ["capture"])
 
 
 def test_a_device_that_refuses_is_told_with_the_remedy(

@@ -35,7 +35,7 @@ from .conftest import Served, poison
 from .driver import Driver, prompt_of
 from .plain_attention import plain_attention
 from .schedules import Schedule, play, schedules
-from .test_graphs import COUNTS, Counted
+from .test_graphs import COUNTS, Counted, capturing
 from .test_oracle import CONFIGS, compare, request
 from .test_transfers import Operators
 
@@ -56,7 +56,7 @@ class CheckedPasses(CheckedExecutor):
         self._graphs = Counted(graphs)
         layers, self.whole = GraphExecutor(runner.model), _passes(runner)
         builder = runner._attention_group.get_metadata_builder()
-        with torch.inference_mode():
+        with torch.inference_mode(), capturing(runner.device):
             layers.capture(graphs, COUNTS)
             self.whole.capture(self._graphs, COUNTS, builder, canvas)
         super().__init__(runner, WholePassExecutor(self.whole, layers))

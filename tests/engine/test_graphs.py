@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.device import ON_CARD
 from tests.recorded_graphs import NAN, RecordedGraphs
+from vllm_elastic.models import ranks
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import PassRows, Recorder, bucket
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
@@ -66,6 +68,11 @@ class Counted:
         return SimpleNamespace(outputs=graph.outputs, replay=replay)
 
 
+def capturing(device: torch.device) -> AbstractContextManager[Any]:
+    """As a runner captures: ranks of cards tell each other where their parts are."""
+    return ranks.capturing(device) if ON_CARD else contextlib.nullcontext()
+
+
 class CheckedGraphs(CheckedExecutor):
     """Graphs over poisoned buffers."""
 
@@ -74,7 +81,7 @@ class CheckedGraphs(CheckedExecutor):
     def __init__(self, runner: Any) -> None:
         super().__init__(runner, GraphExecutor(runner.model))
         self._graphs = Counted(CudaGraphs(runner.device) if ON_CARD else RecordedGraphs())
-        with torch.inference_mode():
+        with torch.inference_mode(), capturing(runner.device):
             self.tested.capture(self._graphs, COUNTS)
 
     def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:

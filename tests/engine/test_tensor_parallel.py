@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,10 +115,10 @@ def requests_of(configs: dict[str, dict[str, Any]], count: int = 2) -> list[dict
 
 
 def assert_equals_oracle(
-    served: Served, configs: dict[str, dict[str, Any]], hidden_stride: int = 1
+    served: Served, configs: dict[str, dict[str, Any]], hidden_stride: int = 1, count: int = 2
 ) -> None:
     """All at once, in the engine's batches of 8; every request's passes and tokens."""
-    results = served.engine.run(requests_of(configs))  # type: ignore[attr-defined]
+    results = served.engine.run(requests_of(configs, count))  # type: ignore[attr-defined]
     asked = problems()
     equal = []
     for result in results:
@@ -138,6 +139,49 @@ def test_equals_oracle(served: Served) -> None:
     """Each policy and both statistics, mixed in one batch."""
     workers(served, poison_worker)
     assert_equals_oracle(served, CONFIGS)
+
+
+@pytest.mark.parametrize("way", ["layers", "whole passes"])
+def test_graphs_equal_oracle(way: str, served: Served) -> None:
+    """Sums over ranks are in them; and every pass is run eagerly too, bit for bit the same."""
+    workers(served, poison_worker)
+    workers(served, {"layers": by_layers_graphs, "whole passes": by_whole_passes}[way])
+    try:
+        names = ["none", "released-high", "dual-cache", "block-fine", "next-low"]
+        for name in names:  # one by one: a whole pass is of a request that is alone
+            assert_equals_oracle(served, {name: CONFIGS[name]}, count=1)
+    finally:
+        first, second = workers(served, as_before)
+    assert first == second
+    assert first[{"layers": "all", "whole passes": "whole"}[way]] > 20, first
+
+
+def by_layers_graphs(worker: Any) -> None:
+    """Runs in a worker: every pass twice, the first time by each layer's graphs."""
+    from .test_graphs import CheckedGraphs
+
+    worker.before = contextlib.ExitStack(), worker.model_runner._executor
+    worker.model_runner._executor = CheckedGraphs(worker.model_runner)
+
+
+def by_whole_passes(worker: Any) -> None:
+    """Runs in a worker: the first time by one graph."""
+    from .plain_attention import plain_attention
+    from .test_graphed_passes import CheckedPasses
+
+    runner, attention = worker.model_runner, contextlib.ExitStack()
+    worker.before = attention, runner._executor
+    if not ON_CARD:
+        attention.enter_context(plain_attention(runner))
+    runner._executor = CheckedPasses(runner)
+
+
+def as_before(worker: Any) -> dict[str, int]:
+    """Runs in a worker: how many passes of each kind there were."""
+    passes = worker.model_runner._executor.passes
+    attention, worker.model_runner._executor = worker.before
+    attention.close()
+    return dict(passes)
 
 
 @pytest.mark.long

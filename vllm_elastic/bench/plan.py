@@ -40,7 +40,8 @@ measured on a GPU.
              rows * (3 * d_model + (d_model + 3 * mlp) / ranks) * b      a layer
              rows * d_model * b + 2^25 * (2 * b + 8)                     candidates
              2^26 * 16                                                   attention statistics
-  graphs = graph rows * ((3 * d_model + 3 * mlp) * b + 8)       with one rank; else 0
+  graphs = graph rows * ((3 * d_model + 3 * mlp) * b + 8)       with one rank; else 0,
+                                                               unless you name cudagraph_mode
 
 with b bytes a number, rows the row budget, graph rows the same but at most 512 or
 --max-cudagraph-capture-size, and saved rows 4 * max-window (or canvas, if that is less), or 2 *

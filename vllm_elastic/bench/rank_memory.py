@@ -145,7 +145,8 @@ def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
 
 
 def graph_bytes(setting: Setting) -> int:
-    """Bytes that one rank's graphs hold; several ranks capture none (``engine.graph_flags``)."""
+    """Bytes that one rank's graphs hold; several ranks capture none unless the operator
+    asks for them (``engine.graph_flags``), which is not counted."""
     if setting.ranks > 1:
         return 0
     return setting.shape.graph_bytes(setting.graph_rows)

@@ -278,9 +278,9 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--compilation-config --optimization-level",
         "ours",
-        "of them `cudagraph_mode` switches graphs off (`NONE`) or, on a GPU, takes whole passes in "
-        "(`FULL_AND_PIECEWISE`, where it is named), `mode` (0) switches compiled layers off, and "
-        "level 0 both",
+        "of them `cudagraph_mode` switches graphs off (`NONE`) or, where it is named, on with "
+        "several ranks (`PIECEWISE`) and for whole passes too (`FULL_AND_PIECEWISE`); `mode` (0) "
+        "switches compiled layers off, and level 0 both",
     ),
     Group(
         "--performance-mode --enable-flashinfer-autotune --disable-cascade-attn "

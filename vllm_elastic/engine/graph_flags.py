@@ -44,8 +44,11 @@ def graph_rows(vllm_config: VllmConfig) -> list[int]:
         row_budget = vllm_config.scheduler_config.max_num_batched_tokens
         sizes = list(range(1, most_rows(limit, row_budget) + 1))
     counts = sorted({bucket(size) for size in sizes if limit is None or size <= limit})
-    if counts and parallel.tensor_parallel_size > 1:
-        logger.info("CUDA graphs are off: what ranks exchange in a pass was not captured yet")
+    if counts and parallel.tensor_parallel_size > 1 and compilation.cudagraph_mode is None:
+        logger.info(
+            "CUDA graphs are off with several ranks, which no two cards have tried; "
+            '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' captures them'
+        )
         return []
     if counts and vllm_config.lora_config is not None:
         logger.info("CUDA graphs are off: which rows an adapter changes differs from pass to pass")

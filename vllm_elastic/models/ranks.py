@@ -7,6 +7,8 @@ Knows nothing of what the parts are. With one rank nothing is copied and nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from vllm.distributed import (
@@ -15,6 +17,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.parallel_state import graph_capture
 
 
 def count() -> int:
@@ -25,6 +28,12 @@ def count() -> int:
 def reports() -> bool:
     """Whether this rank's results are the ones that reach the scheduler."""
     return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def capturing(device: torch.device) -> AbstractContextManager[Any]:
+    """Is entered around captures of graphs in which ranks add up, on all ranks the same ones: where
+    each other's parts are they tell when it is left."""
+    return nullcontext() if count() == 1 else graph_capture(device)
 
 
 def own_columns(rows: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import weak_ref_tensors
 
+from vllm_elastic.models import ranks
 from vllm_elastic.runner.graphed_block import Tensors
 
 logger = init_logger("vllm.vllm_elastic.runner.cuda_graphs")
@@ -55,7 +56,7 @@ class CudaGraphs:
 
 
 @contextlib.contextmanager
-def capturing(what: str, count: int, remedy: str) -> Iterator[None]:
+def capturing(device: torch.device, what: str, count: int, remedy: str) -> Iterator[None]:
     """Graphs are captured while it is entered; the log says how long it took and what they take.
 
     Args:
@@ -68,7 +69,7 @@ def capturing(what: str, count: int, remedy: str) -> Iterator[None]:
     started, free = time.perf_counter(), free_bytes()
     try:
         # What is collected inside a capture may end it: a kernel's module that is unloaded.
-        with freeze_gc_for_cudagraph_capture():
+        with freeze_gc_for_cudagraph_capture(), ranks.capturing(device):
             yield
     except RuntimeError as error:
         raise RuntimeError(

@@ -130,7 +130,7 @@ class ElasticRunner:
         """
         executor = GraphExecutor(self.model)
         remedy = "--enforce-eager serves without them, --max-cudagraph-capture-size with fewer"
-        with capturing("each layer", len(counts), remedy):
+        with capturing(self.device, "each layer", len(counts), remedy):
             self._graphs = CudaGraphs(self.device)
             executor.capture(self._graphs, counts)
         self._executor = executor
@@ -154,7 +154,7 @@ class ElasticRunner:
         canvas = self.model_config.max_model_len
         passes = GraphedPasses(self.model, counts[-1], self.cache.table_width(canvas))
         remedy = "the cudagraph_mode PIECEWISE serves without them"
-        with capturing("whole window passes", len(counts), remedy):
+        with capturing(self.device, "whole window passes", len(counts), remedy):
             assert self._graphs is not None, "layers' are captured first"
             passes.capture(self._graphs, counts, builder, canvas)
         self._executor = WholePassExecutor(passes, self._executor)
