@@ -35,7 +35,7 @@ bench() {
 }
 
 bench card 600 card "${sizes[@]}" ${CANVAS:+--canvas $CANVAS} --json "$out/card.json"
-bench card-whole 300 card --whole-passes --batch-size 1 "${sizes[@]}" ${CANVAS:+--canvas $CANVAS} \
+bench card-whole 300 card --whole-passes --batch-size 1 4 16 "${sizes[@]}" ${CANVAS:+--canvas $CANVAS} \
     --json "$out/card-whole.json"
 
 "$python" examples/tiny_llada/heldout.py "$out" --count "${COUNT:-32}" || exit 1

@@ -18,17 +18,16 @@ import torch
 from hypothesis import Phase, given, settings
 from vllm import envs
 from vllm.config import set_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
 from tests.device import ON_CARD
-from tests.recorded_graphs import RecordedGraphs
-from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WINDOW
+from tests.recorded_graphs import NAN, RecordedGraphs
 from vllm_elastic.models.rows import PassRows, Recorder
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
 from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
-from vllm_elastic.runner.graphed_pass import GraphedPasses, _metadata
+from vllm_elastic.runner.graphed_pass import GraphedPasses, PassInputs, _metadata, most_requests
 
 from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, poison
@@ -41,7 +40,18 @@ from .test_transfers import Operators
 
 pytestmark = pytest.mark.engine
 
-INPUTS = ("_tokens", "_positions", "_slots", "_window", "_length", "_blocks")
+INPUTS = (
+    "_tokens",
+    "_positions",
+    "_slots",
+    "_window",
+    "_lengths",
+    "_blocks",
+    "starts",
+    "window_starts",
+)
+MOST_REQUESTS = 3
+MOST_ROWS = COUNTS[-1]
 
 
 class CheckedPasses(CheckedExecutor):
@@ -73,20 +83,26 @@ class CheckedPasses(CheckedExecutor):
         whole = self.replays > before
         self.passes["whole" if whole else "not whole"] += 1
         if whole:
-            layer = rows.layers[0]
-            assert layer is not None and recorder is None
-            assert {each is layer for each in rows.layers} == {True}
+            requests = rows.window.calls[0].pieces.num_reqs
+            self.passes["measuring whole"] += recorder is not None
+            self.passes["whole of several"] += requests > 1
+            assert rows.layers[0] is not None
+            assert {each is rows.layers[0] for each in rows.layers} == {True}
         return hidden
 
     def _poison(self) -> None:
         """What is legal, and another pass's."""
-        whole = self.whole
-        whole._tokens.fill_(7)
-        whole._positions.fill_(self._runner.model_config.max_model_len - 1)
-        whole._slots.fill_(0)
-        whole._window.fill_(MOST_ROWS_OF_A_WINDOW - 1)  # no row of a smaller graph
-        whole._length.fill_(1)
-        whole._blocks.fill_(0)
+        inputs = self.whole._inputs
+        inputs._tokens.fill_(7)
+        inputs._positions.fill_(self._runner.model_config.max_model_len - 1)
+        inputs._slots.fill_(0)
+        inputs._window.fill_(MOST_ROWS - 1)  # no row of a smaller graph
+        inputs._lengths.fill_(1)
+        inputs._blocks.fill_(0)
+        inputs.starts.fill_(0)
+        inputs.window_starts.fill_(0)
+        for kept in self.whole._queries._kept.values():
+            kept.fill_(NAN)
 
 
 @contextlib.contextmanager
@@ -100,7 +116,7 @@ def checked(served: Served) -> Iterator[CheckedPasses]:
 
 
 def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
-    """Among all other kinds of pass, of requests that are alone now and then."""
+    """Among all other kinds of pass, of one request or several."""
     seen: Counter[str] = Counter()
 
     @settings(
@@ -119,7 +135,8 @@ def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None
         seen.update(executor.passes)
 
     check()
-    for kind in ("whole", "not whole", "join later", "measured", "chunks"):
+    whole = ("whole", "whole of several", "measuring whole")
+    for kind in (*whole, "not whole", "join later", "chunks"):
         assert seen[kind] > 10, seen
 
 
@@ -153,6 +170,23 @@ def test_a_request_that_wishes(serve: Callable[[str], Served]) -> None:
     assert answers[0] == answers[1] and len(answers[0]) > 1
 
 
+def test_who_reads_other_layers_gets_another_kind_of_pass(serve: Callable[[str], Served]) -> None:
+    """Its own knob, and a graph keeps the queries that the server's default reads."""
+    served = serve("gqa-tied")
+    driver = Driver(served)
+    knobs: Any = {"policy": "elastic-block", "window": 16, "measure_every": 1, "block_drift": 1.0}
+    with checked(served) as executor:
+        kept = executor.whole._queries
+        kept.read_layers = set(range(4, -1, -2))
+        for stride, wanted in ((2, True), (4, True), (1, False)):
+            executor.passes.clear()
+            driver.add(prompt_of(45, 3), 24, attention_stride=stride, **knobs)
+            driver.run()
+            assert (executor.passes["measuring whole"] > 0) == wanted, executor.passes
+            assert executor.passes["measured"] > 1
+    driver.take_records()
+
+
 BUILDERS = [TritonAttentionMetadataBuilder, FlashAttentionMetadataBuilder]
 
 
@@ -164,13 +198,21 @@ def test_gpu_backends_read_the_passes_own_tensors(
     vLLM's own, which need no GPU to build."""
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
     passes, builder = _passes(runner), _builder(kind, runner)
-    found = _metadata(builder, passes._piece(16, 200))
-    for name, own in (("seq_lens", passes._length), ("block_table", passes._blocks)):
+    inputs = passes._inputs
+    found = _metadata(builder, _pieces(passes))
+    tensors = {
+        "seq_lens": inputs._lengths,
+        "block_table": inputs._blocks,
+        "query_start_loc": inputs.starts,
+    }
+    for name, own in tensors.items():
         assert getattr(found, name).data_ptr() == own.data_ptr(), name
-    assert found.query_start_loc.tolist() == [0, 16]
+    assert found.query_start_loc.tolist() == [0, 16, 16, 16]
     assert (found.max_query_len, found.max_seq_len, found.causal) == (16, 200, False)
-    support = builder.get_cudagraph_support(runner.vllm_config, builder.kv_cache_spec)
-    assert support.value >= AttentionCGSupport.UNIFORM_BATCH.value
+    # FlashAttention 3 takes several too, where there is one.
+    seats = runner.vllm_config.scheduler_config.max_num_seqs
+    some = min(16, seats) if kind is TritonAttentionMetadataBuilder else 1
+    assert most_requests(builder, runner.vllm_config, builder.kv_cache_spec) == some
 
 
 def test_flash_attention_3_gets_no_schedule_and_a_bound(
@@ -179,17 +221,22 @@ def test_flash_attention_3_gets_no_schedule_and_a_bound(
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
     passes, builder = _passes(runner), _builder(FlashAttentionMetadataBuilder, runner)
     monkeypatch.setattr(builder, "aot_schedule", True)
-    found = _metadata(builder, passes._piece(16, 200))
+    found = _metadata(builder, _pieces(passes))
     assert found.scheduler_metadata is None
     attention = runner.vllm_config.attention_config
     assert found.max_num_splits == attention.flash_attn_max_num_splits_for_cuda_graph > 1
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
-    assert _metadata(builder, passes._piece(16, 200)).max_num_splits == 1
+    assert _metadata(builder, _pieces(passes)).max_num_splits == 1
 
 
 def _passes(runner: Any) -> GraphedPasses:
     width = runner.cache.table_width(runner.model_config.max_model_len)
-    return GraphedPasses(runner.model, MOST_ROWS_OF_A_WINDOW, width)
+    inputs = PassInputs(runner.device, MOST_ROWS, MOST_REQUESTS, width)
+    return GraphedPasses(runner.model, inputs, range(runner.traits.num_layers))
+
+
+def _pieces(passes: GraphedPasses) -> CommonAttentionMetadata:
+    return passes._inputs.pieces(passes._inputs.starts, 16, 200)
 
 
 def _builder(kind: Any, runner: Any) -> Any:
@@ -203,7 +250,7 @@ def test_operators_of_a_whole_pass(
     serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the host does for one, the head and all: with each layer's graphs it is 147 here, of
-    four layers (``test_graphs.BUDGET``). So many of any model."""
+    five layers (``test_graphs.BUDGET``). So many of any model."""
     served = serve("gqa-tied")
     driver, most = Driver(served), [0]
     with checked(served) as executor:
@@ -225,14 +272,14 @@ def test_operators_of_a_whole_pass(
             driver.add(prompt_of(45, 3), 64, policy="dual-cache", block_length=16)
             driver.run()
     driver.take_records()
-    assert 0 < most[0] <= 64
+    assert 0 < most[0] <= 75
 
 
 # The test tested: what a faulty one would do.
 
 
 def _fills_elsewhere(name: str) -> Callable[[GraphedPasses], None]:
-    return lambda whole: setattr(whole, name, getattr(whole, name).clone())
+    return lambda whole: setattr(whole._inputs, name, getattr(whole._inputs, name).clone())
 
 
 def _another_number_of_rows(whole: GraphedPasses) -> None:
@@ -243,6 +290,9 @@ def _another_number_of_rows(whole: GraphedPasses) -> None:
 FAULTS: dict[str, Callable[[GraphedPasses], None]] = {
     **{f"{name} not copied": _fills_elsewhere(name) for name in INPUTS},
     "another number of rows": _another_number_of_rows,
+    "queries of another pass": lambda whole: setattr(
+        whole._queries, "_kept", {n: kept.clone() for n, kept in whole._queries._kept.items()}
+    ),
 }
 
 
@@ -253,7 +303,7 @@ def test_a_fault_is_seen(fault: str, serve: Callable[[str], Served]) -> None:
     driver = Driver(served)
     with checked(served) as executor:
         FAULTS[fault](executor.whole)
-        name = driver.add(prompt_of(45, 3), 24, policy="elastic-block", window=16)
+        name = driver.add(prompt_of(45, 3), 24, policy="elastic-block", window=16, granularity=8)
         with pytest.raises((AssertionError, IndexError)):
             driver.run()
     driver.llm_engine.abort_request([name])

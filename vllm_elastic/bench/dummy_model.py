@@ -43,7 +43,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--whole-passes",
         action="store_true",
-        help="on a GPU: window passes of a request that is alone are one CUDA graph each",
+        help="on a GPU: passes whose rows all join at layer 0 are one CUDA graph each",
     )
 
 

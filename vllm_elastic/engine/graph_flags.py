@@ -19,8 +19,8 @@ logger = init_logger("vllm.vllm_elastic.engine.graph_flags")
 MOST_ROWS = 512
 """vLLM's own default. A pass of more rows computes for longer than it takes to launch."""
 
-MOST_ROWS_OF_A_WINDOW = 64
-"""A window of the default width and what was committed beside it are seldom more."""
+MOST_ROWS_OF_A_WHOLE_PASS = 256
+"""A pass of more computes for longer than its weights are read, of LLaDA-8B on an H100."""
 
 
 def most_rows(limit: int | None, row_budget: int) -> int:
@@ -68,4 +68,4 @@ def graphed_passes(vllm_config: VllmConfig, counts: list[int]) -> list[int]:
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
         return []
-    return [count for count in counts if count <= MOST_ROWS_OF_A_WINDOW]
+    return [count for count in counts if count <= MOST_ROWS_OF_A_WHOLE_PASS]

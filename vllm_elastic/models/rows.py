@@ -137,11 +137,13 @@ class Recorder(Protocol):
     """Keeps, while a pass runs, what its measurements need.
 
     Attributes:
+        read_layers: those whose queries it keeps.
         tested_rows: int64 [M], rows of the pass whose attention is compared.
         old_inputs: [stored, M, d], their inputs of the layers that store them, as they were
             before the pass; None: nothing is tested.
     """
 
+    read_layers: set[int]
     tested_rows: torch.Tensor
     old_inputs: torch.Tensor | None
 

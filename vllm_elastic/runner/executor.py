@@ -99,7 +99,7 @@ class GraphExecutor:
 
 
 class WholePassExecutor:
-    """Window passes of a request that is alone by one graph each.
+    """Passes whose rows all join at layer 0 by one graph each.
 
     Attributes:
         others: runs all other passes.

@@ -22,12 +22,12 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
@@ -48,7 +48,7 @@ from vllm_elastic.runner.executor import (
     PassExecutor,
     WholePassExecutor,
 )
-from vllm_elastic.runner.graphed_pass import GraphedPasses
+from vllm_elastic.runner.graphed_pass import GraphedPasses, PassInputs, most_requests
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
@@ -145,16 +145,19 @@ class ElasticRunner:
         """
         group = self._attention_group
         builder = group.get_metadata_builder()
-        support = builder.get_cudagraph_support(self.vllm_config, group.kv_cache_spec)
-        # Of one request all queries are as many.
-        if support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+        requests = most_requests(builder, self.vllm_config, group.kv_cache_spec)
+        if not requests:
             backend = group.backend.get_name()
             logger.info("whole passes are not captured: %s takes no part in a graph", backend)
             return
-        canvas = self.model_config.max_model_len
-        passes = GraphedPasses(self.model, counts[-1], self.cache.table_width(canvas))
+        canvas, last = self.model_config.max_model_len, self.traits.num_layers - 1
+        elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
+        read_layers = range(last, -1, -elastic.attention_stride)
+        width = self.cache.table_width(canvas)
+        inputs = PassInputs(self.device, counts[-1], requests, width)
+        passes = GraphedPasses(self.model, inputs, read_layers)
         remedy = "the cudagraph_mode PIECEWISE serves without them"
-        with capturing(self.device, "whole window passes", len(counts), remedy):
+        with capturing(self.device, "whole passes", len(counts), remedy):
             assert self._graphs is not None, "layers' are captured first"
             passes.capture(self._graphs, counts, builder, canvas)
         self._executor = WholePassExecutor(passes, self._executor)

@@ -19,10 +19,8 @@ from vllm_elastic.runner.statistics.saved_rows import SavedRows
 class PassRecorder:
     """Made before a pass, filled by it (``models.rows.Recorder``).
 
-    Args:
-        read_layers: those whose attention is going to be read.
-
     Attributes:
+        read_layers: those whose attention is going to be read.
         queries: [L, S, Hq, D]; of no meaning in layers that are not read, nor where a row is not
             active.
         old_queries: [L, M, Hq, D] of tested rows, 0 in layers whose input is not stored; None:
@@ -33,7 +31,7 @@ class PassRecorder:
     def __init__(
         self, saved: SavedRows, cache: CacheView, dtype: torch.dtype, read_layers: set[int]
     ) -> None:
-        self._read_layers = read_layers
+        self.read_layers = read_layers
         self._query_rows = saved.queries_on_device
         self.tested_rows = saved.tested_on_device
         num_queries, num_tested = len(saved.query_rows), len(saved.tested_positions)
@@ -51,7 +49,7 @@ class PassRecorder:
             self.old_queries = cache.keys.new_zeros(layers, num_tested, heads, dim, dtype=dtype)
 
     def save_queries(self, layer: int, rows: LayerRows, q: torch.Tensor) -> None:
-        if layer not in self._read_layers:
+        if layer not in self.read_layers:
             return
         count = rows.num_queries
         if count:
