@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.patches.front_end import REQUEST_ID, add_request
-from vllm_elastic.engine.report import ENDED, EndedRequest, attach
+from vllm_elastic.engine.attachments import ENDED, EndedRequest, attach
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llada" / "checkpoint"
 END = 7

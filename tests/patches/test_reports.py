@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.patches.front_end import add_request
-from vllm_elastic.engine.report import ENDED, PASSES, SPAN, attach
+from vllm_elastic.engine.attachments import ENDED, PASSES, SPAN, attach
 
 KEYS = (ENDED, PASSES, SPAN)
 

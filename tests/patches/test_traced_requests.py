@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.patches.front_end import REQUEST_ID, add_request
-from vllm_elastic.engine.report import SPAN, attach
+from vllm_elastic.engine.attachments import SPAN, attach
 
 OURS = {"vllm.elastic.passes": 3, "vllm.elastic.policy": "elastic"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.patches.front_end import add_request
-from vllm_elastic.engine.report import PASSES, attach
+from vllm_elastic.engine.attachments import PASSES, attach
 
 
 def made(position: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def _pretended(engine: BenchEngine, word: int) -> Iterator[None]:
     def run(plans: list[PassPlan]) -> list[PassResult]:
         return [_result(plan, word, engine.num_layers, generator) for plan in plans]
 
-    with _replaced(engine.runner, "run", run):
+    with patch.object(engine.runner, "run", run):
         yield
 
 
@@ -113,16 +114,7 @@ def _timed(scheduler: Any) -> Iterator[list[float]]:
         return wrapper
 
     with (
-        _replaced(scheduler, "schedule", timed(scheduler.schedule, True)),
-        _replaced(scheduler, "update_from_output", timed(scheduler.update_from_output, False)),
+        patch.object(scheduler, "schedule", timed(scheduler.schedule, True)),
+        patch.object(scheduler, "update_from_output", timed(scheduler.update_from_output, False)),
     ):
         yield steps
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    setattr(owner, name, function)  # on the object: the class's own is back when it is deleted
-    try:
-        yield
-    finally:
-        delattr(owner, name)

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from vllm_elastic.engine.report import EndedRequest
+from vllm_elastic.engine.attachments import EndedRequest
 
 _LABELS = ("model_name", "engine", "policy")
 _SECONDS_TO_COMMIT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -17,7 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_elastic.decoding.plan import Logprobs
 from vllm_elastic.decoding.record import BOUNDS
 from vllm_elastic.decoding.request import DenoisingRequest
-from vllm_elastic.engine.report import PASSES, EndedRequest, attach
+from vllm_elastic.engine.attachments import PASSES, EndedRequest, attach
 from vllm_elastic.engine.span import Attributes, span_attributes
 
 

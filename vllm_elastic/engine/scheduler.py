@@ -26,8 +26,8 @@ from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
+from vllm_elastic.engine.attachments import ENDED, SPAN, EndedRequest, attach
 from vllm_elastic.engine.grammar import AnswerGrammar
-from vllm_elastic.engine.report import ENDED, SPAN, EndedRequest, attach
 from vllm_elastic.engine.reporting import (
     RequestClock,
     ended_request,

@@ -11,8 +11,8 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats, SchedulerStats
 
+from vllm_elastic.engine.attachments import ENDED, detach
 from vllm_elastic.engine.metrics import count_ended
-from vllm_elastic.engine.report import ENDED, detach
 
 _WRAPPED = "_vllm_elastic_wrapped"
 _END_TOKEN = "_vllm_elastic_end_token"

@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import IterationStats
 
-from vllm_elastic.engine.report import ENDED, PASSES, SPAN, detach
+from vllm_elastic.engine.attachments import ENDED, PASSES, SPAN, detach
 from vllm_elastic.patches.ended_requests import take_end_token
 from vllm_elastic.patches.traced_requests import keep_attributes
 from vllm_elastic.patches.watched_requests import show_passes
