@@ -164,11 +164,12 @@ class PassInputs:
         """One sequence a request. What the host is told is the most that a pass may have, of rows
         and of a canvas's positions."""
         starts[1:].fill_(count)
+        lengths = torch.full((self.most_requests,), canvas, dtype=torch.int32, device="cpu")
         return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.cpu(),
             seq_lens=self._lengths,
-            seq_lens_cpu_upper_bound=torch.full((self.most_requests,), canvas, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=lengths,
             num_reqs=self.most_requests,
             num_actual_tokens=count,
             max_query_len=count,
