@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from vllm_elastic.config import ALGORITHMS
@@ -18,6 +19,16 @@ from .driver import Driver, prompt_of
 PROMPT_LENGTHS = [1, 7, 31, 32, 33, 60, 90]  # KV blocks have 32 positions
 CANVAS_LENGTHS = [1, 5, 8, 16, 24]
 BLOCK_LENGTH = 8
+
+
+def the_same_always(count: int) -> settings:
+    """So many examples, the same in every run, and a failure shown as it came."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+    )
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
 
 from .conftest import EOS, Served, poison
 from .driver import Driver, assert_nothing_left
-from .schedules import Arrival, Ask, Outcome, Schedule, play, schedules
+from .schedules import Arrival, Ask, Outcome, Schedule, play, schedules, the_same_always
 
 pytestmark = pytest.mark.engine
 
-# The same few schedules every time, reported as they are; `long` looks for new ones and shrinks.
-QUICK = settings(
-    max_examples=30,
-    derandomize=True,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate],
-)
+# `long` looks for new ones and shrinks.
+QUICK = the_same_always(30)
 LONG = settings(max_examples=300, deadline=None)
 
 _alone: dict[tuple[str, Ask], Outcome] = {}

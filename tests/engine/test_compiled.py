@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from torch._dynamo.utils import counters
 from vllm.config import CompilationMode
 
@@ -30,7 +30,7 @@ from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, make_engine, poison
 from .driver import Driver
 from .random_families import save_family
-from .schedules import Schedule, play, schedules
+from .schedules import Schedule, play, schedules, the_same_always
 from .test_oracle import CONFIGS, compare, request
 
 pytestmark = [
@@ -98,9 +98,7 @@ def test_passes_by_compiled_layers_are_the_eager_ones(
     models whose layers have other sizes, in one process."""
     names: set[str] = set()
 
-    @settings(
-        max_examples=12, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate]
-    )
+    @the_same_always(12)
     @given(schedule=schedules())
     def check(schedule: Schedule) -> None:
         names.add(schedule.model)

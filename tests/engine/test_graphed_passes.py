@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from vllm import envs
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -33,7 +33,7 @@ from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, poison
 from .driver import Driver, prompt_of
 from .plain_attention import plain_attention
-from .schedules import Schedule, play, schedules
+from .schedules import Schedule, play, schedules, the_same_always
 from .test_graphs import COUNTS, Counted, capturing
 from .test_oracle import CONFIGS, compare, request
 from .test_transfers import Operators
@@ -119,12 +119,7 @@ def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None
     """Among all other kinds of pass, of one request or several."""
     seen: Counter[str] = Counter()
 
-    @settings(
-        max_examples=6,
-        derandomize=True,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate],
-    )
+    @the_same_always(10)
     @given(schedule=schedules())
     def check(schedule: Schedule) -> None:
         served = serve(schedule.model)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.device import ON_CARD
@@ -40,7 +40,7 @@ from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, make_engine, poison
 from .driver import Driver, prompt_of
 from .random_families import FAMILIES, save_family
-from .schedules import Schedule, play, schedules
+from .schedules import Schedule, play, schedules, the_same_always
 from .test_oracle import CONFIGS, compare, request
 from .test_transfers import Operators, kind_of
 
@@ -118,12 +118,7 @@ _executors: dict[str, CheckedGraphs] = {}
 def test_passes_by_graphs_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
     """Full passes, windows, refreshes and replays, of several requests, in changing batches."""
 
-    @settings(
-        max_examples=12,
-        derandomize=True,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate],
-    )
+    @the_same_always(12)
     @given(schedule=schedules())
     def check(schedule: Schedule) -> None:
         served = serve(schedule.model)

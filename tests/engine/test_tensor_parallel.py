@@ -143,12 +143,12 @@ def test_equals_oracle(served: Served) -> None:
 
 @pytest.mark.parametrize("way", ["layers", "whole passes"])
 def test_graphs_equal_oracle(way: str, served: Served) -> None:
-    """Sums over ranks are in them; and every pass is run eagerly too, bit for bit the same."""
+    """Sums over ranks are in them; and every pass is run eagerly too (``checked_passes``)."""
     workers(served, poison_worker)
     workers(served, {"layers": by_layers_graphs, "whole passes": by_whole_passes}[way])
     try:
         names = ["none", "released-high", "dual-cache", "block-fine", "next-low"]
-        for name in names:  # one by one: a whole pass is of a request that is alone
+        for name in names:  # one by one: of several, one whose rows join later keeps passes apart
             assert_equals_oracle(served, {name: CONFIGS[name]}, count=1)
     finally:
         first, second = workers(served, as_before)

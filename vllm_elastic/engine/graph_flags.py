@@ -46,7 +46,7 @@ def graph_rows(vllm_config: VllmConfig) -> list[int]:
     counts = sorted({bucket(size) for size in sizes if limit is None or size <= limit})
     if counts and parallel.tensor_parallel_size > 1 and compilation.cudagraph_mode is None:
         logger.info(
-            "CUDA graphs are off with several ranks, which no two cards have tried; "
+            "CUDA graphs are off: no two cards have tried them with several ranks; "
             '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' captures them'
         )
         return []
