@@ -34,6 +34,7 @@ test-long: setup ## the long tests only
 test-next: setup ## the engine's tests over the Python files of vLLM VERSION
 	bash scripts/next_vllm.sh $(VERSION) $(VENV) out/vllm-$(VERSION)
 	PYTHONPATH=$(CURDIR)/out/vllm-$(VERSION):$(CURDIR) $(RUN) pytest tests/test_private_names.py tests/patches tests/engine \
+		tests/test_simulated_card.py \
 		$(PYTEST_ARGS)
 
 xformers-test: setup ## the attention backend on xformers, in Triton's interpreter where there is no GPU

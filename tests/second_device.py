@@ -10,12 +10,11 @@ is done when it is queued, and indexing by a list or by the host's tensor is ref
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -26,8 +25,15 @@ _TRANSFERS = ("_to_copy", "to", "copy_", "_local_scalar_dense")
 
 
 class OnSecond(torch.Tensor):
-    """A tensor of the second device."""
+    """A tensor of the second device.
 
+    Attributes:
+        place: what all of them say that they are on.
+        made: told of the memory of each that is made.
+    """
+
+    place = SECOND
+    made: Callable[[torch.UntypedStorage], None] = staticmethod(lambda storage: None)
     kept: torch.Tensor
 
     @staticmethod
@@ -39,9 +45,10 @@ class OnSecond(torch.Tensor):
                 strides=kept.stride(),
                 storage_offset=kept.storage_offset(),
                 dtype=kept.dtype,
-                device=SECOND,
+                device=OnSecond.place,
             )
         tensor.kept = kept
+        cls.made(kept.untyped_storage())
         return tensor
 
     @classmethod
@@ -55,6 +62,9 @@ class OnSecond(torch.Tensor):
 
     def data_ptr(self) -> int:
         return self.kept.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.kept.untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("a tensor of the second device has to be brought to the host first")
@@ -77,13 +87,20 @@ class _FromHost(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and _is_second(kwargs.get("device")):
             del kwargs["device"]
-            return func(*args, **kwargs, device="cpu").to(SECOND)
+            return func(*args, **kwargs, device="cpu").to(OnSecond.place)
         return func(*args, **kwargs)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    given: list[torch.Tensor] = []
+
+    def noted(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            given.append(value)
+        return kept(value)
+
+    own_args, own_kwargs = _mapped(noted, args), _mapped(noted, kwargs)
     there = any(isinstance(each, OnSecond) for each in given)
     if there and name not in _TRANSFERS:
         # A number without dimensions may come from the host.
@@ -92,11 +109,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     named = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)]
     result_there = _is_second(named[0]) if named else there
     if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
-    own_args, own_kwargs = pytree.tree_map(_kept, (args, kwargs))
+        own_kwargs["pin_memory"] = False
     result = func(*own_args, **own_kwargs)
     # What was changed in place is returned as it came.
-    known = {id(_kept(each)): each for each in given}
+    known = {id(kept(each)): each for each in given}
 
     def placed(each: Any) -> Any:
         if not isinstance(each, torch.Tensor):
@@ -108,23 +124,33 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             each = each.clone()
         return OnSecond(each) if result_there else each
 
-    return pytree.tree_map(placed, result)
+    return _mapped(placed, result)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """What an operator takes or returns, mapped: ``pytree`` takes several times as long."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(function, each) for each in value])
+    if isinstance(value, dict):
+        return {name: _mapped(function, each) for name, each in value.items()}
+    return function(value)
 
 
 def _is_second(device: Any) -> bool:
-    return device is not None and torch.device(device).type == SECOND.type
+    return device is not None and torch.device(device).type == OnSecond.place.type
 
 
-def _kept(value: Any) -> Any:
+def kept(value: Any) -> Any:
+    """A tensor's memory, which is the host's, and the CPU for the device; all else as it is."""
     if isinstance(value, OnSecond):
         return value.kept
-    return torch.device("cpu") if isinstance(value, torch.device) else value
+    return torch.device("cpu") if isinstance(value, torch.device) and _is_second(value) else value
 
 
 @contextlib.contextmanager
 def second_device() -> Iterator[None]:
     """While it is open, tensors can be made there. torch knows the device from then on."""
-    if not hasattr(torch, SECOND.type):
+    if not hasattr(torch, OnSecond.place.type):
         _setup_privateuseone_for_python_backend()
     with _FromHost(), _Mode():
         yield

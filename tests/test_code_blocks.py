@@ -58,6 +58,7 @@ EXCUSED = {
     "prometheus": "tests/server/test_monitoring.py",
     "promtool": "tests/test_monitoring.py",
     "guidellm": "a package of its own",
+    "python -m pytest -p tests.simulated_card": "tests/test_simulated_card.py",
     "python -m venv": "an environment of its own: tests/test_evaluate.py",
     ".venv-evaluate/bin/pip": "an environment of its own: tests/test_evaluate.py",
     "$run": "hours of training: examples/tiny_llada/test_tiny_llada.py trains for a moment",
@@ -135,6 +136,7 @@ def parse_vllm_bench_serve(words: list[str]) -> None:
 
 PARSED: dict[str, Callable[[list[str]], None]] = {
     "python -m vllm_elastic.bench": parse_bench,
+    "python -m tests.simulated_card vllm_elastic.bench": parse_bench,
     "python -m vllm_elastic.watch": parse_watch,
     "python -m tests.quantised": parse_quantised,
     "vllm serve": parse_serve,

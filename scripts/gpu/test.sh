@@ -25,7 +25,7 @@ stages=(
                   tests/engine/test_sampling.py tests/reference/test_reference_devices.py"
     "trained  240 tests/engine/test_tiny_llada.py tests/engine/test_accuracy.py"
     "batches  240 tests/engine/test_batch_invariance.py tests/engine/test_overlap.py"
-    "graphs   240 tests/engine/test_graphs.py tests/engine/test_card_waits.py"
+    "graphs   240 tests/engine/test_graphs.py tests/engine/test_card_waits.py tests/engine/test_card_starts.py"
     "whole    240 tests/engine/test_graphed_passes.py"
     "ranks    240 tests/engine/test_tensor_parallel.py::test_equals_oracle
                   tests/engine/test_tensor_parallel.py::test_graphs_equal_oracle

@@ -115,7 +115,8 @@ def made_of(engine: Any, images: list[Image.Image]) -> tuple[list[int], list[tor
     model = engine.runner.model
     with torch.inference_mode():
         rows = [
-            model.embed_multimodal(**item.get_data()) for item in rendered["mm_kwargs"]["image"]
+            model.embed_multimodal(**item.get_data()).cpu()
+            for item in rendered["mm_kwargs"]["image"]
         ]
     return rendered["prompt_token_ids"], rows
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a card: what flags make of the start, from the GPU worker to the graphs that passes replay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.device import ON_CARD
+from tests.engines_kept import let_go
+from vllm_elastic.runner import cuda_graphs
+from vllm_elastic.runner.executor import EagerExecutor, GraphExecutor, WholePassExecutor
+
+from .conftest import Served, make_engine
+from .test_oracle import CONFIGS, compare, request
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not ON_CARD, reason="a CPU has another worker, and no graphs"),
+]
+
+WHOLE: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}
+SMALL: dict[str, Any] = {"row_budget": 256, "max_cudagraph_capture_size": 64}
+"""A start takes seconds instead of a minute."""
+
+SAME_PRODUCTS: tuple[type, ...] = (EagerExecutor, GraphExecutor)
+"""Row for row; a whole pass has another number of rows in its last layer."""
+
+STARTS: list[tuple[dict[str, Any], type]] = [
+    ({"enforce_eager": True}, EagerExecutor),
+    ({}, GraphExecutor),
+    ({"async_scheduling": True}, GraphExecutor),
+    ({"compilation_config": WHOLE}, WholePassExecutor),
+]
+
+
+@pytest.mark.parametrize(("flags", "executor"), STARTS)
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("float32", "TRITON_ATTN"), ("bfloat16", "FLASH_ATTN")]
+)
+def test_a_start(
+    flags: dict[str, Any],
+    executor: type,
+    dtype: str,
+    backend: str,
+    serve: Callable[[str], Served],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replays: Counter[int] = Counter()
+
+    def replay(graph: Any) -> None:
+        replays[id(graph)] += 1
+        graph._graph.replay()
+
+    monkeypatch.setattr(cuda_graphs.CudaGraph, "replay", replay)
+    served = serve("gqa-tied")
+    options = {"enforce_eager": False} | SMALL | flags
+    engine = make_engine(served.directory, dtype=dtype, **options)
+    assert type(engine.runner._executor) is executor
+    assert engine.runner._attention_group.backend.get_name() == backend
+    cases = [(index, name) for index in (0, 6) for name in CONFIGS]
+    results = engine.run([request(*case) for case in cases])
+    assert bool(replays) == (executor is not EagerExecutor)
+    if dtype == "float32":
+        compare(served, cases, results)
+    elif executor in SAME_PRODUCTS and "async_scheduling" not in flags:
+        answers = [result["token_ids"] for result in results]
+        assert _answers.setdefault(dtype, answers) == answers
+    let_go(engine)
+
+
+_answers: dict[str, Any] = {}

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests that need a card, on one that is simulated (``tests.simulated_card``).
+
+In processes of their own: torch and vLLM are told of the card once and for all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.device import ON_CARD, ON_SECOND
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.skipif(ON_CARD or ON_SECOND, reason="one is enough"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="a device's guard is compiled"),
+]
+
+
+def passed(*arguments: str) -> int:
+    """How many tests passed; none failed."""
+    said = run("pytest", "-p", "tests.simulated_card", "-q", "-n0", *arguments)
+    found = re.search(r"(\d+) passed", said)
+    return int(found[1]) if found else 0
+
+
+def run(module: str, *arguments: str) -> str:
+    """What it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_start() -> None:
+    """By vLLM's GPU worker: by itself, eager, with whole passes, with overlapping steps."""
+    assert passed("tests/engine/test_card_starts.py", "tests/engine/test_card_waits.py") == 9
+
+
+def test_graphs() -> None:
+    """Captured and replayed by what a card has for it, against the oracle."""
+    files = ("tests/engine/test_graphs.py", "tests/engine/test_graphed_passes.py")
+    assert passed(*files, "-k", "gqa-tied and oracle or wishes or tensors") == 5
+
+
+SIZES = "--width 64 --layers 3 --heads 2 --mlp 96 --vocabulary 300 --max-num-batched-tokens 256"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ways", [(), ("--whole-passes",)])
+def test_bench_card(ways: tuple[str, ...]) -> None:
+    passes = "--batch-size 1 2 --canvas 48 --window 16 --repeats 2"
+    said = run(
+        "tests.simulated_card", "vllm_elastic.bench", "card", *SIZES.split(), *passes.split(), *ways
+    )
+    executors = {line.split(" | ")[0].strip("| ") for line in said.splitlines() if "full" in line}
+    assert executors == {"eager", "graphs", *(["whole passes"] if ways else [])}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("test_oracle.py", "test_dream.py", "test_sampling.py"),
+        ("test_graphs.py", "test_graphed_passes.py", "test_overlap.py", "test_families.py"),
+        ("test_adapters.py", "test_images.py", "test_grammar.py"),
+    ],
+    ids=["oracle", "graphs", "more"],
+)
+def test_engines(files: tuple[str, ...]) -> None:
+    names = [f"tests/engine/{name}" for name in files]
+    # Experts' kernels are CUDA builds' own.
+    assert passed(*names, "--timeout=1500", "-k", "not moe and not experts") > 10
