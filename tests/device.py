@@ -7,6 +7,7 @@ With ``ON_SECOND_DEVICE`` set it is a device that only says it is none of the CP
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -18,5 +19,8 @@ else:
     DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 ON_CARD = DEVICE.type == "cuda"
+
+SIMULATED = "tests.simulated_card" in sys.modules
+"""Whether the card is a simulated one, which bears what would end a card's process."""
 
 NUM_CARDS = torch.cuda.device_count() if ON_CARD else 0

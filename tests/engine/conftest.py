@@ -79,10 +79,9 @@ def make_engine(
         directory,
         batch_size=16,
         max_model_len=256,
-        kv_cache_memory_bytes=64 << 20,
         similarities=True,
         elastic_config={**ORACLES_DEFAULTS, **(elastic_config or {})},
-        **options,
+        **{"kv_cache_memory_bytes": 64 << 20, **options},
     )
     poison(engine)
     return engine

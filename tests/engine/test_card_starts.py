@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.device import ON_CARD
 from tests.engines_kept import let_go
@@ -32,6 +33,7 @@ SAME_PRODUCTS: tuple[type, ...] = (EagerExecutor, GraphExecutor)
 STARTS: list[tuple[dict[str, Any], type]] = [
     ({"enforce_eager": True}, EagerExecutor),
     ({}, GraphExecutor),
+    ({"kv_cache_memory_bytes": None}, GraphExecutor),  # vLLM measures what is left for it
     ({"async_scheduling": True}, GraphExecutor),
     ({"compilation_config": WHOLE}, WholePassExecutor),
 ]
@@ -56,6 +58,8 @@ def test_a_start(
         graph._graph.replay()
 
     monkeypatch.setattr(cuda_graphs.CudaGraph, "replay", replay)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
     served = serve("gqa-tied")
     options = {"enforce_eager": False} | SMALL | flags
     engine = make_engine(served.directory, dtype=dtype, **options)
@@ -69,6 +73,10 @@ def test_a_start(
     elif executor in SAME_PRODUCTS and "async_scheduling" not in flags:
         answers = [result["token_ids"] for result in results]
         assert _answers.setdefault(dtype, answers) == answers
+    if "kv_cache_memory_bytes" in flags:
+        share = engine.llm.llm_engine.vllm_config.cache_config.gpu_memory_utilization
+        room = share * torch.cuda.mem_get_info()[1]
+        assert room / 2 < torch.cuda.max_memory_allocated() - before <= room
     let_go(engine)
 
 

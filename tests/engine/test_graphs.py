@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.device import ON_CARD
+from tests.device import ON_CARD, SIMULATED
 from tests.recorded_graphs import NAN, RecordedGraphs
 from vllm_elastic.models import ranks
 from vllm_elastic.models.layers import PreNormBlock
@@ -302,7 +302,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.skipif(ON_CARD, reason="a pool's memory is not poisoned there")
+@pytest.mark.skipif(ON_CARD and not SIMULATED, reason="a pool's memory is not poisoned there")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(
     fault: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch

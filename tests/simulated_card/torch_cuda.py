@@ -26,7 +26,7 @@ from tests.second_device import OnSecond, kept, second_device
 
 CARD = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
-MEMORY = 4 << 30
+MEMORY = 8 << 30
 """Bytes of the card, which are the host's."""
 
 
