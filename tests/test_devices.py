@@ -7,16 +7,13 @@ Without one it is on the CPU, which no test on a CPU sees and every pass on a GP
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-ROOT = Path(__file__).parent.parent
+from tests.own_process import ROOT, printed_by
+
 PACKAGE = ROOT / "vllm_elastic"
 FOLDERS = ["attention", "engine", "models", "reference", "runner"]
 
@@ -100,12 +97,4 @@ def test_on_a_device_that_is_not_the_cpu() -> None:
 
     In a process of its own: torch is told of the device once and for all.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *ON_SECOND_DEVICE],
-        cwd=ROOT,
-        env=os.environ | {"ON_SECOND_DEVICE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    printed_by("pytest", "-q", "--disable-warnings", *ON_SECOND_DEVICE, ON_SECOND_DEVICE="1")

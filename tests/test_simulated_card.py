@@ -6,18 +6,13 @@ In processes of their own: torch and vLLM are told of the card once and for all.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.device import ON_CARD, ON_SECOND
-
-ROOT = Path(__file__).parent.parent
+from tests.own_process import printed_by
 
 pytestmark = [
     pytest.mark.skipif(ON_CARD or ON_SECOND, reason="one is enough"),
@@ -27,23 +22,9 @@ pytestmark = [
 
 def passed(*arguments: str) -> int:
     """How many tests passed; none failed."""
-    said = run("pytest", "-p", "tests.simulated_card", "-q", "-n0", *arguments)
+    said = printed_by("pytest", "-p", "tests.simulated_card", "-q", "-n0", *arguments)
     found = re.search(r"(\d+) passed", said)
     return int(found[1]) if found else 0
-
-
-def run(module: str, *arguments: str) -> str:
-    """What it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 def test_every_start() -> None:
@@ -66,7 +47,7 @@ SIZES = "--width 64 --layers 3 --heads 2 --mlp 96 --vocabulary 300 --max-num-bat
 @pytest.mark.parametrize("ways", [(), ("--whole-passes",)])
 def test_bench_card(ways: tuple[str, ...]) -> None:
     passes = "--batch-size 1 2 --canvas 48 --window 16 --repeats 2"
-    said = run(
+    said = printed_by(
         "tests.simulated_card", "vllm_elastic.bench", "card", *SIZES.split(), *passes.split(), *ways
     )
     executors = {line.split(" | ")[0].strip("| ") for line in said.splitlines() if "full" in line}

@@ -169,24 +169,25 @@ def install() -> None:
     memory = Memory()
     OnSecond.made = memory.add
     ctypes.CDLL(str(_guard()))
-    answers: dict[str, Any] = {
+    of_both: dict[str, Any] = {
+        "device_count": lambda: 1,
+        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: None,
+        "memory_reserved": lambda device=None: memory.held,
+        "max_memory_allocated": lambda device=None: memory.peak,
+        "reset_peak_memory_stats": memory.reset_peak,
+    }
+    of_cuda: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "_is_compiled": lambda: True,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "get_device_capability": lambda device=None: CAPABILITY,
-        "get_device_name": lambda device=None: "a simulated card",
+        "get_device_name": lambda device=None: PROPERTIES.name,
         "get_device_properties": lambda device=None: PROPERTIES,
-        "get_allocator_backend": lambda: "simulated",
         "mem_get_info": memory.free,
-        "memory_reserved": lambda device=None: memory.held,
-        "max_memory_allocated": lambda device=None: memory.peak,
-        "reset_peak_memory_stats": memory.reset_peak,
-        "empty_cache": lambda: None,
-        "synchronize": lambda device=None: None,
         "manual_seed_all": lambda seed: None,
         "set_sync_debug_mode": lambda mode: None,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -196,24 +197,17 @@ def install() -> None:
         "Stream": Stream,
         "CUDAGraph": CUDAGraph,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    torch.cuda.memory.get_allocator_backend = answers["get_allocator_backend"]
-    answers = {
-        "device_count": lambda: 1,
+    of_accelerator: dict[str, Any] = {
         "current_device_index": lambda: 0,
         "set_device_index": lambda device: None,
-        "empty_cache": lambda: None,
-        "synchronize": lambda device=None: None,
         "empty_host_cache": lambda: None,
         "get_memory_info": memory.free,
         "memory_stats": memory.stats,
-        "memory_reserved": lambda device=None: memory.held,
-        "max_memory_allocated": lambda device=None: memory.peak,
-        "reset_peak_memory_stats": memory.reset_peak,
     }
-    for name, answer in answers.items():
-        setattr(torch.accelerator, name, answer)
+    for module, own in ((torch.cuda, of_cuda), (torch.accelerator, of_accelerator)):
+        for name, answer in (of_both | own).items():
+            setattr(module, name, answer)
+    torch.cuda.memory.get_allocator_backend = lambda: "simulated"
     torch.Generator = Generator
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor
     _for_good.enter_context(second_device())

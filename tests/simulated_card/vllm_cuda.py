@@ -24,8 +24,9 @@ from tests.simulated_card.torch_cuda import launched
 def install() -> None:
     """Before vLLM has chosen its platform. For good."""
     sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
-    for name in ("vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface"):
-        sys.modules[name] = _flash_attention()
+    flash_attention = _flash_attention()
+    for name in (flash_attention.__name__, f"{flash_attention.__name__}.flash_attn_interface"):
+        sys.modules[name] = flash_attention
     import triton.backends
     import vllm.platforms
 
