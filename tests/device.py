@@ -24,3 +24,10 @@ SIMULATED = "tests.simulated_card" in sys.modules
 """Whether the card is a simulated one, which bears what would end a card's process."""
 
 NUM_CARDS = torch.cuda.device_count() if ON_CARD else 0
+
+
+def multiplies_by_4_bits() -> bool:
+    """vLLM's CPU build does where there is AVX-512."""
+    from vllm import _custom_ops  # noqa: F401, loads them
+
+    return ON_CARD or hasattr(torch.ops._C, "cpu_gemm_wna16")

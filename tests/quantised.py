@@ -28,6 +28,8 @@ LAYERS = (
 )
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
+FOUR_BITS = ("gptq", "awq", "packed")
+
 Format = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 """A linear layer's weight [N, K] -> its tensors, and the weight that they stand for."""
 

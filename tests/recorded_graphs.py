@@ -34,7 +34,7 @@ class Call:
     made: list[torch.Tensor | None]
 
     def again(self) -> None:
-        found = pytree.tree_leaves(self.operator(*self.args, **self.kwargs))
+        found = _results(self.operator(*self.args, **self.kwargs))
         for tensor, new in zip(self.made, found, strict=True):
             if tensor is not None:
                 tensor.copy_(new)
@@ -54,7 +54,7 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {_storage(each) for each in pytree.tree_leaves((args, kwargs)) if _is_tensor(each)}
         made: list[torch.Tensor | None] = []
-        for each in pytree.tree_leaves(result):
+        for each in _results(result):
             assert each is None or _is_tensor(each), f"{func}: a number for the host in a graph"
             fresh = each is not None and _storage(each) not in given
             made.append(each if fresh else None)
@@ -94,6 +94,15 @@ class RecordedGraphs:
         if self._last is not None:
             self._last.poison()
         self._last = graph
+
+
+def _results(returned: Any) -> list[Any]:
+    """Without what a sum over ranks returns beside them (gloo's): it is waited for."""
+    leaves = pytree.tree_leaves(returned)
+    works = [each for each in leaves if isinstance(each, torch.ScriptObject)]
+    for work in works:
+        work.wait()
+    return [each for each in leaves if not isinstance(each, torch.ScriptObject)]
 
 
 def _poison(made: list[torch.Tensor | None]) -> None:

@@ -46,6 +46,7 @@ FILES_THAT_IMPORT_VLLM = {
     "models/llada_v.py",
     "models/ranks.py",
     "runner/images.py",
+    "runner/quantised_products.py",
     "runner/in_flight.py",
     "runner/runner.py",
     "engine/worker.py",

@@ -32,6 +32,7 @@ from .driver import Driver
 from .random_families import save_family
 from .schedules import Schedule, play, schedules, the_same_always
 from .test_oracle import CONFIGS, compare, request
+from .test_quantised import formats
 
 pytestmark = [
     pytest.mark.engine,
@@ -159,7 +160,7 @@ def test_other_families(family: str, tmp_path: Path, layers_run: Counter[str]) -
     assert layers_run["layers"] > 0
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", formats(*FORMATS))
 def test_quantised_weights(
     name: str, serve: Callable[[str], Served], tmp_path: Path, layers_run: Counter[str]
 ) -> None:

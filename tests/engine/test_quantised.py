@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from tests.quantised import FORMATS, quantise
+from tests.device import ON_CARD, multiplies_by_4_bits
+from tests.quantised import FORMATS, FOUR_BITS, quantise
 from tests.tiny_llada_v import TinyLLaDAV, picture
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.problems import accuracy_of
+from vllm_elastic.runner import quantised_products
+from vllm_elastic.runner.quantised_products import int8_sums_overflow
 
 from .conftest import Served
 from .test_accuracy import TINY
@@ -28,8 +32,27 @@ sys.path.insert(0, str(TINY))
 
 pytestmark = pytest.mark.engine
 
-CLOSE = {"gptq": 0.005, "awq": 0.005, "packed": 0.005, "int8": 0.015}
-"""Of a product's norm: activations have 8 bits in bfloat16, 7 and a scale for each row in int8."""
+NEEDS_4_BITS = pytest.mark.skipif(
+    not multiplies_by_4_bits(), reason="vLLM has no such kernels for this CPU"
+)
+
+
+def formats(*cases: Any) -> list[Any]:
+    """Cases whose first is a format's name; left out where this machine has no kernel for it."""
+    marks = {name: NEEDS_4_BITS for name in FOUR_BITS}
+    return [
+        pytest.param(*case, marks=marks.get(case[0], ()))
+        for case in ((case,) if isinstance(case, str) else case for case in cases)
+    ]
+
+
+def close(name: str) -> float:
+    """Of a product's norm: activations have 8 bits in bfloat16, 7 and a scale for each row in
+    int8, whose sums overflow on old CPUs."""
+    if name in FOUR_BITS:
+        return 0.005
+    return 0.08 if not ON_CARD and int8_sums_overflow() else 0.015
+
 
 NAMES = {
     "gqa-tied": {
@@ -76,14 +99,14 @@ def relative_errors(model: Any, family: str, stands_for: dict[str, Tensor]) -> d
 
 
 @pytest.mark.parametrize("family", NAMES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", formats(*FORMATS))
 def test_layers_are_what_the_checkpoint_stands_for(
     name: str, family: str, serve: Callable[[str], Served], tmp_path: Path
 ) -> None:
     stands_for = quantise(serve(family).directory, tmp_path / name, name)
     engine = engine_of(tmp_path / name)
     errors = relative_errors(engine.runner.model, family, stands_for)
-    assert all(0 < error < CLOSE[name] for error in errors.values()), errors
+    assert all(0 < error < close(name) for error in errors.values()), errors
     (result,) = engine.run([{"prompt_token_ids": [3, 4, 5], "max_tokens": 12}])
     assert len(result["token_ids"]) == 12
 
@@ -95,14 +118,14 @@ ATTENTION = [["q_proj", "k_proj", "v_proj"], ["attn_out"]]
 
 @pytest.mark.parametrize(
     ("name", "said", "blocks", "left"),
-    [
+    formats(
         ("gptq", {}, 1, MLP),  # told by the tensors
         ("gptq", {"modules_in_block_to_quantize": ATTENTION}, 5, MLP),
         ("gptq", {"dynamic": {r"-:.*\.0\.mlp\..*": {}}}, 1, MLP),
         ("awq", {}, 1, MLP),
         ("awq", {"modules_to_not_convert": MLP[:2]}, 1, MLP[:2]),
         ("int8", {"ignore": MLP}, 1, MLP),
-    ],
+    ),
 )
 def test_what_is_left_as_it_was(
     name: str,
@@ -120,7 +143,7 @@ def test_what_is_left_as_it_was(
     as_they_were = {layer for layer, error in errors.items() if error <= 0}
     layers = ["gate_up_proj", "down_proj"][: len(left) - 1]
     assert as_they_were == {f"{i}.mlp.{layer}" for i in range(blocks) for layer in layers}
-    assert all(abs(error) < CLOSE[name] for error in errors.values()), errors
+    assert all(abs(error) < close(name) for error in errors.values()), errors
 
 
 def test_problems_solved_with_8_bits(tmp_path: Path) -> None:
@@ -137,11 +160,11 @@ def test_problems_solved_with_8_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [
+    formats(
         ("int8", {"ignore": ["lm_head", "re:.*vision_tower.*", "re:.*mm_projector.*"]}),
         ("gptq", {}),
         ("awq", {}),
-    ],
+    ),
 )
 def test_images_of_a_quantised_model(name: str, said: dict[str, Any], tmp_path: Path) -> None:
     """The tower is left as it is, and images become the same rows to the last bit."""
@@ -166,7 +189,7 @@ def test_a_layer_that_is_missing_is_named(serve: Callable[[str], Served], tmp_pa
         engine_of(tmp_path / "part")
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("value", [pytest.param(0.0, marks=NEEDS_4_BITS), 0.5])
 def test_a_bias_that_the_model_has_not(
     value: float, serve: Callable[[str], Served], tmp_path: Path
 ) -> None:
@@ -190,3 +213,50 @@ def test_keys_stay_as_the_model_computes_them(
     quantise(source, tmp_path / "int8", "int8", beside=scales, kv_cache_scheme=scheme)
     engine = engine_of(tmp_path / "int8")
     assert {cache.dtype for cache in engine.runner.kv_caches.values()} == {torch.bfloat16}
+
+
+# What a CPU cannot do.
+
+
+@pytest.mark.skipif(ON_CARD, reason="of CPUs")
+def test_a_cpu_without_kernels_is_refused_at_start(
+    serve: Callable[[str], Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first request would end the server."""
+
+    def missing(*args: Any) -> Tensor:
+        raise AttributeError("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'")
+
+    monkeypatch.setattr(CPUWNA16LinearKernel, "apply_weights", missing)
+    quantise(serve("gqa-tied").directory, tmp_path / "gptq", "gptq")
+    with pytest.raises(RuntimeError, match=r"--quantization \w*gptq on this CPU .*AVX-512"):
+        engine_of(tmp_path / "gptq")
+
+
+@pytest.mark.skipif(ON_CARD, reason="of CPUs")
+@pytest.mark.parametrize("overflow", [True, False])
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_products_that_overflow_are_said(
+    name: str | None,
+    overflow: bool,
+    serve: Callable[[str], Served],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(quantised_products, "int8_sums_overflow", lambda: overflow)
+    monkeypatch.setattr(quantised_products.logger, "warning", lambda text: said.append(text))
+    directory = serve("gqa-tied").directory
+    if name is not None:
+        quantise(directory, tmp_path / name, name)
+        directory = tmp_path / name
+    engine_of(directory)
+    assert len(said) == (overflow and name is not None), said
+    assert all("VNNI" in text for text in said)
+
+
+@pytest.mark.skipif(ON_CARD, reason="of CPUs")
+def test_whether_sums_overflow_is_what_the_cpu_has() -> None:
+    """VNNI, under any of its names, adds up in 32 bits."""
+    flags = Path("/proc/cpuinfo").read_text()
+    assert int8_sums_overflow() != any(name in flags for name in ("vnni", "amx_int8"))

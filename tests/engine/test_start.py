@@ -18,6 +18,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from tests.device import ON_CARD
 from tests.pretended_card import pretended_card
 from vllm_elastic.engine import engine_config
 
@@ -104,6 +105,21 @@ def test_refused_at_start(flag: str, options: dict[str, Any]) -> None:
 def test_bad_elastic_config(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(additional_config={"elastic": values})
+
+
+@pytest.mark.skipif(ON_CARD, reason="of CPUs")
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_slow_type_is_said(
+    dtype: str, avx512: bool, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    EngineArgs(model=str(MODEL), dtype=dtype).create_engine_config()  # type: ignore[arg-type]
+    said = [m for m in messages if "--dtype float32 takes" in m]
+    assert len(said) == (dtype != "float32" and not avx512)
+    assert all(f"--dtype {dtype} is slow" in m for m in said)
 
 
 def test_switched_off_with_a_reason(messages: list[str]) -> None:

@@ -40,8 +40,9 @@ class KernelRMSNorm(RMSNorm):
     def of_sum(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """The norm of ``x + gain`` [R, d], by one kernel; ``x`` becomes the sum.
 
-        In float32 to the bit what adding and norming give. In bfloat16 the sum is the same too;
-        a CPU's kernel norms it as it was before it was rounded.
+        In float32 to the bit what adding and norming give. In bfloat16 the sum is the same too,
+        but on CPUs without instructions for bfloat16, whose kernels cut numbers off; a CPU's kernel
+        norms it as it was before it was rounded.
 
         Args:
             x, gain: [R, d] contiguous. The norm takes the place of the gain.

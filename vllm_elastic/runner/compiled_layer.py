@@ -142,6 +142,8 @@ def _compile(
         "guard_filter_fn": lambda guards: [False for _ in guards],
         # Else what is fused is not rounded in between, and bfloat16 gives other numbers.
         "emulate_precision_casts": True,
+        # A product and a sum would become one operator, which does not round in between either.
+        "pattern_matcher": False,
     }
     with tqdm(total=1, desc="Compiling a layer") as bar:
         traced: Any = torch.compile(_layer, dynamic=False, fullgraph=True, options=options)

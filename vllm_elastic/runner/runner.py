@@ -52,6 +52,7 @@ from vllm_elastic.runner.graphed_pass import GraphedPasses, PassInputs, most_req
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
+from vllm_elastic.runner.quantised_products import check_products
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics import attention_sums
 from vllm_elastic.runner.statistics.statistics import statistics_of
@@ -99,6 +100,8 @@ class ElasticRunner:
 
     def _load_model(self) -> None:
         self.model = get_model(vllm_config=self.vllm_config)
+        if self.device.type == "cpu" and self.vllm_config.quant_config is not None:
+            check_products(self.model, str(self.model_config.quantization))
         if self.vllm_config.lora_config is not None:
             self._adapters = Adapters(self.model, self.vllm_config, self.device)
 
