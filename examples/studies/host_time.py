@@ -25,6 +25,15 @@ from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.run import read_jsonl
 from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
+from vllm_elastic.models.rows import bucket
+from vllm_elastic.runner.executor import WholePassExecutor
+from vllm_elastic.runner.graphed_pass import (
+    MOST_REQUESTS,
+    AllQueries,
+    GraphedPasses,
+    PassInputs,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,6 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--count", type=positive, default=None, help="prompts (default: 2 a seat, at least 16)"
     )
     parser.add_argument("--repeats", type=positive, default=7)
+    parser.add_argument(
+        "--whole-passes",
+        action="store_true",
+        help="lay passes out as graphs of whole ones take them, which there are on GPUs only",
+    )
     add_engine(parser)
     add_json(parser)
     return parser
@@ -65,7 +79,9 @@ def main(args: argparse.Namespace) -> None:
         asked = prompts[: args.count or max(16, 2 * seats)]
         engine.scheduler.max_num_active_reqs = seats
         kept = _results(engine, asked)
-        times = host_time(engine, asked, kept, args.repeats)
+        executor = _whole_passes(engine.runner) if args.whole_passes else engine.runner._executor
+        with patch.object(engine.runner, "_executor", executor):
+            times = host_time(engine, asked, kept, args.repeats)
         counts.append(_counts(kept))
         seconds.append(sum(times.values()))
         row = {part: 1e3 * float(of_steps.mean()) for part, of_steps in times.items()}
@@ -77,6 +93,17 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + ", ".join(f"{each}: {1e6 * cost:.0f} us" for each, cost in fitted.items()))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _whole_passes(runner: Any) -> WholePassExecutor:
+    """It lays out, and has no graphs to run."""
+    width = runner.cache.table_width(runner.model_config.max_model_len)
+    inputs = PassInputs(runner.device, MOST_ROWS_OF_A_WHOLE_PASS, MOST_REQUESTS, width)
+    queries = AllQueries(runner.model, MOST_ROWS_OF_A_WHOLE_PASS, range(runner.traits.num_layers))
+    passes = GraphedPasses(runner.model, inputs, queries)
+    counts = map(bucket, range(1, MOST_ROWS_OF_A_WHOLE_PASS + 1))
+    passes._graphs = dict.fromkeys(counts)  # type: ignore[assignment]
+    return WholePassExecutor(passes, runner._executor)
 
 
 def host_time(

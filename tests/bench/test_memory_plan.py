@@ -26,6 +26,7 @@ from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
 from vllm_elastic.bench.simulation import model_shape
 from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
 from vllm_elastic.models.llada_v_config import LLaDAVConfig
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import bucket
@@ -34,6 +35,7 @@ from vllm_elastic.reference.llada import weight_shapes
 from vllm_elastic.runner import candidates, head
 from vllm_elastic.runner.executor import GraphExecutor
 from vllm_elastic.runner.graphed_block import StaticRows, Tensors
+from vllm_elastic.runner.graphed_pass import AllQueries
 from vllm_elastic.runner.statistics import memory
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
@@ -393,6 +395,17 @@ def test_graphs_are_what_the_executor_holds(
     held_by_code = (bytes_of(rows) + pool.peak) / rank["graphs"]
     # The CPU's SwiGLU makes one tensor of the MLP's width more than a GPU's fused kernel.
     assert 0.98 <= held_by_code <= (1.25 if mlp == 768 else 1.02)
+
+
+def test_what_graphs_of_whole_passes_keep(plan: Any, model: Any, one_of_several_ranks: Any) -> None:
+    """The queries of every fourth layer, from the last one down."""
+    directory = model(GROUPED | dict(n_layers=6))
+    words = ["--model", directory, "--memory", 80]
+    (without,), (rank,) = (plan(*words, *more).json["ranks"] for more in ((), ("--whole-passes",)))
+    built, _ = one_of_several_ranks(directory, 1, 0, 1, device=DEVICE.type)
+    queries = AllQueries(built, MOST_ROWS_OF_A_WHOLE_PASS, range(5, -1, -4))
+    kept = bytes_of(tuple(queries._kept.values()))
+    assert rank["graphs"] - without["graphs"] == without["left"] - rank["left"] == kept > 0
 
 
 def test_table_and_file_say_the_same(plan: Any) -> None:

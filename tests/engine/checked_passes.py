@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from vllm_elastic.models.rows import PassRows, Recorder
+from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
+from vllm_elastic.runner.statistics.statistics import Statistics
 
 from .conftest import Served
 
@@ -31,6 +33,7 @@ class CheckedExecutor:
         same_shapes: whether it multiplies what the eager pass does, shape by shape.
     """
 
+    name = "checked"
     same_shapes = True
 
     def __init__(self, runner: Any, tested: PassExecutor) -> None:
@@ -38,8 +41,17 @@ class CheckedExecutor:
         self._eager, self.tested = EagerExecutor(runner.model), tested
         self.passes: Counter[str] = Counter()
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        hidden = self.tested.run(rows, recorder).clone()
+    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        run = self.tested.prepare(batch, statistics)
+        rows = batch.lay_out(
+            self._runner.traits.num_layers, statistics.tested_positions, statistics.query_rows
+        )
+        return lambda: self.run(run, rows, statistics.recorder)
+
+    def run(
+        self, tested: Callable[[], torch.Tensor], rows: PassRows, recorder: Recorder | None
+    ) -> torch.Tensor:
+        hidden = tested().clone()
         left = self._left(rows, recorder)
         expected = self._eager.run(rows, recorder)
         for name, wanted in self._left(rows, recorder).items():

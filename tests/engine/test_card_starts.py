@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from tests.device import ON_CARD
 from tests.engines_kept import let_go
-from vllm_elastic.runner import cuda_graphs
+from vllm_elastic.runner import cuda_graphs, runner
 from vllm_elastic.runner.executor import EagerExecutor, GraphExecutor, WholePassExecutor
+from vllm_elastic.runner.graphed_pass import bytes_of_passes
 
 from .conftest import Served, make_engine
 from .test_oracle import CONFIGS, compare, request
@@ -36,6 +38,7 @@ STARTS: list[tuple[dict[str, Any], type]] = [
     ({"kv_cache_memory_bytes": None}, GraphExecutor),  # vLLM measures what is left for it
     ({"async_scheduling": True}, GraphExecutor),
     ({"compilation_config": WHOLE}, WholePassExecutor),
+    ({"compilation_config": WHOLE, "kv_cache_memory_bytes": None}, WholePassExecutor),
 ]
 
 
@@ -58,9 +61,10 @@ def test_a_start(
         graph._graph.replay()
 
     monkeypatch.setattr(cuda_graphs.CudaGraph, "replay", replay)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.max_memory_allocated()
     served = serve("gqa-tied")
+    torch.cuda.reset_peak_memory_stats()
+    before = cuda_graphs.free_bytes()
+    kept, room = _kept_of_graphs(monkeypatch)
     options = {"enforce_eager": False} | SMALL | flags
     engine = make_engine(served.directory, dtype=dtype, **options)
     assert type(engine.runner._executor) is executor
@@ -75,9 +79,35 @@ def test_a_start(
         assert _answers.setdefault(dtype, answers) == answers
     if "kv_cache_memory_bytes" in flags:
         share = engine.llm.llm_engine.vllm_config.cache_config.gpu_memory_utilization
-        room = share * torch.cuda.mem_get_info()[1]
-        assert room / 2 < torch.cuda.max_memory_allocated() - before <= room
+        transient = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        taken = before - cuda_graphs.free_bytes() + transient
+        most = share * torch.cuda.mem_get_info()[1]
+        assert most / 2 < taken <= most
+    if executor is WholePassExecutor:
+        of_layers, of_passes = (each.by_cuda for each in kept)
+        assert of_layers > 0 and of_passes <= room[0]
     let_go(engine)
 
 
 _answers: dict[str, Any] = {}
+
+
+def _kept_of_graphs(patch: pytest.MonkeyPatch) -> tuple[list[cuda_graphs.Taken], list[int]]:
+    """What CUDA keeps, by what is captured, and how much room the profiling run left for whole
+    passes'."""
+    kept: list[cuda_graphs.Taken] = []
+    room: list[int] = []
+
+    @contextlib.contextmanager
+    def noted(*args: Any) -> Iterator[cuda_graphs.Taken]:
+        with cuda_graphs.capturing(*args) as taken:
+            yield taken
+        kept.append(taken)
+
+    def noted_room(*args: int) -> int:
+        room.append(bytes_of_passes(*args))
+        return room[-1]
+
+    patch.setattr(runner, "capturing", noted)
+    patch.setattr(runner, "bytes_of_passes", noted_room)
+    return kept, room

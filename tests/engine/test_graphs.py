@@ -84,10 +84,12 @@ class CheckedGraphs(CheckedExecutor):
         with torch.inference_mode(), capturing(runner.device):
             self.tested.capture(self._graphs, COUNTS)
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
+    def run(
+        self, tested: Callable[[], torch.Tensor], rows: PassRows, recorder: Recorder | None
+    ) -> torch.Tensor:
         self._poison()
         before = self._graphs.replays
-        hidden = super().run(rows, recorder)
+        hidden = super().run(tested, rows, recorder)
         replays = self._graphs.replays - before
         active = sum(layer is not None for layer in rows.layers)
         kind = "eager" if not replays else "all" if replays == 2 * active else "some"

@@ -29,6 +29,9 @@ CAPABILITY = (9, 0)
 MEMORY = 8 << 30
 """Bytes of the card, which are the host's."""
 
+LAUNCH = 1 << 11
+"""Bytes that CUDA is said to keep of a launch in a graph."""
+
 
 class Event:
     """Work is over as soon as it is queued."""
@@ -68,11 +71,22 @@ class Generator(torch.Generator):
 
 
 class Memory:
-    """What tensors of the card hold; torch keeps nothing beside it, nor does CUDA."""
+    """What tensors of the card hold; torch keeps nothing beside it.
+
+    Attributes:
+        of_graphs: bytes that CUDA keeps of them.
+    """
 
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
-        self.held = self.peak = 0
+        self.held = self.peak = self.of_graphs = 0
+
+    def add_graph(self, graph: CUDAGraph, num_launches: int) -> None:
+        self.of_graphs += num_launches * LAUNCH
+        weakref.finalize(graph, self._take_graph, num_launches)
+
+    def _take_graph(self, num_launches: int) -> None:
+        self.of_graphs -= num_launches * LAUNCH
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -86,7 +100,7 @@ class Memory:
         self.held -= self._sizes.pop(key)
 
     def free(self, device: Any = None) -> tuple[int, int]:
-        return MEMORY - self.held, MEMORY
+        return MEMORY - self.held - self.of_graphs, MEMORY
 
     def reset_peak(self, device: Any = None) -> None:
         self.peak = self.held
@@ -113,6 +127,7 @@ class CUDAGraph:
     """A tape of the operators and kernels that were called while it was captured."""
 
     capturing: Tape | None = None
+    memory: Memory
 
     def capture_begin(self, pool: RecordedGraphs, **kwargs: Any) -> None:
         assert CUDAGraph.capturing is None, "another graph is being captured"
@@ -125,6 +140,7 @@ class CUDAGraph:
         calls = [_in_memory(call) for call in self._tape.calls]
         self._graph = RecordedGraph((), calls, self._pool)
         self._graph.poison()
+        self.memory.add_graph(self, len(calls))
 
     def replay(self) -> None:
         with _unseen():
@@ -168,12 +184,14 @@ def install() -> None:
     OnSecond.place = CARD
     memory = Memory()
     OnSecond.made = memory.add
+    CUDAGraph.memory = memory
     ctypes.CDLL(str(_guard()))
     of_both: dict[str, Any] = {
         "device_count": lambda: 1,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: None,
         "memory_reserved": lambda device=None: memory.held,
+        "memory_allocated": lambda device=None: memory.held,
         "max_memory_allocated": lambda device=None: memory.peak,
         "reset_peak_memory_stats": memory.reset_peak,
     }

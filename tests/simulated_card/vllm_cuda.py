@@ -157,7 +157,11 @@ def attend(
     block_table: torch.Tensor,
     **_: Any,
 ) -> None:
-    """Rows [N, H, D], request by request, to all of its positions in a paged cache."""
+    """Rows [N, H, D], request by request, to all of its positions in a paged cache.
+
+    Each row by itself: a kernel's numbers for a row do not depend on how many others there are,
+    those of a CPU's products may.
+    """
     assert causal is False
     starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert max(lengths) <= max_seqlen_k, "a kernel is launched for fewer positions"
@@ -167,13 +171,16 @@ def attend(
             continue
         assert rows.stop - rows.start <= max_seqlen_q, "a kernel is launched for fewer rows"
         blocks = block_table[request, : -(-length // k.shape[1])].long()
-        found = F.scaled_dot_product_attention(
-            q[rows].float().transpose(0, 1)[None],
-            *(
-                paged[blocks].flatten(0, 1)[:length].float().transpose(0, 1)[None]
-                for paged in (k, v)
-            ),
-            scale=softmax_scale,
-            enable_gqa=True,
+        queries = q[rows].float()[:, :, None]  # [N, H, 1, D]
+        keys, values = (
+            paged[blocks]
+            .flatten(0, 1)[:length]
+            .float()
+            .transpose(0, 1)
+            .expand(len(queries), -1, -1, -1)
+            for paged in (k, v)
         )
-        out[rows] = found[0].transpose(0, 1).to(out.dtype)
+        found = F.scaled_dot_product_attention(
+            queries, keys, values, scale=softmax_scale, enable_gqa=True
+        )
+        out[rows] = found[:, :, 0].to(out.dtype)

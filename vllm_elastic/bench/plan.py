@@ -42,6 +42,7 @@ measured on a GPU.
              2^26 * 16                                                   attention statistics
   graphs = graph rows * ((3 * d_model + 3 * mlp) * b + 8)       with one rank; else 0,
                                                                unless you name cudagraph_mode
+         + 256 * layers / attention_stride * d_model * b       with --whole-passes
 
 with b bytes a number, rows the row budget, graph rows the same but at most 512 or
 --max-cudagraph-capture-size, and saved rows 4 * max-window (or canvas, if that is less), or 2 *
@@ -156,6 +157,11 @@ def add_parser(commands: Any) -> None:
         help="the most rows that a CUDA graph works on (default: 512)",
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; so on CPUs")
+    parser.add_argument(
+        "--whole-passes",
+        action="store_true",
+        help="graphs of whole passes too (--compilation-config with a FULL cudagraph_mode)",
+    )
     add_json(parser)
     parser.set_defaults(function=partial(main, fail=parser.error))
 
@@ -276,7 +282,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
     from vllm_elastic.engine.engine_config import BLOCK_SIZE
-    from vllm_elastic.engine.graph_flags import most_rows
+    from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS, most_rows
     from vllm_elastic.models.llada_config import undivided_by
     from vllm_elastic.models.rows import bucket
 
@@ -312,6 +318,7 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
             "requests of --max-num-seqs, which vLLM refuses; raise it or lower the other"
         )
     graph_rows = bucket(most_rows(args.max_cudagraph_capture_size, args.row_budget))
+    graph_rows = 0 if args.enforce_eager else graph_rows
     base = Setting(
         shape=ModelShape.of(config, BYTES_PER_NUMBER[args.dtype]),
         kv_heads=config.num_key_value_heads,
@@ -325,7 +332,9 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         window=args.window,
         max_window=args.max_window,
         block_size=BLOCK_SIZE,
-        graph_rows=0 if args.enforce_eager else graph_rows,
+        graph_rows=graph_rows,
+        whole_rows=min(graph_rows, MOST_ROWS_OF_A_WHOLE_PASS) if args.whole_passes else 0,
+        read_layers=-(-config.num_hidden_layers // ElasticConfig().attention_stride),
         weight_bits=args.weight_bits,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

@@ -35,6 +35,8 @@ class Setting:
             predicts where it does not say otherwise. max_window: that any may predict.
         block_size: positions of a KV block.
         graph_rows: the most rows that a CUDA graph works on; 0: there are none.
+        whole_rows: the same of graphs of whole passes. read_layers: layers whose attention the
+            server's own knobs read: of these a whole pass's graph keeps the queries.
     """
 
     shape: ModelShape
@@ -50,6 +52,8 @@ class Setting:
     max_window: int
     block_size: int
     graph_rows: int
+    whole_rows: int = 0
+    read_layers: int = 0
     weight_bits: float | None = None
 
     @property
@@ -149,7 +153,9 @@ def graph_bytes(setting: Setting) -> int:
     asks for them (``engine.graph_flags``), which is not counted."""
     if setting.ranks > 1:
         return 0
-    return setting.shape.graph_bytes(setting.graph_rows)
+    queries = setting.whole_rows * setting.read_layers * setting.shape.width
+    of_passes = queries * setting.shape.bytes_per_number
+    return setting.shape.graph_bytes(setting.graph_rows) + of_passes
 
 
 def step_bytes(setting: Setting) -> int:

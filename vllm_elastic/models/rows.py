@@ -7,7 +7,7 @@ position 0 and write vLLM's null block, which no request owns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -143,7 +143,7 @@ class Recorder(Protocol):
             before the pass; None: nothing is tested.
     """
 
-    read_layers: set[int]
+    read_layers: Set[int]
     tested_rows: torch.Tensor
     old_inputs: torch.Tensor | None
 

@@ -44,7 +44,17 @@ class BatchBuilder:
         cache: whose blocks the plans name.
         adapters: of the plans; None: they have none.
         max_chunk_rows: rows that are worked on at a time; more go chunk by chunk.
+
+    Attributes:
+        lengths: int32 [plans], T of each plan's canvas.
+        block_table: int32 [plans, most blocks], the attention kernel's, filled up with vLLM's null
+            block.
+        window_rows: int64 [W], plan by plan; window_ends: where each plan's begin among them, and
+            the last one's end.
+        window_adapters: of the W rows filled up, once they were laid out; None: they have none.
     """
+
+    window_adapters: RowAdapters | None = None
 
     def __init__(
         self,
@@ -56,15 +66,17 @@ class BatchBuilder:
         max_chunk_rows: int,
         adapters: PassAdapters | None = None,
     ) -> None:
-        self._plans, self._order, self._upload = plans, order, upload
+        self.plans, self.order, self.upload = plans, order, upload
+        self.adapters = adapters
         self._attention_group = attention_group
         self._null_slots = cache.block_size  # vLLM's null block is the first one
         self._max_chunk_rows = max_chunk_rows
-        self._adapters = adapters
         blocks = [cache.kernel_blocks(plan.block_ids) for plan in plans]
-        self._lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
-        # int32 [plans, most blocks], filled up with the null block.
-        self._block_table = filled_up(blocks, table_width(max(map(len, blocks))), np.int32)
+        self.lengths = np.array([len(plan.tokens) for plan in plans], dtype=np.int32)
+        self.block_table = filled_up(blocks, table_width(max(map(len, blocks))), np.int32)
+        self.window_ends = bounds(len(plan.window) for plan in plans)
+        windows = {index: plan.window_rows for index, plan in enumerate(plans)}
+        self.window_rows = order.rows_of(windows)
 
     def lay_out(
         self, num_layers: int, tested_positions: IntArray, query_rows: IntArray
@@ -75,7 +87,7 @@ class BatchBuilder:
             tested_positions: int64 [M], projected once more in every layer.
             query_rows: int64 [S] ascending, rows whose queries the recorder keeps.
         """
-        order = self._order
+        order = self.order
         layers: list[LayerRows | None] = [None] * num_layers
         for join_layer in sorted({span.join_layer for span in order.spans}):
             active = self._layer_rows(join_layer, tested_positions, query_rows)
@@ -88,8 +100,8 @@ class BatchBuilder:
             stored = np.zeros(len(tokens), dtype=np.bool_)
             stored[:num_embedded] = order.stored
         return PassRows(
-            tokens=self._upload.put(tokens),
-            stored=None if stored is None else self._upload.put(stored),
+            tokens=self.upload.put(tokens),
+            stored=None if stored is None else self.upload.put(stored),
             layers=layers,
             window=self._window(),
         )
@@ -97,7 +109,7 @@ class BatchBuilder:
     def _layer_rows(
         self, join_layer: int, tested_positions: IntArray, query_rows: IntArray
     ) -> LayerRows:
-        order = self._order
+        order = self.order
         pieces = [
             (span.plan, span.start, span.stop)
             for span in order.spans
@@ -110,10 +122,9 @@ class BatchBuilder:
         positions[:num_rows] = order.positions[:num_rows]
         positions[num_rows : num_rows + num_tested] = tested_positions
         slots[:num_rows] = order.slots[:num_rows]
-        # What is not written for good goes to the null block.
-        slots[num_rows:] = np.arange(num_projected - num_rows) % self._null_slots
-        positions_on_device, slots_on_device = self._upload.put(both).unbind()
-        tested = ((index, 0, plan.tested.size) for index, plan in enumerate(self._plans))
+        slots[num_rows:] = self.null_slots(num_projected - num_rows)
+        positions_on_device, slots_on_device = self.upload.put(both).unbind()
+        tested = ((index, 0, plan.tested.size) for index, plan in enumerate(self.plans))
         return LayerRows(
             num_rows=num_rows,
             num_finished=bucket(num_rows),
@@ -125,23 +136,28 @@ class BatchBuilder:
         )
 
     def _window(self) -> CandidateRows:
-        windows = {index: plan.window_rows for index, plan in enumerate(self._plans)}
-        ends = bounds(map(len, windows.values()))
-        pieces = [(index, first, last) for index, (first, last) in enumerate(pairwise(ends))]
-        rows = np.zeros(bucket(ends[-1]), dtype=np.int64)
-        rows[: ends[-1]] = self._order.rows_of(windows)
+        owned = enumerate(pairwise(self.window_ends))
+        pieces = [(index, first, last) for index, (first, last) in owned]
+        rows = np.zeros(bucket(self.window_ends[-1]), dtype=np.int64)
+        rows[: self.window_ends[-1]] = self.window_rows
+        self.window_adapters = self._adapters_of(pieces, len(rows))
         return CandidateRows(
-            rows=self._upload.put(rows),
+            rows=self.upload.put(rows),
             calls=self._chunked(pieces),
-            adapters=self._adapters_of(pieces, len(rows)),
+            adapters=self.window_adapters,
         )
+
+    def null_slots(self, count: int) -> IntArray:
+        """int64 [count]: where rows write that nobody is going to read: vLLM's null block."""
+        slots: IntArray = np.arange(count) % self._null_slots
+        return slots
 
     def _adapters_of(self, pieces: Iterable[Piece], num_rows: int) -> RowAdapters | None:
         """Of the rows of the pieces, one behind the other, filled up to so many."""
-        if self._adapters is None:
+        if self.adapters is None:
             return None
         owners, lengths = zip(*((plan, last - first) for plan, first, last in pieces), strict=True)
-        return self._adapters.of_rows(np.repeat(np.array(owners, np.int64), lengths), num_rows)
+        return self.adapters.of_rows(np.repeat(np.array(owners, np.int64), lengths), num_rows)
 
     def _chunked(self, pieces: list[Piece]) -> list[AttentionCall]:
         """Cut rows into calls of at most the row budget."""
@@ -173,11 +189,11 @@ class BatchBuilder:
 
     def _common_metadata(self, pieces: list[Piece]) -> CommonAttentionMetadata:
         """Each piece is one sequence of T keys, not causal."""
-        put = self._upload.put
+        put = self.upload.put
         owners = [plan for plan, _, _ in pieces]
         lengths = [last - first for _, first, last in pieces]
         starts = np.array(bounds(lengths), dtype=np.int32)
-        keys = self._lengths[owners]
+        keys = self.lengths[owners]
         return CommonAttentionMetadata(
             query_start_loc=put(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
@@ -187,7 +203,7 @@ class BatchBuilder:
             num_actual_tokens=sum(lengths),
             max_query_len=max(lengths),
             max_seq_len=int(keys.max()),
-            block_table_tensor=put(self._block_table[owners]),
+            block_table_tensor=put(self.block_table[owners]),
             # Writes go by the slots of the pass's own rows.
             slot_mapping=put(NO_ROWS),
             causal=False,

@@ -51,12 +51,26 @@ class CudaGraphs:
                 outputs: Tensors = weak_ref_tensors(work())
             finally:
                 graph.capture_end()
+            # What CUDA allocates for a graph's first launch is measured at start, and one that it
+            # refuses ends the start.
+            graph.replay()
         torch.cuda.synchronize()
         return CudaGraph(outputs, graph)
 
 
+@dataclass(slots=True)
+class Taken:
+    """By graphs.
+
+    Attributes:
+        by_cuda: bytes, beside what torch allocated for what is in them; once they are captured.
+    """
+
+    by_cuda: int = 0
+
+
 @contextlib.contextmanager
-def capturing(device: torch.device, what: str, count: int, remedy: str) -> Iterator[None]:
+def capturing(device: torch.device, what: str, count: int, remedy: str) -> Iterator[Taken]:
     """Graphs are captured while it is entered; the log says how long it took and what they take.
 
     Args:
@@ -66,21 +80,26 @@ def capturing(device: torch.device, what: str, count: int, remedy: str) -> Itera
     Raises:
         RuntimeError: the device refuses.
     """
-    started, free = time.perf_counter(), free_bytes()
+    started, taken = time.perf_counter(), Taken()
+    free, reserved = free_bytes(), torch.cuda.memory_reserved()
     try:
         # What is collected inside a capture may end it: a kernel's module that is unloaded.
         with freeze_gc_for_cudagraph_capture(), ranks.capturing(device):
-            yield
+            yield taken
     except RuntimeError as error:
         raise RuntimeError(
             f"capturing CUDA graphs of {what} failed; {remedy} (vllm_elastic)"
         ) from error
+    total = free - free_bytes()
+    taken.by_cuda = max(0, total - (torch.cuda.memory_reserved() - reserved))
     logger.info(
-        "captured CUDA graphs of %s for %d numbers of rows in %.1f s; they take %d MiB",
+        "captured CUDA graphs of %s for %d numbers of rows in %.1f s; they take %d MiB, %d of them "
+        "beside torch's",
         what,
         count,
         time.perf_counter() - started,
-        (free - free_bytes()) >> 20,
+        total >> 20,
+        taken.by_cuda >> 20,
     )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from vllm_elastic.models.layer_pass import Layer, LayerAsWritten
 from vllm_elastic.models.rows import PassRows, Recorder
+from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 from vllm_elastic.runner.graphed_pass import GraphedPasses
+from vllm_elastic.runner.statistics.statistics import Statistics
 
 GRAPH_ROWS = "elastic_graph_rows"
 """Where vLLM's ``additional_config`` has the numbers of rows that graphs of layers are for."""
@@ -26,7 +28,7 @@ COMPILES = "elastic_compiles"
 
 
 class PassExecutor(Protocol):
-    """Runs the model's forward over the rows of a pass.
+    """Runs passes.
 
     Attributes:
         name: for people.
@@ -34,42 +36,60 @@ class PassExecutor(Protocol):
 
     name: str
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        """Final normed hidden states [W, d] of the window's rows; fills the recorder."""
+    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        """Put what a pass reads into its upload.
+
+        Returns:
+            what runs the pass, once the upload was sent and the statistics have kept what is going
+            to be overwritten: it fills their recorder, and gives final normed hidden states
+            [W filled up, d] of the window's rows.
+        """
         ...
 
 
-class EagerExecutor:
-    """Operator by operator, as the model is written.
+class LayerByLayer:
+    """Executors that are given a pass's rows in each layer.
 
     Args:
         model: a ``DiffusionTransformer``.
     """
 
-    name = "eager"
-
     def __init__(self, model: Any) -> None:
         self._model = model
 
+    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        rows = batch.lay_out(
+            self._model.num_layers, statistics.tested_positions, statistics.query_rows
+        )
+        return lambda: self.run(rows, statistics.recorder)
+
     def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        hidden: torch.Tensor = self._model.run(rows, recorder)
+        """The pass: hidden states, as above; fills the recorder."""
+        hidden: torch.Tensor = self._model.run(rows, recorder, self._layers_for(rows))
         return hidden
 
+    def _layers_for(self, rows: PassRows) -> Sequence[Layer] | None:
+        """Stand-ins for the model's own layers; None: none."""
+        return None
 
-class GraphExecutor:
+
+class EagerExecutor(LayerByLayer):
+    """Operator by operator, as the model is written."""
+
+    name = "eager"
+
+
+class GraphExecutor(LayerByLayer):
     """Each layer's two parts by graphs; what is between them, attention above all, as written.
 
     What is between them depends on the batch: whose rows attend to which keys, how many requests
     there are, which rows join. The parts depend on the number of rows alone.
-
-    Args:
-        model: a ``DiffusionTransformer``.
     """
 
     name = "graphs"
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        super().__init__(model)
         self._static: StaticRows | None = None
         self._layers: list[Layer] = []
 
@@ -88,14 +108,12 @@ class GraphExecutor:
                     block.capture(graphs, count)
         self._layers = [LayerAsWritten(block) for block in blocks]
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        layers = None
+    def _layers_for(self, rows: PassRows) -> Sequence[Layer] | None:
         # Row chunks of one layer would overwrite each other's results.
-        if self._static is not None and not rows.in_chunks:
-            self._static.start()
-            layers = self._layers
-        hidden: torch.Tensor = self._model.run(rows, recorder, layers)
-        return hidden
+        if self._static is None or rows.in_chunks:
+            return None
+        self._static.start()
+        return self._layers
 
 
 class WholePassExecutor:
@@ -110,16 +128,15 @@ class WholePassExecutor:
     def __init__(self, passes: GraphedPasses, others: PassExecutor) -> None:
         self._passes, self.others = passes, others
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        hidden = self._passes.run(rows, recorder)
-        return self.others.run(rows, recorder) if hidden is None else hidden
+    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        run = self._passes.prepare(batch, statistics)
+        return self.others.prepare(batch, statistics) if run is None else run
 
 
-class CompiledExecutor:
+class CompiledExecutor(LayerByLayer):
     """Each layer by one compiled function, on CPUs.
 
     Args:
-        model: a ``DiffusionTransformer``.
         most_rows: rows that a pass works on at a time; beyond them it is eager.
 
     Raises:
@@ -129,10 +146,8 @@ class CompiledExecutor:
     name = "compiled"
 
     def __init__(self, model: Any, most_rows: int) -> None:
-        self._model = model
+        super().__init__(model)
         self._layers = compile_layers(model, most_rows)
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor:
-        layers = None if rows.in_chunks else self._layers
-        hidden: torch.Tensor = self._model.run(rows, recorder, layers)
-        return hidden
+    def _layers_for(self, rows: PassRows) -> Sequence[Layer] | None:
+        return None if rows.in_chunks else self._layers

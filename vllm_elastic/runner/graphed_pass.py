@@ -3,16 +3,20 @@
 
 All its rows start from the embedding, and each request's attend to one canvas. So for a number of
 rows there is one sequence of operators, and passes differ in numbers: tokens, positions, slots,
-which rows' candidates are wanted, which rows attend to which canvas. They are copied to where the
-graph reads them. What is measured is worked out of queries, of which the graph keeps all.
+which rows' candidates are wanted, which rows attend to which canvas. They are laid out in one
+piece, which is copied to where the graph reads it. What is measured is worked out of queries, of
+which the graph keeps all.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from vllm.config import VllmConfig
@@ -28,11 +32,18 @@ from vllm_elastic.models.rows import (
     LayerRows,
     PassRows,
     Recorder,
+    bucket,
 )
+from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.graphed_block import Graph, Graphs, Tensors
+from vllm_elastic.runner.row_order import IntArray
+from vllm_elastic.runner.statistics.statistics import Statistics
 
 MOST_REQUESTS = 16
 """Of one pass. Of more, some refresh at nearly every step, so that rows join later."""
+
+_ALIGNMENT = 4
+"""Numbers of int32: kernels may read 16 bytes at a time."""
 
 
 class GraphedPasses:
@@ -43,14 +54,13 @@ class GraphedPasses:
     Args:
         model: a ``DiffusionTransformer`` whose caches are bound: graphs keep their addresses.
         inputs: what the graphs read.
-        read_layers: whose queries are kept; a pass that reads others is of another kind.
+        queries: what they keep; a pass that reads other layers' is of another kind.
     """
 
-    def __init__(self, model: Any, inputs: PassInputs, read_layers: Iterable[int]) -> None:
-        self._model, self._inputs = model, inputs
-        self._queries = AllQueries(model, inputs.most_rows, read_layers)
+    def __init__(self, model: Any, inputs: PassInputs, queries: AllQueries) -> None:
+        self._model, self._inputs, self._queries = model, inputs, queries
         self._graphs: dict[int, Graph] = {}
-        self._read: list[Any] = []  # by graphs, which keep addresses only
+        self._rows: dict[int, PassRows] = {}  # graphs keep addresses only
 
     def capture(
         self,
@@ -67,117 +77,184 @@ class GraphedPasses:
         """
         inputs = self._inputs
         for count in tqdm(sorted(counts, reverse=True), desc="Capturing whole passes"):
+            numbers = inputs.of_one_request(count)
             metadata = [
-                _metadata(builder, inputs.pieces(starts, count, canvas))
-                for starts in (inputs.starts, inputs.window_starts)
+                _metadata(builder, inputs.pieces(numbers, starts, canvas))
+                for starts in (numbers.starts, numbers.window_starts)
             ]
-            self._read.append(metadata)
-            rows = inputs.rows(count, self._model.num_layers, *metadata)
+            self._rows[count] = rows = _rows(numbers, self._model.num_layers, *metadata)
             self._graphs[count] = graphs.capture(functools.partial(self._run, rows))
 
-    def run(self, rows: PassRows, recorder: Recorder | None) -> torch.Tensor | None:
-        """Final normed hidden states [W, d] of the window's rows; None: another kind of pass."""
-        layer = rows.layers[0]
-        if layer is None or layer is not rows.layers[-1] or rows.stored is not None:
-            return None  # rows join later, or start from something else
-        graph = self._graphs.get(layer.num_finished)
-        if graph is None or not self._queries.suffice(recorder) or not self._inputs.take(rows):
+    def prepare(
+        self, batch: BatchBuilder, statistics: Statistics
+    ) -> Callable[[], torch.Tensor] | None:
+        """Put a pass into the upload; None, and nothing was: it is of another kind."""
+        order = batch.order
+        count = bucket(len(order.positions))
+        if (
+            count not in self._graphs
+            or len(order.tokens) < len(order.positions)  # rows join later
+            or order.stored.any()  # or start from something else
+            or batch.adapters is not None
+            or not self._inputs.have_room_for(batch)
+            or not self._queries.suffice(statistics)
+        ):
             return None
+        piece = batch.upload.put(self._inputs.lay_out(batch, count))
+        num_candidates = bucket(len(batch.window_rows))
+        return functools.partial(self._replay, count, piece, num_candidates, statistics)
+
+    def _replay(
+        self, count: int, piece: torch.Tensor, num_candidates: int, statistics: Statistics
+    ) -> torch.Tensor:
+        self._inputs.take(piece)
+        graph = self._graphs[count]
         graph.replay()
-        if recorder is not None:
-            self._queries.hand_over(recorder, layer)
-        return graph.outputs[0][: len(rows.window.rows)]
+        if statistics.recorder is not None:
+            self._queries.hand_over(
+                statistics.recorder, self._rows[count], len(statistics.query_rows)
+            )
+        return graph.outputs[0][:num_candidates]
 
     def _run(self, rows: PassRows) -> Tensors:
         return (self._model.run(rows, self._queries),)
 
 
-class PassInputs:
-    """What the graphs of all numbers of rows read.
+class PassNumbers:
+    """A pass's numbers in one piece, and where each kind of them is in it.
 
     Rows that fill up attend too, to the last request's canvas, so that a graph always has as many
     queries. No other row sees them: they write the null block.
 
     Attributes:
+        piece: int64, all of it, on the host (numpy) or the device.
+        tokens, positions, slots: int64 [count].
+        window: int64 [count], the rows whose candidates are wanted, then row 0.
+        lengths: int32 [most requests], T of each request's canvas; 1 where there is no request.
+        starts, window_starts: int32 [most requests + 1], where each request's rows begin, and
+            theirs among the window's rows; behind them ``count``: requests without any.
+        blocks: int32 [requests, most blocks], the attention kernel's. Last, so that a piece of
+            few requests is short.
+    """
+
+    def __init__(self, piece: Any, int32: Any, count: int, most_requests: int, width: int) -> None:
+        """Args:
+        int32: the type's name in numpy or torch. width: most blocks.
+        """
+        self.piece = piece
+        self.tokens, self.positions, self.slots, self.window = piece[: 4 * count].reshape(4, count)
+        rest, ends = piece[4 * count :].view(int32), _ends(most_requests)
+        self.lengths = rest[:most_requests]
+        self.starts = rest[ends[0] : ends[0] + most_requests + 1]
+        self.window_starts = rest[ends[1] : ends[1] + most_requests + 1]
+        self.blocks = rest[ends[2] :].reshape(-1, width)
+
+    @staticmethod
+    def size(count: int, most_requests: int, requests: int, width: int) -> int:
+        """Numbers of int64 in a piece of so many requests."""
+        return 4 * count + (_ends(most_requests)[2] + requests * width) // 2
+
+
+def _ends(most_requests: int) -> list[int]:
+    """Where lengths, starts and the window's end, in numbers of int32."""
+    sizes = most_requests, most_requests + 1, most_requests + 1
+    return list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+
+
+class PassInputs:
+    """The piece that the graphs of all numbers of rows read.
+
+    Args:
         most_rows: of a pass; most_requests: likewise.
-        starts, window_starts: int32 [most_requests + 1], where each request's rows begin, and
-            theirs among the window's rows; behind them requests without any.
+        most_blocks: of the attention kernel's, of a canvas; even, and as wide as any block table
+            is filled.
     """
 
     def __init__(
         self, device: torch.device, most_rows: int, most_requests: int, most_blocks: int
     ) -> None:
-        """Args:
-        most_blocks: of the attention kernel's, of a canvas; as wide as any block table is filled.
-        """
+        self._most_requests, self._width = most_requests, most_blocks
+        size = PassNumbers.size(most_rows, most_requests, most_requests, most_blocks)
+        self._piece = torch.zeros(size, dtype=torch.int64, device=device)
 
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+    def of_one_request(self, count: int) -> PassNumbers:
+        """Where the graph for so many rows reads: its rows are one request's, of one position."""
+        self.take(torch.from_numpy(self._host_numbers(count, self._most_requests).piece))
+        size = PassNumbers.size(count, self._most_requests, self._most_requests, self._width)
+        return self._numbers(self._piece[:size], torch.int32, count)
 
-        self.most_rows, self.most_requests = most_rows, most_requests
-        self.starts, self.window_starts = zeros(most_requests + 1), zeros(most_requests + 1)
-        self._lengths, self._blocks = zeros(most_requests) + 1, zeros(most_requests, most_blocks)
-        self._tokens, self._positions, self._slots, self._window = torch.zeros(
-            4, most_rows, dtype=torch.int64, device=device
-        )
+    def have_room_for(self, batch: BatchBuilder) -> bool:
+        """Whether there are as few requests, and each one's rows are neighbours."""
+        requests = len(batch.plans)
+        return requests <= self._most_requests and len(batch.order.spans) == requests
 
-    def take(self, rows: PassRows) -> bool:
-        """Copy a pass whose rows all join at layer 0; False: there is no room for it."""
-        layer, window = rows.layers[0], rows.window
-        assert layer is not None
-        if len(layer.calls) > 1 or layer.calls[0].pieces is None:
-            return False
-        pieces, windows = layer.calls[0].pieces, window.calls[0].pieces
-        requests, count = pieces.num_reqs, layer.num_finished
-        if requests > self.most_requests or windows.num_reqs != requests:
-            return False
-        self._tokens[:count].copy_(rows.tokens)
-        self._positions[:count].copy_(layer.positions)
-        self._slots[:count].copy_(layer.slots)
-        chosen = len(window.rows)
-        self._window[:chosen].copy_(window.rows)
-        self._window[chosen:count].zero_()
-        table = pieces.block_table_tensor
-        self._blocks[:requests, : table.shape[1]].copy_(table)
-        self._lengths[:requests].copy_(pieces.seq_lens)
-        for starts, given in ((self.starts, pieces), (self.window_starts, windows)):
-            starts[:requests].copy_(given.query_start_loc[:requests])
-            starts[requests:].fill_(count)
-        return True
+    def lay_out(self, batch: BatchBuilder, count: int) -> IntArray:
+        """The piece of a pass whose rows all join at layer 0, filled up to ``count``."""
+        order, requests = batch.order, len(batch.plans)
+        numbers = self._host_numbers(count, requests)
+        num_rows, num_candidates = len(order.positions), len(batch.window_rows)
+        numbers.tokens[:num_rows] = order.tokens
+        numbers.positions[:num_rows] = order.positions
+        numbers.slots[:num_rows] = order.slots
+        numbers.slots[num_rows:] = batch.null_slots(count - num_rows)
+        numbers.window[:num_candidates] = batch.window_rows
+        numbers.lengths[:requests] = batch.lengths
+        numbers.starts[:requests] = [span.start for span in order.spans]
+        numbers.window_starts[:requests] = batch.window_ends[:-1]
+        numbers.blocks[:, : batch.block_table.shape[1]] = batch.block_table
+        piece: IntArray = numbers.piece
+        return piece
 
-    def rows(self, count: int, num_layers: int, metadata: Any, window_metadata: Any) -> PassRows:
-        """What a pass of so many rows is given, at the addresses that stay."""
-        layer = LayerRows(
-            num_rows=count,
-            num_finished=count,
-            positions=self._positions[:count],
-            slots=self._slots[:count],
-            num_queries=0,
-            calls=[AttentionCall(0, count, lambda: metadata)],
-        )
-        window = CandidateRows(
-            self._window[:count], [AttentionCall(0, count, lambda: window_metadata)]
-        )
-        return PassRows(self._tokens[:count], None, [layer] * num_layers, window)
+    def take(self, piece: torch.Tensor) -> None:
+        """Copy a pass's numbers to where the graphs read them."""
+        self._piece[: len(piece)].copy_(piece)
 
-    def pieces(self, starts: torch.Tensor, count: int, canvas: int) -> CommonAttentionMetadata:
+    def pieces(
+        self, numbers: PassNumbers, starts: torch.Tensor, canvas: int
+    ) -> CommonAttentionMetadata:
         """One sequence a request. What the host is told is the most that a pass may have, of rows
         and of a canvas's positions."""
-        starts[1:].fill_(count)
-        lengths = torch.full((self.most_requests,), canvas, dtype=torch.int32, device="cpu")
+        count = len(numbers.tokens)
+        lengths = torch.full((self._most_requests,), canvas, dtype=torch.int32, device="cpu")
         return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.cpu(),
-            seq_lens=self._lengths,
+            seq_lens=numbers.lengths,
             seq_lens_cpu_upper_bound=lengths,
-            num_reqs=self.most_requests,
+            num_reqs=self._most_requests,
             num_actual_tokens=count,
             max_query_len=count,
             max_seq_len=canvas,
-            block_table_tensor=self._blocks,
-            slot_mapping=self._slots[:0],
+            block_table_tensor=numbers.blocks,
+            slot_mapping=numbers.slots[:0],
             causal=False,
         )
+
+    def _host_numbers(self, count: int, requests: int) -> PassNumbers:
+        """All rows are the first request's."""
+        size = PassNumbers.size(count, self._most_requests, requests, self._width)
+        numbers = self._numbers(np.zeros(size, np.int64), np.int32, count)
+        numbers.lengths[:] = 1
+        numbers.starts[1:] = numbers.window_starts[1:] = count
+        return numbers
+
+    def _numbers(self, piece: Any, int32: Any, count: int) -> PassNumbers:
+        return PassNumbers(piece, int32, count, self._most_requests, self._width)
+
+
+def _rows(numbers: PassNumbers, num_layers: int, metadata: Any, window_metadata: Any) -> PassRows:
+    """What the model's forward is given, at the addresses that stay."""
+    count = len(numbers.tokens)
+    layer = LayerRows(
+        num_rows=count,
+        num_finished=count,
+        positions=numbers.positions,
+        slots=numbers.slots,
+        num_queries=0,
+        calls=[AttentionCall(0, count, lambda: metadata)],
+    )
+    window = CandidateRows(numbers.window, [AttentionCall(0, count, lambda: window_metadata)])
+    return PassRows(numbers.tokens, None, [layer] * num_layers, window)
 
 
 class AllQueries:
@@ -191,7 +268,7 @@ class AllQueries:
 
     def __init__(self, model: Any, most_rows: int, read_layers: Iterable[int]) -> None:
         attention, weight = model.attention_layers[0], model.embed_tokens.weight
-        self.read_layers = set(read_layers)
+        self.read_layers: Set[int] = set(read_layers)
         self.tested_rows = weight.new_empty(0, dtype=torch.int64)
         heads = attention.num_heads, attention.head_size
         self._kept = {layer: weight.new_zeros(most_rows, *heads) for layer in self.read_layers}
@@ -200,16 +277,34 @@ class AllQueries:
         if layer in self.read_layers:
             self._kept[layer][: len(q)].copy_(q)
 
-    def suffice(self, recorder: Recorder | None) -> bool:
-        """Whether a recorder wants nothing else."""
-        if recorder is None:
-            return True
-        return recorder.old_inputs is None and recorder.read_layers <= self.read_layers
+    def suffice(self, statistics: Statistics) -> bool:
+        """Whether a pass's measurements want nothing else of it."""
+        return not statistics.tested_positions.size and statistics.read_layers <= self.read_layers
 
-    def hand_over(self, recorder: Recorder, rows: LayerRows) -> None:
-        """What the layers would have given it."""
-        for layer in recorder.read_layers:
-            recorder.save_queries(layer, rows, self._kept[layer][: rows.num_finished])
+    def hand_over(self, recorder: Recorder, rows: PassRows, num_queries: int) -> None:
+        """What the layers would have given it.
+
+        Args:
+            rows: the graph's. num_queries: of them, that the recorder keeps.
+        """
+        layer = rows.layers[0]
+        assert layer is not None
+        active = replace(layer, num_queries=num_queries)
+        for number in recorder.read_layers:
+            recorder.save_queries(number, active, self._kept[number][: active.num_finished])
+
+
+def bytes_of_passes(of_layers: int, layer_counts: int, counts: int) -> int:
+    """About as many as CUDA keeps of graphs of whole passes.
+
+    A whole pass has the launches of its layers' graphs, and between them attention's, the cache's
+    writes and those of hidden states: some 20 a layer instead of 14.
+
+    Args:
+        of_layers: what it keeps of layers' graphs, for ``layer_counts`` numbers of rows.
+        counts: numbers of rows that whole passes are for.
+    """
+    return -(-3 * of_layers * counts // (2 * layer_counts))
 
 
 def most_requests(

@@ -48,7 +48,13 @@ from vllm_elastic.runner.executor import (
     PassExecutor,
     WholePassExecutor,
 )
-from vllm_elastic.runner.graphed_pass import GraphedPasses, PassInputs, most_requests
+from vllm_elastic.runner.graphed_pass import (
+    AllQueries,
+    GraphedPasses,
+    PassInputs,
+    bytes_of_passes,
+    most_requests,
+)
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
@@ -85,6 +91,7 @@ class ElasticRunner:
         self._overlaps = vllm_config.max_concurrent_batches > 1
         self._queued: PassInFlight | None = None  # until vLLM asks for its tokens
         self._graphs: CudaGraphs | None = None
+        self._all_queries: AllQueries | None = None
         self._compiling: float | None = None  # seconds, once it was tried
 
     # Called by the worker at start, in this order.
@@ -112,14 +119,24 @@ class ElasticRunner:
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """Allocate what the limits of a step allow, so that vLLM can size the KV cache (GPU).
 
-        Graphs read no KV cache, so they are captured here already: what they take is measured.
+        Layers' graphs read no KV cache, so they are captured here already: what they take is
+        measured. Whole passes' do: for them there is as much room as these suggest.
         """
         counts: list[int] = self.vllm_config.additional_config[GRAPH_ROWS]
+        whole: list[int] = self.vllm_config.additional_config[GRAPHED_PASSES]
+        num_bytes = 0
         if counts:
             # What vLLM's experts keep grows in it: a graph would go on pointing at what was there.
             self._trial_run()
-            self._capture_graphs(counts)
+            num_bytes = bytes_of_passes(self._capture_graphs(counts), len(counts), len(whole))
+        if whole:
+            last = self.traits.num_layers - 1
+            elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
+            read_layers = range(last, -1, -elastic.attention_stride)
+            self._all_queries = AllQueries(self.model, whole[-1], read_layers)
+        room = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._trial_run()
+        del room
 
     def _trial_run(self) -> None:
         seats = self.vllm_config.scheduler_config.max_num_seqs
@@ -127,21 +144,22 @@ class ElasticRunner:
         canvas = self.model_config.max_model_len
         trial_run(self.model, self.traits, limits, seats, canvas, self._upload, self._adapters)
 
-    def _capture_graphs(self, counts: list[int]) -> None:
-        """Raises:
-        RuntimeError: the device refuses.
+    def _capture_graphs(self, counts: list[int]) -> int:
+        """Bytes that CUDA keeps of them.
+
+        Raises:
+            RuntimeError: the device refuses.
         """
         executor = GraphExecutor(self.model)
         remedy = "--enforce-eager serves without them, --max-cudagraph-capture-size with fewer"
-        with capturing(self.device, "each layer", len(counts), remedy):
+        with capturing(self.device, "each layer", len(counts), remedy) as taken:
             self._graphs = CudaGraphs(self.device)
             executor.capture(self._graphs, counts)
         self._executor = executor
+        return taken.by_cuda
 
     def _capture_passes(self, counts: list[int]) -> None:
-        """What they keep of numbers on their way lies in the layers' pool, which was measured.
-
-        What CUDA keeps of these graphs themselves was not: they need the KV cache's addresses.
+        """What they keep of numbers on their way lies in the layers' pool.
 
         Raises:
             RuntimeError: the device refuses.
@@ -153,15 +171,12 @@ class ElasticRunner:
             backend = group.backend.get_name()
             logger.info("whole passes are not captured: %s takes no part in a graph", backend)
             return
-        canvas, last = self.model_config.max_model_len, self.traits.num_layers - 1
-        elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
-        read_layers = range(last, -1, -elastic.attention_stride)
-        width = self.cache.table_width(canvas)
-        inputs = PassInputs(self.device, counts[-1], requests, width)
-        passes = GraphedPasses(self.model, inputs, read_layers)
+        assert self._graphs is not None and self._all_queries is not None, "layers' come first"
+        canvas = self.model_config.max_model_len
+        inputs = PassInputs(self.device, counts[-1], requests, self.cache.table_width(canvas))
+        passes = GraphedPasses(self.model, inputs, self._all_queries)
         remedy = "the cudagraph_mode PIECEWISE serves without them"
         with capturing(self.device, "whole passes", len(counts), remedy):
-            assert self._graphs is not None, "layers' are captured first"
             passes.capture(self._graphs, counts, builder, canvas)
         self._executor = WholePassExecutor(passes, self._executor)
 
@@ -329,17 +344,15 @@ class ElasticRunner:
             self.max_chunk_rows,
             None if self._adapters is None else self._adapters.of_pass(plans),
         )
-        rows = batch.lay_out(
-            self.traits.num_layers, statistics.tested_positions, statistics.query_rows
-        )
+        run = self._executor.prepare(batch, statistics)
         half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()
         if half_filled is not None:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
-        hidden = self._executor.run(rows, statistics.recorder)
-        candidates = head.predict(self.model, hidden, rows.window.adapters)
+        hidden = run()
+        candidates = head.predict(self.model, hidden, batch.window_adapters)
         del hidden  # the statistics need the room
         statistics.after()
         if candidates is None:

@@ -8,6 +8,8 @@ still there afterwards. So nothing is computed inside the layers.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 
 from vllm_elastic.models import ranks
@@ -29,9 +31,9 @@ class PassRecorder:
     """
 
     def __init__(
-        self, saved: SavedRows, cache: CacheView, dtype: torch.dtype, read_layers: set[int]
+        self, saved: SavedRows, cache: CacheView, dtype: torch.dtype, read_layers: Set[int]
     ) -> None:
-        self.read_layers = read_layers
+        self.read_layers: Set[int] = read_layers
         self._query_rows = saved.queries_on_device
         self.tested_rows = saved.tested_on_device
         num_queries, num_tested = len(saved.query_rows), len(saved.tested_positions)

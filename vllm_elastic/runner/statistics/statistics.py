@@ -8,7 +8,7 @@ the recorder, ``after`` works out the sums of this rank's heads and adds them up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -47,11 +47,13 @@ class Statistics:
 
     Attributes:
         query_rows, tested_positions: as of ``SavedRows``.
+        read_layers: those whose attention is going to be read.
         recorder: filled by the pass; None: it has nothing to keep.
     """
 
     query_rows: IntArray = NO_ROWS
     tested_positions: IntArray = NO_ROWS
+    read_layers: Set[int] = frozenset()
     recorder: PassRecorder | None = None
 
     def before(self, dtype: torch.dtype) -> None:
@@ -75,10 +77,10 @@ class MeasuringStatistics(Statistics):
         self._drift = DriftTotals(_of_kind(owners, DriftTest), cache, upload)
         self._blocks = BlockTotals(_of_kind(owners, BlockProbe), cache, upload.device)
         self._attention = attention_sums(saved, cache, self._drift, self._blocks, upload)
+        self.read_layers = self._attention.read_layers
 
     def before(self, dtype: torch.dtype) -> None:
-        read_layers = self._attention.read_layers
-        self.recorder = PassRecorder(self._saved, self._cache, dtype, read_layers)
+        self.recorder = PassRecorder(self._saved, self._cache, dtype, self.read_layers)
 
     def after(self) -> None:
         assert self.recorder is not None
