@@ -21,6 +21,7 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.runner import runner
     from vllm_elastic.runner.batch import BatchBuilder
     from vllm_elastic.runner.compiled_layer import CompiledLayer
+    from vllm_elastic.runner.graphed_pass import PassInputs
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
     from vllm_elastic.runner.statistics.recorder import PassRecorder
@@ -46,7 +47,12 @@ def places() -> dict[str, list[tuple[Any, str]]]:
             (MeasuringStatistics, "results"),
         ],
         "head": [(Head, "predict")],
-        "batch": [(RowOrder, "of"), (BatchBuilder, "lay_out"), (BatchBuilder, "_metadata")],
+        "batch": [
+            (RowOrder, "of"),
+            (BatchBuilder, "lay_out"),
+            (BatchBuilder, "_metadata"),
+            (PassInputs, "lay_out"),
+        ],
     }
 
 

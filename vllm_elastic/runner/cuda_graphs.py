@@ -35,8 +35,10 @@ class CudaGraphs:
     (``graphed_block.Graphs``)."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._new: list[CudaGraph] = []
 
     def capture(self, work: Callable[[], Tensors]) -> CudaGraph:
         graph = torch.cuda.CUDAGraph()
@@ -51,11 +53,18 @@ class CudaGraphs:
                 outputs: Tensors = weak_ref_tensors(work())
             finally:
                 graph.capture_end()
-            # What CUDA allocates for a graph's first launch is measured at start, and one that it
-            # refuses ends the start.
+        torch.cuda.synchronize()
+        captured = CudaGraph(outputs, graph)
+        self._new.append(captured)
+        return captured
+
+    def launch_new(self) -> None:
+        """Those that were not launched yet, so that what CUDA allocates for a first launch is
+        there, and what it refuses ends the start."""
+        for graph in self._new:
             graph.replay()
         torch.cuda.synchronize()
-        return CudaGraph(outputs, graph)
+        self._new = []
 
 
 @dataclass(slots=True)
@@ -70,12 +79,12 @@ class Taken:
 
 
 @contextlib.contextmanager
-def capturing(device: torch.device, what: str, count: int, remedy: str) -> Iterator[Taken]:
+def capturing(graphs: CudaGraphs, what: str, count: int, remedy: str) -> Iterator[Taken]:
     """Graphs are captured while it is entered; the log says how long it took and what they take.
 
     Args:
-        what: they are of. count: numbers of rows that they are for. remedy: what to start with
-            instead.
+        graphs: capture them. what: they are of. count: numbers of rows that they are for.
+        remedy: what to start with instead.
 
     Raises:
         RuntimeError: the device refuses.
@@ -84,8 +93,9 @@ def capturing(device: torch.device, what: str, count: int, remedy: str) -> Itera
     free, reserved = free_bytes(), torch.cuda.memory_reserved()
     try:
         # What is collected inside a capture may end it: a kernel's module that is unloaded.
-        with freeze_gc_for_cudagraph_capture(), ranks.capturing(device):
+        with freeze_gc_for_cudagraph_capture(), ranks.capturing(graphs.device):
             yield taken
+        graphs.launch_new()  # by now each rank knows where the others' parts are
     except RuntimeError as error:
         raise RuntimeError(
             f"capturing CUDA graphs of {what} failed; {remedy} (vllm_elastic)"

@@ -84,6 +84,7 @@ class GraphedPasses:
             ]
             self._rows[count] = rows = _rows(numbers, self._model.num_layers, *metadata)
             self._graphs[count] = graphs.capture(functools.partial(self._run, rows))
+        inputs.clear()
 
     def prepare(
         self, batch: BatchBuilder, statistics: Statistics
@@ -204,6 +205,11 @@ class PassInputs:
         numbers.blocks[:, : batch.block_table.shape[1]] = batch.block_table
         piece: IntArray = numbers.piece
         return piece
+
+    def clear(self) -> None:
+        """Numbers that any of the graphs may be launched on: no request has rows. One number of
+        rows' are elsewhere than another's, which would take them for something else."""
+        self._piece.zero_()
 
     def take(self, piece: torch.Tensor) -> None:
         """Copy a pass's numbers to where the graphs read them."""

@@ -152,8 +152,8 @@ class ElasticRunner:
         """
         executor = GraphExecutor(self.model)
         remedy = "--enforce-eager serves without them, --max-cudagraph-capture-size with fewer"
-        with capturing(self.device, "each layer", len(counts), remedy) as taken:
-            self._graphs = CudaGraphs(self.device)
+        self._graphs = CudaGraphs(self.device)
+        with capturing(self._graphs, "each layer", len(counts), remedy) as taken:
             executor.capture(self._graphs, counts)
         self._executor = executor
         return taken.by_cuda
@@ -176,7 +176,7 @@ class ElasticRunner:
         inputs = PassInputs(self.device, counts[-1], requests, self.cache.table_width(canvas))
         passes = GraphedPasses(self.model, inputs, self._all_queries)
         remedy = "the cudagraph_mode PIECEWISE serves without them"
-        with capturing(self.device, "whole passes", len(counts), remedy):
+        with capturing(self._graphs, "whole passes", len(counts), remedy):
             passes.capture(self._graphs, counts, builder, canvas)
         self._executor = WholePassExecutor(passes, self._executor)
 
