@@ -99,9 +99,9 @@ class RecordedGraphs:
 def _results(returned: Any) -> list[Any]:
     """Without what a sum over ranks returns beside them (gloo's): it is waited for."""
     leaves = pytree.tree_leaves(returned)
-    works = [each for each in leaves if isinstance(each, torch.ScriptObject)]
-    for work in works:
-        work.wait()
+    for each in leaves:
+        if isinstance(each, torch.ScriptObject):
+            each.wait()
     return [each for each in leaves if not isinstance(each, torch.ScriptObject)]
 
 

@@ -37,7 +37,7 @@ def test_every_start() -> None:
 def test_graphs() -> None:
     """Captured and replayed by what a card has for it, against the oracle; faults are seen."""
     files = ("tests/engine/test_graphs.py", "tests/engine/test_graphed_passes.py")
-    assert passed(*files, "-k", "gqa-tied and oracle or wishes or tensors or fault") == 24
+    assert passed(*files, "-k", "gqa-tied and oracle or wishes or tensors or fault") == 25
 
 
 SIZES = "--width 64 --layers 3 --heads 2 --mlp 96 --vocabulary 300 --max-num-batched-tokens 256"

@@ -101,7 +101,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         model.enforce_eager = True
         if traits_of(model.hf_config).image_token_id is not None:
             render_images(vllm_config)
-        if model.dtype in (torch.bfloat16, torch.float16) and not multiplies_in_16_bits():
+        if model.dtype in (torch.bfloat16, torch.float16) and not _multiplies_in_16_bits():
             logger.warning(
                 "--dtype %s is slow on this CPU, which has no AVX-512: --dtype float32 takes twice "
                 "the memory, and took the test model a third of the time",
@@ -112,7 +112,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         logger.info("%s is decoded with %s", model.architecture, elastic.summary())
 
 
-def multiplies_in_16_bits() -> bool:
+def _multiplies_in_16_bits() -> bool:
     """Whether the device has products of 16-bit numbers; an x86 without AVX-512 works them out
     number by number."""
     x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
