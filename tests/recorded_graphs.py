@@ -78,17 +78,25 @@ class RecordedGraph:
 
 
 class RecordedGraphs:
-    """Records instead of capturing (``runner.graphed_block.Graphs``)."""
+    """Records instead of capturing (``runner.cuda_graphs.CudaGraphs``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self._last: RecordedGraph | None = None
+        self._new: list[RecordedGraph] = []
 
     def capture(self, work: Callable[[], Tensors]) -> RecordedGraph:
         with Tape() as tape:
             outputs = work()
         graph = RecordedGraph(outputs, tape.calls, self)
         graph.poison()
+        self._new.append(graph)
         return graph
+
+    def launch_new(self) -> None:
+        for graph in self._new:
+            graph.replay()
+        self._new = []
 
     def take_memory(self, graph: RecordedGraph) -> None:
         if self._last is not None:

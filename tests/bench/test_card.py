@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.device import ON_CARD
+from tests.engine.whole_passes import attention, uncaptured
 from tests.engines_kept import keep_engines
 from tests.recorded_graphs import RecordedGraphs
 from vllm_elastic.bench import card, pass_parts
@@ -28,6 +29,7 @@ from vllm_elastic.bench.pass_time import PassTime
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.runner.compiled_layer import CompiledLayer
+from vllm_elastic.runner.cuda_graphs import CudaGraphs
 from vllm_elastic.runner.executor import (
     CompiledExecutor,
     EagerExecutor,
@@ -88,6 +90,7 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         places.discard((CompiledLayer, "__call__"))
     called, seen = set(), set()
+    executors.append(_whole_passes(engine.runner))
 
     def noted(place: Any) -> Any:
         original = vars(place[0])[place[1]]
@@ -106,10 +109,21 @@ def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         called.clear()
         engine.runner._executor = executor
         plan = maker.plan(kind, 0)
-        engine.runner.run([plan])
+        with torch.inference_mode(), attention(engine.runner):
+            engine.runner.run([plan])
         assert plan.measure is None or called.issuperset(named["statistics"])
         seen |= called
     assert seen == places
+
+
+def _whole_passes(runner: Any) -> WholePassExecutor:
+    """Recorded without a card, with an attention that a recording may have in it."""
+    passes = uncaptured(runner, 64, 1)
+    graphs = CudaGraphs(runner.device) if ON_CARD else RecordedGraphs()
+    builder = runner._attention_group.get_metadata_builder()
+    with torch.inference_mode(), attention(runner):
+        passes.capture(graphs, [64], builder, runner.model_config.max_model_len)
+    return WholePassExecutor(passes, EagerExecutor(runner.model))
 
 
 @pytest.mark.engine

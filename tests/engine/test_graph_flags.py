@@ -143,7 +143,7 @@ def test_graphs_are_captured_in_the_profiling_run(
 
     class Counting(RecordedGraphs):
         def __init__(self, device: torch.device) -> None:
-            super().__init__()
+            super().__init__(device)
             assert device == runner.device
             captured.append(self)
 
@@ -157,16 +157,18 @@ def test_graphs_are_captured_in_the_profiling_run(
 
     monkeypatch.setattr(runner_module, "CudaGraphs", Counting)
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
-    monkeypatch.setattr(runner, "_executor", runner._executor)
+    for name in ("_executor", "_graphs"):
+        monkeypatch.setattr(runner, name, getattr(runner, name))
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8, 24])
     runner.profile_run()
     assert isinstance(runner._executor, GraphExecutor) and len(captured) == 1
     assert gc.isenabled()
+    at_start = replays[0]
     driver = Driver(served)
     driver.add(prompt_of(20, 1), 8, policy="elastic-block", window=4)
     driver.run()
     driver.take_records()
-    assert replays[0] > 0
+    assert replays[0] > at_start
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def graphed_runner(serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPat
     """A runner that is to capture layers and whole passes, recorded for captured; of its state
     nothing stays."""
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
-    monkeypatch.setattr(runner_module, "CudaGraphs", lambda device: RecordedGraphs())
+    monkeypatch.setattr(runner_module, "CudaGraphs", RecordedGraphs)
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setattr(runner_module, "warm_up_passes", lambda *_: [])
     for name in ("_executor", "_graphs"):
@@ -230,11 +232,17 @@ def test_ranks_tell_each_other_once_all_is_captured(
     def capture(executor: GraphExecutor, *_: Any) -> None:
         entered.append("capture")
 
+    class Launched(RecordedGraphs):
+        def launch_new(self) -> None:
+            entered.append("launch")
+
+    monkeypatch.setattr(runner_module, "CudaGraphs", Launched)
     monkeypatch.setattr(ranks, "graph_capture", graph_capture)
     monkeypatch.setattr(ranks, "count", lambda: count)
     monkeypatch.setattr(GraphExecutor, "capture", capture)
     graphed_runner._capture_graphs([8])
-    assert entered == (["in", "capture", "out"] if count > 1 else ["capture"])
+    told = ["in", "capture", "out"] if count > 1 else ["capture"]
+    assert entered == [*told, "launch"]
 
 
 def test_a_device_that_refuses_is_told_with_the_remedy(
@@ -242,11 +250,13 @@ def test_a_device_that_refuses_is_told_with_the_remedy(
 ) -> None:
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
 
-    def refuse(device: torch.device) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+    class Refused(RecordedGraphs):
+        def capture(self, work: Any) -> Any:
+            raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(runner_module, "CudaGraphs", refuse)
+    monkeypatch.setattr(runner_module, "CudaGraphs", Refused)
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
+    monkeypatch.setattr(runner, "_graphs", None)
     monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8])
     with pytest.raises(RuntimeError, match="--enforce-eager"):
         runner.profile_run()
@@ -270,7 +280,7 @@ def test_vllm_sizes_the_cache_with_graphs_counted(
         found.non_kv_cache_memory = live.peak
 
     monkeypatch.setattr(gpu_worker, "memory_profiling", memory_profiling)
-    monkeypatch.setattr(runner_module, "CudaGraphs", lambda device: RecordedGraphs())
+    monkeypatch.setattr(runner_module, "CudaGraphs", RecordedGraphs)
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setattr(runner, "_executor", runner._executor)
     available = {}

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,7 @@ from vllm_elastic.runner.batch import BatchBuilder
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
 from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
 from vllm_elastic.runner.graphed_pass import (
-    AllQueries,
     GraphedPasses,
-    PassInputs,
     _metadata,
     most_requests,
 )
@@ -42,11 +39,11 @@ from vllm_elastic.runner.graphed_pass import (
 from .checked_passes import CheckedExecutor, run_by
 from .conftest import Served, poison
 from .driver import Driver, prompt_of
-from .plain_attention import plain_attention
 from .schedules import Schedule, play, schedules, the_same_always
 from .test_graphs import COUNTS, Counted, capturing
 from .test_oracle import CONFIGS, compare, request
 from .test_transfers import Operators
+from .whole_passes import attention, uncaptured
 
 pytestmark = pytest.mark.engine
 
@@ -74,7 +71,10 @@ class CheckedPasses(CheckedExecutor):
         canvas = runner.model_config.max_model_len
         graphs = CudaGraphs(runner.device) if ON_CARD else RecordedGraphs()
         self._graphs = Counted(graphs)
-        layers, self.whole = GraphExecutor(runner.model), _passes(runner)
+        layers, self.whole = (
+            GraphExecutor(runner.model),
+            uncaptured(runner, MOST_ROWS, MOST_REQUESTS),
+        )
         builder = runner._attention_group.get_metadata_builder()
         with torch.inference_mode(), capturing(runner.device):
             layers.capture(graphs, COUNTS)
@@ -117,11 +117,6 @@ def checked(served: Served) -> Iterator[CheckedPasses]:
         executor = CheckedPasses(runner)
         with run_by(served, executor):
             yield executor
-
-
-def attention(runner: Any) -> AbstractContextManager[None]:
-    """That which a graph may have in it: a card's own."""
-    return contextlib.nullcontext() if ON_CARD else plain_attention(runner)
 
 
 def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
@@ -201,7 +196,7 @@ def test_gpu_backends_read_the_passes_own_tensors(
     """A builder that copied or worked anything out would freeze what a canvas had at the capture.
     vLLM's own, which need no GPU to build."""
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
-    passes, builder = _passes(runner), _builder(kind, runner)
+    passes, builder = uncaptured(runner, MOST_ROWS, MOST_REQUESTS), _builder(kind, runner)
     numbers = passes._inputs.of_one_request(16)
     found = _metadata(builder, passes._inputs.pieces(numbers, numbers.starts, 200))
     tensors = {
@@ -228,7 +223,10 @@ def test_flash_attention_3_gets_no_schedule_and_a_bound(
     serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
-    passes, builder = _passes(runner), _builder(FlashAttentionMetadataBuilder, runner)
+    passes, builder = (
+        uncaptured(runner, MOST_ROWS, MOST_REQUESTS),
+        _builder(FlashAttentionMetadataBuilder, runner),
+    )
     monkeypatch.setattr(builder, "aot_schedule", True)
     found = _metadata(builder, _pieces(passes))
     assert found.scheduler_metadata is None
@@ -236,13 +234,6 @@ def test_flash_attention_3_gets_no_schedule_and_a_bound(
     assert found.max_num_splits == attention.flash_attn_max_num_splits_for_cuda_graph > 1
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
     assert _metadata(builder, _pieces(passes)).max_num_splits == 1
-
-
-def _passes(runner: Any) -> GraphedPasses:
-    width = runner.cache.table_width(runner.model_config.max_model_len)
-    inputs = PassInputs(runner.device, MOST_ROWS, MOST_REQUESTS, width)
-    queries = AllQueries(runner.model, MOST_ROWS, range(runner.traits.num_layers))
-    return GraphedPasses(runner.model, inputs, queries)
 
 
 def _pieces(passes: GraphedPasses) -> CommonAttentionMetadata:
