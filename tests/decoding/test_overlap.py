@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_elastic.decoding.overlap import GROUP_ROWS, PassesInFlight
+from vllm_elastic.decoding.overlap import GROUP_ROWS, PassesInFlight, most_in_next
 from vllm_elastic.decoding.plan import PassPlan, Segment
 
 NOTHING = np.empty(0, dtype=np.int32)
@@ -40,10 +40,7 @@ def plans(count: int, rows: int, first: int = 0) -> list[PassPlan]:
     ],
 )
 def test_groups(flying: int, free: int, rows: int, most: int) -> None:
-    in_flight = PassesInFlight()
-    for each in plans(flying, 1):
-        in_flight.add(each)
-    assert in_flight.most_in_next(plans(free, rows, flying)) == most
+    assert most_in_next(plans(free, rows), flying) == most
 
 
 def test_unequal_groups_grow_equal() -> None:
@@ -53,7 +50,7 @@ def test_unequal_groups_grow_equal() -> None:
         in_flight.add(each)
     free = plans(3, GROUP_ROWS, 13)
     for _ in range(3):
-        groups.append(free[: in_flight.most_in_next(free)])
+        groups.append(free[: most_in_next(free, len(in_flight))])
         free = free[len(groups[-1]) :]
         for each in groups[-1]:
             in_flight.add(each)

@@ -187,19 +187,19 @@ def replay(
     kinds = dict.fromkeys(KINDS, 0.0)
     outcome = Outcome(sum(request.tokens for request in requests), 0, 0, 0.0, 0, kinds)
     with torch.inference_mode():
-        while batch.take_step(outcome.seconds):
+        while step := batch.take_step(outcome.seconds):
             plans = [
                 replace(
                     run.plans[each.index],
                     request_id=name,
                     block_ids=places.of(name, batch.running[name].request.canvas),
                 )
-                for name, each in batch.current
+                for name, each in step
             ]
             started = time.perf_counter()
             runner.run(plans)  # waits for its results
             seconds = time.perf_counter() - started
-            work = run.recording.work[[each.index for _, each in batch.current]].sum(axis=0)
+            work = run.recording.work[[each.index for _, each in step]].sum(axis=0)
             of_kinds = work[columns.kinds]
             for kind, share in zip(KINDS, of_kinds / of_kinds.sum(), strict=True):
                 kinds[kind] += float(share) * seconds
@@ -207,7 +207,7 @@ def replay(
             outcome.seconds += seconds
             outcome.steps += 1
             outcome.passes += len(plans)
-            served = {name for name, _ in batch.current}
+            served = {name for name, _ in step}
             batch.end_step(outcome.seconds)
             places.free(served - batch.running.keys())
     return outcome

@@ -15,7 +15,7 @@ from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
 from vllm_elastic.bench.model_config import shape_of
 from vllm_elastic.bench.simulation.batch import Capacity
 from vllm_elastic.bench.simulation.cluster import ROUTERS, Outcome, closed_loop, open_loop
-from vllm_elastic.bench.simulation.cost_model import CostModel
+from vllm_elastic.bench.simulation.cost_model import CostModel, WholePasses
 from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
@@ -86,6 +86,14 @@ def add_parser(commands: Any) -> None:
         help="of any family that is served (default: LLaDA-8B)",
     )
     model.add_argument("--max-num-batched-tokens", type=int, default=DEFAULT_ROW_BUDGET)
+    model.add_argument(
+        "--async-scheduling", action="store_true", help="two groups of requests take turns"
+    )
+    model.add_argument(
+        "--whole-passes",
+        action="store_true",
+        help="graphs of whole passes, as with cudagraph_mode FULL",
+    )
     model.add_argument("--block-size", type=positive, default=16, help="positions of a KV block")
     device = parser.add_argument_group("device (predictions, untested)")
     device.add_argument("--device", choices=list(DEVICES), default="h100")
@@ -146,7 +154,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.model_config is not None:
         shape = shape_of(args.model_config)
     device = device_of(args)
-    cost = CostModel(shape, device)
+    cost = CostModel(shape, device, whole_passes() if args.whole_passes else WholePasses())
     recordings = [Recording.read(path, shape.layers) for path in args.runs]
     print(f"Predicted for {device.name}, not measured; {shape.layers} layers of {shape.width}.\n")
     print(
@@ -171,6 +179,14 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row)
             print(_line(row), flush=True)
     return rows
+
+
+def whole_passes() -> WholePasses:
+    """Those that an engine has graphs of."""
+    from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
+    from vllm_elastic.runner.graphed_pass import MOST_REQUESTS
+
+    return WholePasses(MOST_ROWS_OF_A_WHOLE_PASS, MOST_REQUESTS)
 
 
 def device_of(args: argparse.Namespace) -> Device:
@@ -212,7 +228,8 @@ def capacity_of(
     longest = max(request.canvas for request in recording.requests)
     max_window = max(recording.window, ElasticConfig().max_window)
     limits = StepLimits.of(row_budget, batch_size, recording.window, max_window, longest)
-    capacity = Capacity(batch_size, blocks, args.block_size, limits)
+    in_flight = 2 if args.async_scheduling else 1
+    capacity = Capacity(batch_size, blocks, args.block_size, limits, in_flight)
     if capacity.blocks_of(longest) > blocks:
         raise SystemExit(
             f"{device.name}: {free / 2**30:.1f} GiB are left for canvases at batch size "

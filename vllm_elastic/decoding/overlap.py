@@ -2,7 +2,8 @@
 """Where two passes are in flight: who may be planned next, and how many share a pass.
 
 While the device works on one pass, the host takes the results of another and plans the next. A
-request is in one pass at a time, so the running ones fall into two groups.
+request is in one pass at a time, so the running ones fall into two groups. The scheduler and the
+simulator (``bench simulate``) form them by this very code.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.round_robin import HasRows
 
 GROUP_ROWS = 256
 """Rows below which a pass is not worth its own reading of the weights.
@@ -52,19 +54,21 @@ class PassesInFlight:
         """Whatever comes of this request's pass is not wanted; without one that is fine."""
         self._plans.pop(request_id, None)
 
-    def most_in_next(self, free: Sequence[PassPlan]) -> int:
-        """How many of the requests that are in no pass may be in the next one.
 
-        Half of all that run, rounded up, so that groups that arrivals and ends have made unequal
-        grow equal again. But where either group would have few rows the next pass takes
-        everyone, once the one that is in flight is back.
+def most_in_next(free: Sequence[HasRows], num_in_flight: int) -> int:
+    """How many of the requests that are in no pass may be in the next one.
 
-        Args:
-            free: what those in no pass would do next.
-        """
-        rows = sum(plan.num_rows for plan in free)
-        if self._plans:
-            enough, otherwise = rows >= GROUP_ROWS, 0
-        else:
-            enough, otherwise = rows >= 2 * GROUP_ROWS, len(free)
-        return -(-(len(free) + len(self._plans)) // 2) if enough else otherwise
+    Half of all that run, rounded up, so that groups that arrivals and ends have made unequal
+    grow equal again. But where either group would have few rows the next pass takes
+    everyone, once the one that is in flight is back.
+
+    Args:
+        free: what those in no pass would do next.
+        num_in_flight: requests that are in one.
+    """
+    rows = sum(plan.num_rows for plan in free)
+    if num_in_flight:
+        enough, otherwise = rows >= GROUP_ROWS, 0
+    else:
+        enough, otherwise = rows >= 2 * GROUP_ROWS, len(free)
+    return -(-(len(free) + num_in_flight) // 2) if enough else otherwise

@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.overlap import PassesInFlight
+from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
 from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
@@ -284,7 +284,7 @@ class ElasticScheduler(Scheduler):
         ]
         most = None
         if self._overlaps:
-            most = self._in_flight.most_in_next([self._plan_of(each) for each in free])
+            most = most_in_next([self._plan_of(each) for each in free], len(self._in_flight))
         taken = self._round_robin.take(free, self._plan_of, self.limits, most)
         if self.lora_config is not None:  # neighbours with one adapter are multiplied at once
             taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))

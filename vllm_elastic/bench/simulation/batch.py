@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vllm_elastic.bench.simulation.recording import RecordedPass, RecordedRequest
 from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.decoding.overlap import most_in_next
 from vllm_elastic.decoding.round_robin import RoundRobin
 
 
@@ -19,12 +20,14 @@ class Capacity:
         seats: requests at a time (``max_num_seqs``).
         blocks: KV blocks; block_size: positions a block has.
         limits: of a step.
+        in_flight: steps at a time; two with ``--async-scheduling``.
     """
 
     seats: int
     blocks: int
     block_size: int
     limits: StepLimits
+    in_flight: int = 1
 
     def blocks_of(self, canvas: int) -> int:
         return -(-canvas // self.block_size)
@@ -41,16 +44,21 @@ class Job:
     next_pass: int = 0
 
 
+Step = list[tuple[str, RecordedPass]]
+"""Requests, by the names they got, and their passes."""
+
+
 class Batch:
     """Serves jobs in the order in which they come.
 
     Admission is the scheduler's: while a seat and the blocks of the next request's whole canvas
-    are free. What a step is made of is the scheduler's own code, ``RoundRobin``.
+    are free. What a step is made of is the scheduler's own code, ``RoundRobin`` and
+    ``most_in_next``.
 
     Attributes:
         outstanding: jobs that were submitted and have not ended.
         done: ended jobs.
-        current: requests and passes of the step that runs; empty between steps.
+        in_flight: the steps that run, the oldest first.
         running: the jobs that were admitted and have not ended, by the name they got.
     """
 
@@ -60,7 +68,7 @@ class Batch:
         self._waiting: deque[Job] = deque()
         self.running: dict[str, Job] = {}
         self._round_robin = RoundRobin()
-        self.current: list[tuple[str, RecordedPass]] = []
+        self.in_flight: deque[Step] = deque()
         self._num_admitted = 0
         self.outstanding = 0
         self.done: list[Job] = []
@@ -76,18 +84,27 @@ class Batch:
         self._waiting.append(job)
         self.outstanding += 1
 
-    def take_step(self, now: float) -> bool:
-        """Admit, and put the next step into ``current``; False: there is nothing to do."""
+    def take_step(self, now: float) -> Step | None:
+        """Admit, and put the next step behind those in flight; None: there is nothing to do, or
+        as many are in flight as may be."""
+        if len(self.in_flight) == self._capacity.in_flight:
+            return None
         self._admit(now)
-        if not self.running:
-            return False
-        self.current = self._round_robin.take(self.running, self._plan_of, self._capacity.limits)
-        return True
+        flying = {name for step in self.in_flight for name, _ in step}
+        free = [name for name in self.running if name not in flying]
+        most = None
+        if self._capacity.in_flight > 1:
+            most = most_in_next([self._plan_of(name) for name in free], len(flying))
+        step = self._round_robin.take(free, self._plan_of, self._capacity.limits, most)
+        if not step:
+            return None
+        self.in_flight.append(step)
+        return step
 
     def end_step(self, now: float) -> list[Job]:
-        """Finish the step that was begun; returns the jobs that ended with it."""
+        """Finish the oldest step in flight; returns the jobs that ended with it."""
         ended = []
-        for request_id, _ in self.current:
+        for request_id, _ in self.in_flight.popleft():
             job = self.running[request_id]
             job.next_pass += 1
             if job.next_pass == len(job.request.passes):
@@ -96,7 +113,6 @@ class Batch:
                 self._round_robin.remove(request_id)
                 self._free_blocks += self._capacity.blocks_of(job.request.canvas)
                 ended.append(job)
-        self.current = []
         self.outstanding -= len(ended)
         self.done += ended
         return ended

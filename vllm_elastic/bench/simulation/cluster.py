@@ -98,7 +98,7 @@ def run_closed(replica: Replica, requests: Sequence[RecordedRequest]) -> float:
     for request in requests:
         replica.submit(Job(request, 0.0))
     now = 0.0
-    while (end := replica.begin_step(now)) is not None:
+    while (end := replica.begin_steps(now)) is not None:
         now = end
         replica.end_step(now)
     return now
@@ -172,10 +172,10 @@ def open_loop(
 def _serve(fleet: Sequence[Replica], jobs: Sequence[Job]) -> None:
     """Send each job, in order of arrival, to the replica with the fewest outstanding."""
     router = _LeastOutstanding(len(fleet))
-    ends: list[tuple[float, int]] = []  # steps that run: when they end, whose they are
+    ends: list[tuple[float, int]] = []  # when a replica's oldest step ends, and which replica
 
     def begin(index: int, now: float) -> None:
-        end = fleet[index].begin_step(now)
+        end = fleet[index].begin_steps(now)
         if end is not None:
             heapq.heappush(ends, (end, index))
 
@@ -189,7 +189,7 @@ def _serve(fleet: Sequence[Replica], jobs: Sequence[Job]) -> None:
         run_until(job.arrived)
         index = router.choose()
         fleet[index].submit(job)
-        if not fleet[index].current:
+        if not fleet[index].in_flight:
             begin(index, job.arrived)
     run_until(np.inf)
 

@@ -3,13 +3,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 
 from vllm_elastic.bench.simulation.device import PARTS, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import Columns, Floats
 
+Bools = npt.NDArray[np.bool_]
+
 BOUNDS = ("compute", "bandwidth")
+
+
+@dataclass(frozen=True)
+class WholePasses:
+    """Steps that one graph replays (``runner.graphed_pass``): of how many rows and requests at
+    most; none by default."""
+
+    rows: int = 0
+    requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostSeconds:
+    """Of a step, [...] each.
+
+    Attributes:
+        planning: before it. launching: while the device works on it. delaying: by which its work
+            is longer, where the device is the host. results: after it.
+    """
+
+    planning: Floats
+    launching: Floats
+    delaying: Floats
+    results: Floats
+
+    def added(self, device: Floats) -> Floats:
+        """What nothing hides where steps follow one another.
+
+        Args:
+            device: [...], seconds that the device works on the step.
+        """
+        return (
+            self.planning + np.maximum(self.launching - device, 0.0) + self.delaying + self.results
+        )
 
 
 class CostModel:
@@ -20,9 +59,12 @@ class CostModel:
     a canvas's keys and values once a layer by each of its passes.
     """
 
-    def __init__(self, shape: ModelShape, device: Device) -> None:
+    def __init__(
+        self, shape: ModelShape, device: Device, whole_passes: WholePasses = WholePasses()
+    ) -> None:
         self.shape = shape
         self.device = device
+        self.whole_passes = whole_passes
         self.columns = Columns(shape.layers)
         self._factors = np.array([device.factors.get(part, 1.0) for part in PARTS])
         self._rate = device.flops * device.efficiency
@@ -42,11 +84,13 @@ class CostModel:
         size, width = shape.bytes_per_number, shape.width
         rows, keys = work[..., columns.rows], work[..., columns.keys]
         window = work[..., columns.window]
-        # The last layer makes keys and values of all rows, but finishes the window's only.
+        # The last layer makes keys and values of all rows, but finishes the window's only; in a
+        # whole pass's graph all of them.
+        whole = self.is_whole(work)
         finished = rows.copy()
-        finished[..., -1] = window
+        finished[..., -1] = np.where(whole, rows[..., -1], window)
         attended = work[..., columns.attended].copy()
-        attended[..., -1] = work[..., columns.window_attended]
+        attended[..., -1] = np.where(whole, attended[..., -1], work[..., columns.window_attended])
         weights = shape.parameters_read(finished) * size * (rows > 0)
         seconds = np.zeros((*work.shape[:-1], len(PARTS), len(BOUNDS)))
 
@@ -96,6 +140,17 @@ class CostModel:
         gathered = keys * shape.key_width * (3 * size + 8)
         return operations / self._float32_rate, gathered + 16 * shape.heads * queries
 
+    def is_whole(self, work: Floats) -> Bools:
+        """[...], whether one graph replays the step: few requests, all of whose rows join at layer
+        0, and few rows."""
+        rows, requests = work[..., self.columns.rows], work[..., self.columns.requests]
+        joined: Bools = (
+            (rows[..., 0] == rows[..., -1])
+            & (rows[..., -1] <= self.whole_passes.rows)
+            & (requests <= self.whole_passes.requests)
+        )
+        return joined
+
     def host_counts(self, work: Floats) -> Floats:
         """[..., 4]: steps, layers with rows, passes, and passes with statistics."""
         columns = self.columns
@@ -103,18 +158,15 @@ class CostModel:
         requests, measured = work[..., columns.requests], work[..., columns.measured]
         return np.stack([np.ones_like(requests), layers, requests, measured], axis=-1)
 
-    def step_seconds(self, work: Floats) -> tuple[Floats, Floats]:
-        """A step's seconds on the device and those the host adds.
-
-        Returns:
-            [..., parts, 2] as ``work_seconds``, and [...] host seconds that nothing hides.
-        """
+    def step_seconds(self, work: Floats) -> tuple[Floats, HostSeconds]:
+        """A step's seconds on the device, [..., parts, 2] as ``work_seconds``, and the host's."""
         device = self.device
         seconds = self.work_seconds(work) * self._factors[:, None]
-        counts = self.host_counts(work)
-        launches = counts[..., 1] * device.layer_seconds
-        if device.asynchronous:
-            launches = np.maximum(launches - seconds.sum(axis=(-2, -1)), 0.0)
+        counts, whole = self.host_counts(work), self.is_whole(work)
         per_step = np.array([device.step_seconds, 0.0, device.pass_seconds])
-        host = counts[..., :3] @ per_step + counts[..., 3] * device.statistics_seconds + launches
-        return seconds, host
+        between = counts[..., :3] @ per_step + counts[..., 3] * device.statistics_seconds
+        between = np.maximum(between - whole * device.whole_pass_saves, 0.0)
+        results = device.results_share * between
+        launches, none = np.where(whole, 1, counts[..., 1]) * device.layer_seconds, 0.0 * between
+        launching, delaying = (launches, none) if device.asynchronous else (none, launches)
+        return seconds, HostSeconds(between - results, launching, delaying, results)

@@ -23,6 +23,9 @@ class Device:
         layer_seconds: of host time a layer with rows: what of it is launched one by one.
         pass_seconds: of host time for each request's pass in a step: plan and result.
         statistics_seconds: the same where attention statistics are wanted.
+        whole_pass_saves: of host time a step that one graph replays: its numbers are laid out in
+            one piece.
+        results_share: of all this host time but the layers', what comes after a step: results.
         paged_statistics: worked out by our kernels (``attention.paged_statistics``), which read
             keys where they are; else by torch's operators, which copy them.
         asynchronous: layers' host time hides behind the device's work, as on a GPU.
@@ -39,6 +42,8 @@ class Device:
     layer_seconds: float = 0.0
     pass_seconds: float = 0.0
     statistics_seconds: float = 0.0
+    whole_pass_saves: float = 0.0
+    results_share: float = 0.4
     paged_statistics: bool = False
     asynchronous: bool = False
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -50,8 +55,9 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
     Peaks are the vendor's: dense bfloat16, plain float32. Nothing here was measured on a GPU. The
     host's time for a step, a pass and what it measured is what fits ``host_time.py`` (of
     examples/studies) on a core of an Intel Xeon, and 0.2 ms a step for launching and reading back,
-    which is a guess, as the efficiency is. With graphs a layer is some six calls from Python
-    (docs/decisions.md), at 5 microseconds each.
+    which is a guess, as the efficiency is. Of it 0.25 to 0.45 was taking in results, and a whole
+    pass saves a quarter of laying out a lone request (0.24 ms). With graphs a layer is some six
+    calls from Python (docs/decisions.md), at 5 microseconds each; a whole pass is as many as one.
     """
     return Device(
         name=name,
@@ -64,6 +70,7 @@ def _gpu(name: str, bandwidth: float, memory: float) -> Device:
         layer_seconds=30e-6,
         pass_seconds=65e-6,
         statistics_seconds=125e-6,
+        whole_pass_saves=60e-6,
         paged_statistics=True,
         asynchronous=True,
     )
