@@ -27,10 +27,19 @@ def passed(*arguments: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_every_start() -> None:
-    """By vLLM's GPU worker: by itself, eager, with whole passes, with overlapping steps, and with
-    as large a KV cache as it finds room for."""
-    assert passed("tests/engine/test_card_starts.py", "tests/engine/test_card_waits.py") == 11
+@pytest.mark.parametrize(
+    ("which", "count"),
+    [
+        ("waits or flags4 or flags1 and float32", 4),
+        pytest.param("", 11, marks=pytest.mark.long),
+    ],
+    ids=["some", "all"],
+)
+def test_starts(which: str, count: int) -> None:
+    """By vLLM's GPU worker: with layers' graphs and whole passes; of all, eager, with overlapping
+    steps, and with as large a KV cache as it finds room for."""
+    files = "tests/engine/test_card_starts.py", "tests/engine/test_card_waits.py"
+    assert passed(*files, "-k", which) == count
 
 
 @pytest.mark.long

@@ -75,6 +75,7 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert set(zipfile.ZipFile(wheel).namelist()) == expected
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_serves(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own, which borrows vLLM, but not this checkout, from ours."""

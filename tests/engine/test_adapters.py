@@ -47,7 +47,7 @@ def test_a_mixed_batch_equals_the_oracle(model: str, adapt: Callable[[str], Adap
     cases = [
         (index, name, (index + number) % 4)
         for number, name in enumerate(CONFIGS)
-        for index in range(number % 4, 32, 8 if model == MODELS[0] else 16)
+        for index in range(number % 4, 32, 16)
     ]
     adapt(model).compare(cases)
 

@@ -74,7 +74,7 @@ def test_oracle_computes_what_transformers_does(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_of_16_equals_oracle(family: str, serve_family: Callable[[str], Served]) -> None:
     served = serve_family(family)
-    assert_equals_oracle(served, list(itertools.product(range(12), NAMES)), grow_by=0)
+    assert_equals_oracle(served, list(itertools.product(range(0, 12, 2), NAMES)), grow_by=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -48,7 +48,7 @@ def compare(oracle: LLaDA, tmp_path: Path, stride: int) -> tuple[int, set[int]]:
     oracle.save_pretrained(tmp_path)
     engine = make_engine(tmp_path, elastic_config={"hidden_stride": stride})
     served = Served("gqa-tied", tmp_path, oracle, engine)
-    cases = [(*problem, name) for problem in problems(16) for name in CONFIGS]
+    cases = [(*problem, name) for problem in problems(8) for name in CONFIGS]
     results = engine.run(
         [
             {"prompt_token_ids": prompt, "max_tokens": max_tokens}

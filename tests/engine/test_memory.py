@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,20 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+SIZES = {"one": (1, 1024), "many": (8, 1024), "chunks": (1, 100)}
+
+
 @pytest.mark.parametrize(
-    ("seats", "row_budget"), [(1, 1024), (8, 1024), (1, 100)], ids=["one", "many", "chunks"]
+    ("seats", "row_budget", "name"),
+    [
+        pytest.param(
+            *sizes,
+            name,
+            id=f"{size}-{name}",
+            marks=[pytest.mark.long] if size == "many" and name != "released" else [],
+        )
+        for (size, sizes), name in itertools.product(SIZES.items(), WIDE)
+    ],
 )
 def test_a_step_is_within_the_trial_run(
     seats: int, row_budget: int, name: str, engine_of: Callable[..., Driver]

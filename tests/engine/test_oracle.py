@@ -250,7 +250,7 @@ def one_in(count: int) -> list[tuple[int, str]]:
     ("model", "count"),
     [
         # The models differ in layers and heads, not in how they are decoded.
-        *((model, 3 if model == MODELS[0] else 6) for model in MODELS),
+        *((model, 4 if model == MODELS[0] else 12) for model in MODELS),
         *(pytest.param(model, 1, marks=pytest.mark.long) for model in MODELS),
     ],
 )
@@ -264,11 +264,12 @@ def test_batch_of_16_equals_oracle(model: str, count: int, serve: Callable[[str]
     assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("model", MODELS)
-def test_batch_of_1_equals_oracle(model: str, serve: Callable[[str], Served]) -> None:
+def test_batch_of_1_equals_oracle(model: str, count: int, serve: Callable[[str], Served]) -> None:
     """Some of the same requests alone in the engine."""
     served = serve(model)
-    cases = one_in(8)
+    cases = one_in(count)
     scheduler = served.engine.scheduler  # type: ignore[attr-defined]
     limit, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,11 @@ def assert_equals_oracle(
         assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
-def test_equals_oracle(served: Served) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_equals_oracle(count: int, served: Served) -> None:
     """Each policy and both statistics, mixed in one batch."""
     workers(served, poison_worker)
-    assert_equals_oracle(served, CONFIGS)
+    assert_equals_oracle(served, CONFIGS, count=count)
 
 
 @pytest.mark.parametrize("way", ["layers", "whole passes"])
@@ -268,7 +269,8 @@ def test_families_equal_oracle(family: str, tmp_path: Path) -> None:
     try:
         workers(served, poison_worker)
         names = ["none", "released-high", "block-topk"]
-        assert_equals_oracle(served, {name: CONFIGS[name] | {"grow_by": 8} for name in names})
+        configs = {name: CONFIGS[name] | {"grow_by": 8} for name in names}
+        assert_equals_oracle(served, configs, count=1)
     finally:
         end_ranks(served.engine)
 
@@ -377,7 +379,7 @@ def test_row_chunks_shared_kv_heads_and_every_other_hidden_state(
     )
     try:
         names = ["none", "released-high", "paper-low", "block", "next-high"]
-        assert_equals_oracle(served, {name: CONFIGS[name] for name in names}, **stride)
+        assert_equals_oracle(served, {name: CONFIGS[name] for name in names}, **stride, count=1)
         names = ["always", "paper-high", "next-low", "block-fine"]
         assert_traffic_follows_the_formula(served, names, ROW_BUDGET, **stride)
     finally:
@@ -403,14 +405,21 @@ def ray_with_two_devices() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("none", "released-high", "block-fine"), pytest.param(CONFIGS, marks=pytest.mark.long)],
+    ids=["some", "all"],
+)
 def test_ray_equals_oracle(
-    ray_with_two_devices: None, directory_of: Callable[[str], tuple[LLaDA, Path]]
+    names: Collection[str],
+    ray_with_two_devices: None,
+    directory_of: Callable[[str], tuple[LLaDA, Path]],
 ) -> None:
     """The same ranks as Ray's actors: patches/ray_on_cpu."""
     served = start(*directory_of("dream"), "dream", "ray")
     try:
         executor = served.engine.llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
         assert executor.uses_ray
-        assert_equals_oracle(served, CONFIGS)
+        assert_equals_oracle(served, {name: CONFIGS[name] for name in names})
     finally:
         end_ranks(served.engine)

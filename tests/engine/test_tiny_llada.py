@@ -55,27 +55,33 @@ def tiny() -> Iterator[tuple[Any, LLaDA]]:
     yield engine, LLaDA.from_pretrained(checkpoint)
 
 
-def suite() -> list[tuple[list[int], str]]:
-    """(prompt, configuration): eight short prompts, two of about 900 tokens."""
+def suite(num_short: int, num_long: int) -> list[tuple[list[int], str]]:
+    """(prompt, configuration): short prompts, and some of about 900 tokens."""
     from heldout import suite as held_out
     from tokenizer import build
 
     tokenizer = build()
-    problems = held_out(11, 8, None) + held_out(11, 2, 900)
+    problems = held_out(11, num_short, None) + held_out(11, num_long, 900)
     names = list(CONFIGS)
     cases = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.apply_chat_template(problem.messages(), add_generation_prompt=True)
         prompt = prompt if isinstance(prompt, list) else prompt["input_ids"]
         # each short prompt with two configurations, a long one with one of the cheap ones
-        chosen = (index, index + 1) if index < 8 else (1 + 2 * (index - 8),)
+        of_long = index - num_short
+        chosen = (index, index + 1) if of_long < 0 else (1 + 2 * of_long,)
         cases += [(prompt, names[i % len(names)]) for i in chosen]
     return cases
 
 
-def test_equals_oracle_at_batch_16_and_1(tiny: tuple[Any, LLaDA]) -> None:
+@pytest.mark.parametrize(
+    ("num_short", "num_long"), [(4, 1), pytest.param(8, 2, marks=pytest.mark.long)]
+)
+def test_equals_oracle_at_batch_16_and_1(
+    num_short: int, num_long: int, tiny: tuple[Any, LLaDA]
+) -> None:
     engine, oracle = tiny
-    cases = suite()
+    cases = suite(num_short, num_long)
     requests = [
         {
             "prompt_token_ids": prompt,
@@ -85,8 +91,11 @@ def test_equals_oracle_at_batch_16_and_1(tiny: tuple[Any, LLaDA]) -> None:
         for prompt, name in cases
     ]
     together = engine.run(requests)
-    engine.scheduler.max_num_active_reqs = 1
-    alone = engine.run(requests)
+    seats, engine.scheduler.max_num_active_reqs = engine.scheduler.max_num_active_reqs, 1
+    try:
+        alone = engine.run(requests)
+    finally:
+        engine.scheduler.max_num_active_reqs = seats
     lengths, equal = [], []
     for (prompt, name), batched, single in zip(cases, together, alone, strict=True):
         options = {key: value for key, value in CONFIGS[name].items() if key != "policy"}

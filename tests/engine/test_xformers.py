@@ -65,7 +65,7 @@ def operator(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [("gqa-tied", {}), ("dream", {"row_budget": 64})],
+    [("gqa-tied", {}), pytest.param("dream", {"row_budget": 64}, marks=pytest.mark.long)],
     ids=["whole", "row-chunks"],
 )
 def test_equals_oracle(
