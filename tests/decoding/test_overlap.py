@@ -43,6 +43,24 @@ def test_groups(flying: int, free: int, rows: int, most: int) -> None:
     assert most_in_next(plans(free, rows), flying) == most
 
 
+@pytest.mark.parametrize(
+    ("flying", "rows", "most"),
+    [
+        # Of a whole canvas and windows, either group may be windows alone.
+        (0, [1100, 32, 32, 32], 4),
+        (0, [1100, 1100, 1100, 32, 32], 5),
+        (0, [1100, 1100, 128, 128], 2),
+        # Three of the four that are left over may be in the next.
+        (2, [1100, 32, 32, 32], 0),
+        (2, [1100, 192, 32, 32], 3),
+        (2, [1100], 2),
+    ],
+)
+def test_groups_of_unequal_passes(flying: int, rows: list[int], most: int) -> None:
+    free = [plan(str(number), count) for number, count in enumerate(rows)]
+    assert most_in_next(free, flying) == most
+
+
 def test_unequal_groups_grow_equal() -> None:
     """After one was left with 3 of 16 it would stay so, and the host have 13 to do at a time."""
     in_flight, groups = PassesInFlight(), [plans(13, GROUP_ROWS)]

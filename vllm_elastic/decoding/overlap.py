@@ -59,16 +59,16 @@ def most_in_next(free: Sequence[HasRows], num_in_flight: int) -> int:
     """How many of the requests that are in no pass may be in the next one.
 
     Half of all that run, rounded up, so that groups that arrivals and ends have made unequal
-    grow equal again. But where either group would have few rows the next pass takes
-    everyone, once the one that is in flight is back.
+    grow equal again. But where either group might have few rows the next pass takes everyone, once
+    the one that is in flight is back. It is asked of the requests with the fewest: whose turn it is
+    may leave a group those alone, beside a canvas that is computed as a whole.
 
     Args:
         free: what those in no pass would do next.
         num_in_flight: requests that are in one.
     """
-    rows = sum(plan.num_rows for plan in free)
+    rows = sorted(plan.num_rows for plan in free)
+    half = -(-(len(rows) + num_in_flight) // 2)
     if num_in_flight:
-        enough, otherwise = rows >= GROUP_ROWS, 0
-    else:
-        enough, otherwise = rows >= 2 * GROUP_ROWS, len(free)
-    return -(-(len(free) + num_in_flight) // 2) if enough else otherwise
+        return half if sum(rows[:half]) >= GROUP_ROWS else 0
+    return half if sum(rows[: len(rows) // 2]) >= GROUP_ROWS else len(rows)
