@@ -48,7 +48,7 @@ for prompts in short long; do
             --elastic-config "{\"policy\": \"$policy\"}"
         [[ -s $run ]] && runs+=("$run")
     done
-    ((${#runs[@]})) && bench "replay-$prompts" 900 replay "${runs[@]}" "${sizes[@]}" \
+    ((${#runs[@]})) && bench "replay-$prompts" 900 replay --async-scheduling "${runs[@]}" "${sizes[@]}" \
         --json "$out/replay-$prompts.json"
 done
 exit $failed

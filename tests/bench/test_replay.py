@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from vllm_elastic.bench import replay
 from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.recorded_plans import plans_of
+from vllm_elastic.bench.scheduler_time import SchedulerSeconds
+from vllm_elastic.decoding import overlap
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_llada" / "checkpoint"
 POLICIES = ("none", "dual-cache", "elastic", "elastic-block")
@@ -89,17 +93,17 @@ def test_run(
     make = replay.replay
 
     def watched(runner: Any, *args: Any) -> Any:
-        run, steps = runner.run, []
+        start, steps = runner.start, []
 
         def counted(plans: Any) -> Any:
             steps.append([(p.request_id, p.row_layers(layers), tuple(p.block_ids)) for p in plans])
-            return run(plans)
+            return start(plans)
 
-        runner.run = counted
+        runner.start = counted
         try:
             return make(runner, *args)
         finally:
-            del runner.run
+            del runner.start
             executed.append(steps)  # type: ignore[arg-type]
 
     monkeypatch.setattr(replay, "replay", watched)
@@ -122,9 +126,45 @@ def test_run(
             blocks = [block for _, _, own in step for block in own]
             assert len(set(blocks)) == len(blocks) and min(blocks) > 0
         assert sum(row["kinds"].values()) == pytest.approx(row["seconds"])
-        whole = row["seconds"] + row["scheduling_seconds"]
-        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / whole)
-    assert "| elastic-block | elastic-block | 2 | 6 |" in capsys.readouterr().out
+        assert row["seconds"] > row["scheduling_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+    assert "| elastic-block | elastic-block | 2 | 1 | 6 |" in capsys.readouterr().out
+
+
+def test_two_groups(records: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is started while the other's results are still to come; all passes are the recorded."""
+    keep_engines()
+    words = ["replay", "run", *SIZES, "--layers", str(records["none"][0]["layers"])]
+    args = make_parser().parse_args([*words, "--batch-size", "3"])
+    shape = replay.shape_of_sizes(args)
+    path = tmp_path / "none.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records["none"]))
+    run = replay.Run.read(path, layers=shape.layers, vocabulary=shape.vocabulary)
+    engine = replay.dummy_engine(shape, args, args.batch_size, run.longest)
+    monkeypatch.setattr(overlap, "GROUP_ROWS", 1)
+    start, flying, seen = engine.runner.start, [], []
+
+    def started(plans: Any) -> Any:
+        in_flight = start(plans)
+        names = {plan.request_id for plan in plans}
+        assert not any(names & others for others in flying), "its last result is not there yet"
+        flying.append(names)
+        seen.append(len(flying))
+
+        def results() -> Any:
+            flying.remove(names)
+            return in_flight.results()
+
+        return SimpleNamespace(results=results)
+
+    monkeypatch.setattr(engine.runner, "start", started)
+    capacity = replace(replay.capacity_of(engine), seats=3, in_flight=2)
+    outcome = replay.replay(
+        engine.runner, run, capacity, 3 * run.recording.requests, SchedulerSeconds(0, 0)
+    )
+    assert not flying and max(seen) == 2 and seen.count(2) > len(seen) / 2
+    assert outcome.passes == 3 * sum(record["passes"] for record in records["none"])
+    assert outcome.row_layers == 3 * sum(record["row_layers"] for record in records["none"])
 
 
 @pytest.mark.parametrize(

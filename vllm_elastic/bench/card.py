@@ -117,7 +117,7 @@ def measure(
             print(f"(batch {batch} of canvas {canvas}: the KV cache holds {fit})", flush=True)
             continue
         scheduling = {
-            policy: scheduler_seconds(engine, policy, batch, canvas)
+            policy: scheduler_seconds(engine, policy, batch, canvas).together
             for policy in sorted(set(KINDS.values()))
         }
         groups = [

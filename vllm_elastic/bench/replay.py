@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from vllm_elastic.bench.arguments import add_json, positive
 from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_sizes
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.recorded_plans import plans_of
-from vllm_elastic.bench.scheduler_time import scheduler_seconds
-from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job
+from vllm_elastic.bench.scheduler_time import SchedulerSeconds, scheduler_seconds
+from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job, Step
 from vllm_elastic.bench.simulation.calibration import capacity_of
 from vllm_elastic.bench.simulation.recording import (
     KINDS,
+    Floats,
     RecordedRequest,
     Recording,
     policies_of,
@@ -37,8 +39,8 @@ Replays files of `bench run` through real passes of a LLaDA with random weights:
 request's passes in order, with as many rows at the same relative depth, as large a window, and what
 was measured; put together to steps by the scheduler's own code, as many requests at a time as the
 batch has. Tokens are those of the recorded answers. What `bench simulate` predicts, this measures.
-The time is that of the passes, and of each step's scheduling as measured on requests of the same
-policy. Run it on a machine that does nothing else.
+Around its passes the host is kept busy for as long as a step's scheduling took on requests of the
+same policy. Run it on a machine that does nothing else.
 """
 
 
@@ -57,6 +59,11 @@ def add_parser(commands: Any) -> None:
         default=None,
         metavar="N",
         help="the recorded ones over and over (default: 2 batches, at least 16)",
+    )
+    parser.add_argument(
+        "--async-scheduling",
+        action="store_true",
+        help="each setting once more, with two groups of requests that take turns",
     )
     add_json(parser)
     add_sizes(parser)
@@ -106,7 +113,8 @@ class Outcome:
 
     Attributes:
         tokens: of the recorded answers. steps: passes of the engine; passes: of requests.
-        seconds: of all passes; kinds: of these, a step's in proportion to its passes' row-layers.
+        seconds: from the first plan to the last result; kinds: of these, a step's in proportion to
+            its passes' row-layers.
         row_layers: of all passes.
     """
 
@@ -129,53 +137,63 @@ def main(args: argparse.Namespace) -> None:
     runs = [Run.read(path, **sizes) for path in args.runs]
     engine = dummy_engine(shape, args, args.batch_size, max(run.longest for run in runs))
     print(
-        "| run | policy | batch | requests | tokens | steps | passes | row-layers a token | "
-        f"tokens/s | {', '.join(KINDS)} | scheduling |"
+        "| run | policy | batch | in flight | requests | tokens | steps | passes "
+        f"| row-layers a token | tokens/s | {', '.join(KINDS)} | scheduling |"
     )
-    print("|---" * 11 + "|", flush=True)
+    print("|---" * 12 + "|", flush=True)
     here = machine.machine() | {"dtype": args.dtype}
     rows = []
-    for batch, run in itertools.product(args.batch_size, runs):
-        rows.append(_row(engine, run, batch, args))
+    ways = (1, 2) if args.async_scheduling else (1,)
+    for batch, run, in_flight in itertools.product(args.batch_size, runs, ways):
+        rows.append(_row(engine, run, batch, in_flight, args))
         if args.json is not None:  # each time: a card is lent by the minute
             args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
     print(f"\n{machine.sentence(here)}, {args.dtype}; {shape.layers} layers of {shape.width}")
 
 
-def _row(engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Replay a run at one batch size; prints its row."""
+def _row(
+    engine: BenchEngine, run: Run, batch: int, in_flight: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Replay a run at one batch size, so many passes at a time; prints its row."""
     count = args.requests or max(16, 2 * batch)
-    capacity = replace(capacity_of(engine), seats=batch)
-    replay(engine.runner, run, capacity, run.recording.requests[:1])  # a warm-up
+    capacity = replace(capacity_of(engine), seats=batch, in_flight=in_flight)
+    scheduling = scheduler_seconds(engine, run.policy, batch, run.longest)
+    replay(engine.runner, run, capacity, run.recording.requests[:1], scheduling)  # a warm-up
     requests = itertools.islice(itertools.cycle(run.recording.requests), count)
-    outcome = replay(engine.runner, run, capacity, list(requests))
-    scheduling = outcome.steps * scheduler_seconds(engine, run.policy, batch, run.longest)
-    whole = outcome.seconds + scheduling
+    outcome = replay(engine.runner, run, capacity, list(requests), scheduling)
+    whole, of_scheduler = outcome.seconds, outcome.steps * scheduling.together
     row = {
         "run": run.recording.name,
         "policy": run.policy,
         "batch_size": batch,
+        "in_flight": in_flight,
         "requests": count,
         **asdict(outcome),
-        "scheduling_seconds": scheduling,
+        "scheduling_seconds": of_scheduler,
         "tokens_per_second": outcome.tokens / whole,
     }
     kinds = ", ".join(f"{outcome.kinds[kind] / whole:.0%}" for kind in KINDS)
     print(
-        f"| {run.recording.name} | {run.policy} | {batch} | {count} | {outcome.tokens} | "
+        f"| {run.recording.name} | {run.policy} | {batch} | {in_flight} | {count} | "
+        f"{outcome.tokens} | "
         f"{outcome.steps} | {outcome.passes} | {outcome.row_layers / max(1, outcome.tokens):.0f} | "
-        f"{row['tokens_per_second']:.1f} | {kinds} | {scheduling / whole:.0%} |",
+        f"{row['tokens_per_second']:.1f} | {kinds} | {of_scheduler / whole:.0%} |",
         flush=True,
     )
     return row
 
 
 def replay(
-    runner: Any, run: Run, capacity: Capacity, requests: Sequence[RecordedRequest]
+    runner: Any,
+    run: Run,
+    capacity: Capacity,
+    requests: Sequence[RecordedRequest],
+    scheduling: SchedulerSeconds,
 ) -> Outcome:
     """Serve the requests, all there at the start, through passes of the runner.
 
-    The end, when the batch empties, is part of it.
+    The end, when the batch empties, is part of it. A pass is started as soon as it may be, then
+    the oldest in flight is waited for, as in vLLM's engine loop.
     """
     import torch
 
@@ -183,34 +201,68 @@ def replay(
     for request in requests:
         batch.submit(Job(request, 0.0))
     places = _Places(capacity)
-    columns = run.recording.columns
     kinds = dict.fromkeys(KINDS, 0.0)
     outcome = Outcome(sum(request.tokens for request in requests), 0, 0, 0.0, 0, kinds)
+    flying: deque[_Started] = deque()
+    started = time.perf_counter()
     with torch.inference_mode():
-        while step := batch.take_step(outcome.seconds):
-            plans = [
-                replace(
-                    run.plans[each.index],
-                    request_id=name,
-                    block_ids=places.of(name, batch.running[name].request.canvas),
-                )
-                for name, each in step
-            ]
-            started = time.perf_counter()
-            runner.run(plans)  # waits for its results
-            seconds = time.perf_counter() - started
-            work = run.recording.work[[each.index for _, each in step]].sum(axis=0)
-            of_kinds = work[columns.kinds]
-            for kind, share in zip(KINDS, of_kinds / of_kinds.sum(), strict=True):
-                kinds[kind] += float(share) * seconds
-            outcome.row_layers += sum(plan.row_layers(run.recording.layers) for plan in plans)
-            outcome.seconds += seconds
+        while True:
+            while step := batch.take_step(outcome.seconds):
+                _stay_busy(scheduling.planning)
+                flying.append(_Started.of(step, runner, run, batch, places))
+            if not flying:
+                return outcome
+            oldest = flying.popleft()
+            oldest.in_flight.results()
+            _stay_busy(scheduling.results)
+            now = time.perf_counter() - started
+            for kind, share in zip(KINDS, oldest.kinds / oldest.kinds.sum(), strict=True):
+                kinds[kind] += float(share) * (now - outcome.seconds)
+            outcome.row_layers += oldest.row_layers
+            outcome.seconds = now
             outcome.steps += 1
-            outcome.passes += len(plans)
-            served = {name for name, _ in step}
-            batch.end_step(outcome.seconds)
-            places.free(served - batch.running.keys())
-    return outcome
+            outcome.passes += len(oldest.names)
+            batch.end_step(now)
+            places.free(oldest.names - batch.running.keys())
+
+
+@dataclass
+class _Started:
+    """A step whose pass is in flight.
+
+    Attributes:
+        names: of its requests. kinds: row-layers by the kind of its passes. row_layers: of all.
+    """
+
+    names: set[str]
+    kinds: Floats
+    row_layers: int
+    in_flight: Any
+
+    @classmethod
+    def of(cls, step: Step, runner: Any, run: Run, batch: Batch, places: _Places) -> _Started:
+        plans = [
+            replace(
+                run.plans[each.index],
+                request_id=name,
+                block_ids=places.of(name, batch.running[name].request.canvas),
+            )
+            for name, each in step
+        ]
+        work = run.recording.work[[each.index for _, each in step]].sum(axis=0)
+        return cls(
+            names={name for name, _ in step},
+            kinds=work[run.recording.columns.kinds],
+            row_layers=sum(plan.row_layers(run.recording.layers) for plan in plans),
+            in_flight=runner.start(plans),
+        )
+
+
+def _stay_busy(seconds: float) -> None:
+    """As Python that works on something else: the device goes on, this thread does not."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
 
 
 class _Places:

@@ -7,6 +7,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -26,11 +27,28 @@ _STEPS = 30
 """Denoising steps to a request: enough for a median."""
 
 
-def scheduler_seconds(engine: BenchEngine, policy: str, batch_size: int, canvas: int) -> float:
-    """Host time of a step's scheduling: admission, plans, commits, and vLLM's own share.
+@dataclass(frozen=True)
+class SchedulerSeconds:
+    """Host time of a step's scheduling, vLLM's own share with it.
 
-    The median over the steps of a batch of real requests with this policy. What their passes
-    report is made up, so that no model is waited for.
+    Attributes:
+        planning: before the pass: admission, plans. results: after it: commits.
+    """
+
+    planning: float
+    results: float
+
+    @property
+    def together(self) -> float:
+        return self.planning + self.results
+
+
+def scheduler_seconds(
+    engine: BenchEngine, policy: str, batch_size: int, canvas: int
+) -> SchedulerSeconds:
+    """Medians over the steps of a batch of real requests with this policy.
+
+    What their passes report is made up, so that no model is waited for.
 
     Args:
         canvas: positions; a part of them is prompt.
@@ -50,11 +68,11 @@ def scheduler_seconds(engine: BenchEngine, policy: str, batch_size: int, canvas:
     scheduler = engine.scheduler
     places, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, batch_size
     try:
-        with _pretended(engine, word), _timed(scheduler) as step_seconds:
+        with _pretended(engine, word), _timed(scheduler) as (planning, results):
             engine.run(requests)
     finally:
         scheduler.max_num_active_reqs = places
-    return statistics.median(step_seconds)
+    return SchedulerSeconds(statistics.median(planning), statistics.median(results))
 
 
 @contextlib.contextmanager
@@ -96,25 +114,22 @@ def _result(
 
 
 @contextlib.contextmanager
-def _timed(scheduler: Any) -> Iterator[list[float]]:
-    """Seconds of each step that is scheduled while the context is open."""
-    steps: list[float] = []
+def _timed(scheduler: Any) -> Iterator[tuple[list[float], list[float]]]:
+    """Seconds of planning and of taking in results, of each step while the context is open."""
 
-    def timed(function: Callable[..., Any], starts: bool) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = function(*args, **kwargs)
-            seconds = time.perf_counter() - started
-            if starts:
-                steps.append(seconds)
-            else:
-                steps[-1] += seconds
+            seconds.append(time.perf_counter() - started)
             return result
 
         return wrapper
 
+    planning: list[float] = []
+    results: list[float] = []
     with (
-        patch.object(scheduler, "schedule", timed(scheduler.schedule, True)),
-        patch.object(scheduler, "update_from_output", timed(scheduler.update_from_output, False)),
+        patch.object(scheduler, "schedule", timed(scheduler.schedule, planning)),
+        patch.object(scheduler, "update_from_output", timed(scheduler.update_from_output, results)),
     ):
-        yield steps
+        yield planning, results
