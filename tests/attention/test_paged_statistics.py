@@ -35,7 +35,7 @@ SHAPES = {
     "odd-blocks": Shape(block_size=24),
     "heads-first": Shape(heads_first=True),
 }
-# The interpreter runs one program after the other. What is left has what each of these has.
+# The interpreter runs one program after the other.
 SLOW = () if ON_CARD else ("33-heads", "mha", "narrow-heads", "f16", "large-blocks")
 shapes = pytest.mark.parametrize(
     "shape",

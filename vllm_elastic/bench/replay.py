@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from vllm_elastic.bench.dummy_model import add_sizes, dummy_engine, shape_of_siz
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.recorded_plans import plans_of
 from vllm_elastic.bench.scheduler_time import SchedulerSeconds, scheduler_seconds
-from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job, Step
+from vllm_elastic.bench.simulation.batch import Batch, Capacity, Job
 from vllm_elastic.bench.simulation.calibration import capacity_of
 from vllm_elastic.bench.simulation.recording import (
     KINDS,
-    Floats,
     RecordedRequest,
     Recording,
     policies_of,
@@ -143,44 +142,46 @@ def main(args: argparse.Namespace) -> None:
     print("|---" * 12 + "|", flush=True)
     here = machine.machine() | {"dtype": args.dtype}
     rows = []
-    ways = (1, 2) if args.async_scheduling else (1,)
-    for batch, run, in_flight in itertools.product(args.batch_size, runs, ways):
-        rows.append(_row(engine, run, batch, in_flight, args))
-        if args.json is not None:  # each time: a card is lent by the minute
-            args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
+    for batch, run in itertools.product(args.batch_size, runs):
+        for row in _rows(engine, run, batch, args):
+            rows.append(row)
+            if args.json is not None:  # each time: a card is lent by the minute
+                args.json.write_text(json.dumps({"machine": here, "runs": rows}, indent=1) + "\n")
     print(f"\n{machine.sentence(here)}, {args.dtype}; {shape.layers} layers of {shape.width}")
 
 
-def _row(
-    engine: BenchEngine, run: Run, batch: int, in_flight: int, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Replay a run at one batch size, so many passes at a time; prints its row."""
+def _rows(
+    engine: BenchEngine, run: Run, batch: int, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Replay a run at one batch size, with one pass at a time and, where asked for, two; prints
+    its rows."""
     count = args.requests or max(16, 2 * batch)
-    capacity = replace(capacity_of(engine), seats=batch, in_flight=in_flight)
     scheduling = scheduler_seconds(engine, run.policy, batch, run.longest)
-    replay(engine.runner, run, capacity, run.recording.requests[:1], scheduling)  # a warm-up
-    requests = itertools.islice(itertools.cycle(run.recording.requests), count)
-    outcome = replay(engine.runner, run, capacity, list(requests), scheduling)
-    whole, of_scheduler = outcome.seconds, outcome.steps * scheduling.together
-    row = {
-        "run": run.recording.name,
-        "policy": run.policy,
-        "batch_size": batch,
-        "in_flight": in_flight,
-        "requests": count,
-        **asdict(outcome),
-        "scheduling_seconds": of_scheduler,
-        "tokens_per_second": outcome.tokens / whole,
-    }
-    kinds = ", ".join(f"{outcome.kinds[kind] / whole:.0%}" for kind in KINDS)
-    print(
-        f"| {run.recording.name} | {run.policy} | {batch} | {in_flight} | {count} | "
-        f"{outcome.tokens} | "
-        f"{outcome.steps} | {outcome.passes} | {outcome.row_layers / max(1, outcome.tokens):.0f} | "
-        f"{row['tokens_per_second']:.1f} | {kinds} | {of_scheduler / whole:.0%} |",
-        flush=True,
-    )
-    return row
+    requests = list(itertools.islice(itertools.cycle(run.recording.requests), count))
+    for in_flight in (1, 2) if args.async_scheduling else (1,):
+        capacity = replace(capacity_of(engine), seats=batch, in_flight=in_flight)
+        replay(engine.runner, run, capacity, requests[:1], scheduling)  # a warm-up
+        outcome = replay(engine.runner, run, capacity, requests, scheduling)
+        seconds, of_scheduler = outcome.seconds, outcome.steps * scheduling.together
+        row = {
+            "run": run.recording.name,
+            "policy": run.policy,
+            "batch_size": batch,
+            "in_flight": in_flight,
+            "requests": count,
+            **asdict(outcome),
+            "scheduling_seconds": of_scheduler,
+            "tokens_per_second": outcome.tokens / seconds,
+        }
+        kinds = ", ".join(f"{outcome.kinds[kind] / seconds:.0%}" for kind in KINDS)
+        print(
+            f"| {run.recording.name} | {run.policy} | {batch} | {in_flight} | {count} | "
+            f"{outcome.tokens} | {outcome.steps} | {outcome.passes} | "
+            f"{outcome.row_layers / max(1, outcome.tokens):.0f} | "
+            f"{row['tokens_per_second']:.1f} | {kinds} | {of_scheduler / seconds:.0%} |",
+            flush=True,
+        )
+        yield row
 
 
 def replay(
@@ -193,75 +194,56 @@ def replay(
     """Serve the requests, all there at the start, through passes of the runner.
 
     The end, when the batch empties, is part of it. A pass is started as soon as it may be, then
-    the oldest in flight is waited for, as in vLLM's engine loop.
+    the oldest in flight is waited for, as in vLLM's engine loop. What the host does for a replay
+    is a part of the time that ``scheduling`` takes.
     """
     import torch
 
     batch = Batch(capacity)
     for request in requests:
         batch.submit(Job(request, 0.0))
-    places = _Places(capacity)
+    places, columns = _Places(capacity), run.recording.columns
     kinds = dict.fromkeys(KINDS, 0.0)
     outcome = Outcome(sum(request.tokens for request in requests), 0, 0, 0.0, 0, kinds)
-    flying: deque[_Started] = deque()
+    passes: deque[Any] = deque()  # of the steps in flight
     started = time.perf_counter()
     with torch.inference_mode():
         while True:
+            begun = time.perf_counter()
             while step := batch.take_step(outcome.seconds):
-                _stay_busy(scheduling.planning)
-                flying.append(_Started.of(step, runner, run, batch, places))
-            if not flying:
+                plans = [
+                    replace(
+                        run.plans[each.index],
+                        request_id=name,
+                        block_ids=places.of(name, batch.running[name].request.canvas),
+                    )
+                    for name, each in step
+                ]
+                _busy_until(begun + scheduling.planning)
+                passes.append(runner.start(plans))
+                begun = time.perf_counter()
+            if not passes:
                 return outcome
-            oldest = flying.popleft()
-            oldest.in_flight.results()
-            _stay_busy(scheduling.results)
+            passes.popleft().results()  # waits for them
+            begun = time.perf_counter()
+            oldest = batch.in_flight[0]
+            of_kinds = run.recording.work[[each.index for _, each in oldest]].sum(axis=0)
+            of_kinds = of_kinds[columns.kinds]
+            batch.end_step(outcome.seconds)
+            places.free({name for name, _ in oldest} - batch.running.keys())
+            _busy_until(begun + scheduling.results)
             now = time.perf_counter() - started
-            for kind, share in zip(KINDS, oldest.kinds / oldest.kinds.sum(), strict=True):
+            for kind, share in zip(KINDS, of_kinds / of_kinds.sum(), strict=True):
                 kinds[kind] += float(share) * (now - outcome.seconds)
-            outcome.row_layers += oldest.row_layers
+            outcome.row_layers += int(of_kinds.sum())
             outcome.seconds = now
             outcome.steps += 1
-            outcome.passes += len(oldest.names)
-            batch.end_step(now)
-            places.free(oldest.names - batch.running.keys())
+            outcome.passes += len(oldest)
 
 
-@dataclass
-class _Started:
-    """A step whose pass is in flight.
-
-    Attributes:
-        names: of its requests. kinds: row-layers by the kind of its passes. row_layers: of all.
-    """
-
-    names: set[str]
-    kinds: Floats
-    row_layers: int
-    in_flight: Any
-
-    @classmethod
-    def of(cls, step: Step, runner: Any, run: Run, batch: Batch, places: _Places) -> _Started:
-        plans = [
-            replace(
-                run.plans[each.index],
-                request_id=name,
-                block_ids=places.of(name, batch.running[name].request.canvas),
-            )
-            for name, each in step
-        ]
-        work = run.recording.work[[each.index for _, each in step]].sum(axis=0)
-        return cls(
-            names={name for name, _ in step},
-            kinds=work[run.recording.columns.kinds],
-            row_layers=sum(plan.row_layers(run.recording.layers) for plan in plans),
-            in_flight=runner.start(plans),
-        )
-
-
-def _stay_busy(seconds: float) -> None:
+def _busy_until(moment: float) -> None:
     """As Python that works on something else: the device goes on, this thread does not."""
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while time.perf_counter() < moment:
         pass
 
 

@@ -60,8 +60,8 @@ def most_in_next(free: Sequence[HasRows], num_in_flight: int) -> int:
 
     Half of all that run, rounded up, so that groups that arrivals and ends have made unequal
     grow equal again. But where either group might have few rows the next pass takes everyone, once
-    the one that is in flight is back. It is asked of the requests with the fewest: whose turn it is
-    may leave a group those alone, beside a canvas that is computed as a whole.
+    the one that is in flight is back. A group may be those with the fewest rows, so these are
+    asked: of canvases that are computed as a whole and windows, one may get the windows alone.
 
     Args:
         free: what those in no pass would do next.

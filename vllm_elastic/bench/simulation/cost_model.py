@@ -40,16 +40,6 @@ class HostSeconds:
     delaying: Floats
     results: Floats
 
-    def added(self, device: Floats) -> Floats:
-        """What nothing hides where steps follow one another.
-
-        Args:
-            device: [...], seconds that the device works on the step.
-        """
-        return (
-            self.planning + np.maximum(self.launching - device, 0.0) + self.delaying + self.results
-        )
-
 
 class CostModel:
     """Seconds of a step from the summed work of its passes (``Columns``).
