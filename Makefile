@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long test-next xformers-test gpu-test gpu-bench cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
+.PHONY: help setup test test-slow test-long test-next xformers-test gpu-test gpu-bench cluster-test soak fuzz demo demo-ui demo-image report docs lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,10 +25,13 @@ help: ## list the targets
 setup: ## make .venv with vLLM's CPU build and this project in it; at once when it is there
 	@VENV=$(VENV) PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) bash scripts/setup.sh
 
-test: lint ## lint, then all tests but the long ones, a file at a time on each of WORKERS
-	$(RUN) pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: lint ## lint, then what shows in ten minutes that all works, on WORKERS processes
+	$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not slow and not long and not cluster" $(PYTEST_ARGS)
 
-test-long: setup ## the long tests only
+test-slow: setup ## the tests that `make test` leaves out and CI does not
+	$(RUN) pytest -n $(WORKERS) --dist loadfile -m "slow and not long and not cluster" $(PYTEST_ARGS)
+
+test-long: setup ## the tests that take minutes each, which CI leaves out too
 	$(RUN) pytest -m long $(PYTEST_ARGS)
 
 test-next: setup ## the engine's tests over the Python files of vLLM VERSION

@@ -202,6 +202,7 @@ def test_commands_are_understood(start: str) -> None:
         PARSED[start](words[len(start.split()) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_the_flags(script: str) -> None:
     for _, words in COMMANDS:

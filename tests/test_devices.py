@@ -91,6 +91,7 @@ ON_SECOND_DEVICE = [
 ]
 
 
+@pytest.mark.slow
 def test_on_a_device_that_is_not_the_cpu() -> None:
     """What the host has and what the device has would meet in one operator, numbers would be read
     that were not fetched, or be used before they are sent: ``tests/second_device.py``.

@@ -35,6 +35,7 @@ def passed(*arguments: str) -> int:
     ],
     ids=["some", "all"],
 )
+@pytest.mark.slow
 def test_starts(which: str, count: int) -> None:
     """By vLLM's GPU worker: with layers' graphs and whole passes; of all, eager, with overlapping
     steps, and with as large a KV cache as it finds room for."""

@@ -48,6 +48,7 @@ def compilations(
         pytest.param("ada-f32-gqa", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.slow
 def test_kernels_compile(gpu: str) -> None:
     capability, shared_memory, sizes = GPUS[gpu]
     compiled = compilations(capability, sizes | {"layers": 2})

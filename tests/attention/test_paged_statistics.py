@@ -35,12 +35,11 @@ SHAPES = {
     "odd-blocks": Shape(block_size=24),
     "heads-first": Shape(heads_first=True),
 }
-# The interpreter runs one program after the other.
-SLOW = () if ON_CARD else ("33-heads", "mha", "narrow-heads", "f16", "large-blocks")
+QUICK = ("gqa", "head-128", "bf16", "odd-blocks")  # the interpreter takes seconds for each
 shapes = pytest.mark.parametrize(
     "shape",
     [
-        pytest.param(shape, id=name, marks=[pytest.mark.long] if name in SLOW else [])
+        pytest.param(shape, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name, shape in SHAPES.items()
     ],
 )
@@ -145,12 +144,14 @@ def test_drift(shape: Shape, statistic: int) -> None:
     check_mass(made, [(0, shape.layers)])
 
 
+@pytest.mark.slow
 def test_drift_in_parts() -> None:
     made = PagedPass(SHAPES["stored-every-second"], [*comparing(RELEASED), *comparing(PAPER)])
     check_similarities(made, [(0, 5)])
     check_similarities(made, [(0, 1), (1, 2), (2, 4), (4, 5)])
 
 
+@pytest.mark.slow
 def test_more_tested_rows_than_a_program_takes() -> None:
     tested, written = list(range(1, 80)), list(range(5, 85))
     for statistic in (RELEASED, PAPER):
@@ -170,6 +171,7 @@ def test_no_change_is_one() -> None:
         assert_close("similarity", found, torch.ones_like(found), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_s_numbers_do_not_depend_on_its_neighbours() -> None:
     """Batch invariance, to the last bit: sums would be taken in an order that the batch decides."""
     shape, everything = Shape(layers=2, heads=4, kv_heads=2), [(0, 2)]
@@ -190,6 +192,7 @@ def test_a_plan_s_numbers_do_not_depend_on_its_neighbours() -> None:
         assert torch.equal(same.nan_to_num(-1), drift[index].nan_to_num(-1))
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_not_a_number_stays_alone() -> None:
     plans = [*comparing(RELEASED), LONG]
     clean, spoilt = PagedPass(Shape(), plans), PagedPass(Shape(), plans)

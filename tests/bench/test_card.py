@@ -75,6 +75,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_all_of_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that passes no longer call, or that a class overrides, would count as nothing."""
     keep_engines()

@@ -313,7 +313,10 @@ PHASES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(p, marks=[] if p == "statistics" else [pytest.mark.slow]) for p in PHASES],
+)
 def test_step_is_what_the_trial_run_holds(
     plan: Any,
     model: Any,

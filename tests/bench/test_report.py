@@ -165,6 +165,7 @@ def wait_for(driver: Any, expression: str, value: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_shows_each_pass_of_each_setting(page: Any) -> None:
     """Tokens, work and words after every pass are those of the records."""
     most = max(records[0]["passes"] for records in RECORDS.values())
@@ -342,6 +343,7 @@ def test_fits_a_phone(dark: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_report_of_the_demo(tmp_path: Path) -> None:
     """`make report`: three problems under four settings, the records beside the page."""
     out = tmp_path / "new" / "report.html"

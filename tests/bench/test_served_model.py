@@ -60,6 +60,7 @@ def problems(tmp_path: Path) -> Path:
     ],
     ids=lambda words: words[0],
 )
+@pytest.mark.slow
 def test_a_model_longer_than_the_cache_starts(
     words: list[str], long: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def problems(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_compare_writes_a_row_for_each_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +105,7 @@ def test_compare_knows_every_policy() -> None:
     assert args.policies == list(POLICIES)
 
 
-@pytest.mark.parametrize("agreement", ["1.0", "0.0"])
+@pytest.mark.parametrize("agreement", ["1.0", pytest.param("0.0", marks=pytest.mark.slow)])
 def test_tune_finds_the_cheapest_that_agrees(
     agreement: str, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

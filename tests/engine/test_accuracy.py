@@ -33,6 +33,7 @@ def by_xformers() -> Any:
 
 @pytest.mark.parametrize("backend", [None, by_xformers()], ids=["vllms-choice", "xformers"])
 @pytest.mark.parametrize("count", [24, pytest.param(80, marks=pytest.mark.long)])
+@pytest.mark.slow
 def test_held_out_problems_in_bfloat16(count: int, backend: str | None) -> None:
     """No more than three standard errors below."""
     from heldout import HELD_OUT_SEED, records

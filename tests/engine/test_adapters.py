@@ -24,7 +24,7 @@ from .test_transfers import Operators
 
 pytestmark = pytest.mark.engine
 
-MODELS = ["mha-head64", "dream"]
+MODELS = ["mha-head64", pytest.param("dream", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_answers_that_grow(tmp_path: Path) -> None:
     adapted.compare([(i, name, i % 3) for name in names for i in range(6)], grow_by=8)
 
 
+@pytest.mark.slow
 def test_a_canvas_beyond_the_row_budget(
     serve: Callable[[str], Served], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -120,6 +120,7 @@ def test_answer_does_not_depend_on_the_batch(
 
 @QUICK
 @given(schedule=schedules(resets=True))
+@pytest.mark.slow
 def test_restarts_lose_and_double_nothing(
     serve: Callable[[str], Served], schedule: Schedule
 ) -> None:

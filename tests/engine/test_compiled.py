@@ -90,6 +90,7 @@ def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.slow
 def test_passes_by_compiled_layers_are_the_eager_ones(
     serve: Callable[[str], Served],
     checked: Callable[[str], CheckedExecutor],
@@ -115,7 +116,7 @@ def test_passes_by_compiled_layers_are_the_eager_ones(
     assert layers_run["layers"] > 100
 
 
-@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+@pytest.mark.parametrize("model", ["gqa-tied", pytest.param("dream", marks=pytest.mark.slow)])
 def test_against_the_oracle(
     model: str,
     serve: Callable[[str], Served],
@@ -151,6 +152,7 @@ def test_in_bfloat16(layers_run: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("family", ["illada"])
+@pytest.mark.slow
 def test_other_families(family: str, tmp_path: Path, layers_run: Counter[str]) -> None:
     oracle = save_family(family, tmp_path)
     served = Served(family, tmp_path, oracle, make_engine(tmp_path))
@@ -161,6 +163,7 @@ def test_other_families(family: str, tmp_path: Path, layers_run: Counter[str]) -
 
 
 @pytest.mark.parametrize("name", formats(*FORMATS))
+@pytest.mark.slow
 def test_quantised_weights(
     name: str, serve: Callable[[str], Served], tmp_path: Path, layers_run: Counter[str]
 ) -> None:

@@ -72,12 +72,13 @@ def test_oracle_computes_what_transformers_does(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_batch_of_16_equals_oracle(family: str, serve_family: Callable[[str], Served]) -> None:
     served = serve_family(family)
     assert_equals_oracle(served, list(itertools.product(range(0, 12, 2), NAMES)), grow_by=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["illada", pytest.param("llada-moe", marks=pytest.mark.slow)])
 def test_batch_of_1_equals_oracle(family: str, serve_family: Callable[[str], Served]) -> None:
     """Alone in the engine, as the model's authors decode: iLLaDA grows by 32."""
     served = serve_family(family)
@@ -92,6 +93,7 @@ def test_batch_of_1_equals_oracle(family: str, serve_family: Callable[[str], Ser
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_growing_answers_equal_oracle(family: str, serve_family: Callable[[str], Served]) -> None:
     """Canvases of up to five pieces of 8; at each one the KV blocks begin to be filled anew."""
     served = serve_family(family)

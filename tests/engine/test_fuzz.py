@@ -54,6 +54,7 @@ def driver(serve: Callable[[str], Served]) -> Driver:
     return Driver(serve("gqa-tied"))
 
 
+@pytest.mark.slow
 def test_any_request_is_refused_or_served(driver: Driver) -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError

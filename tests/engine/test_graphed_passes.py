@@ -119,6 +119,7 @@ def checked(served: Served) -> Iterator[CheckedPasses]:
             yield executor
 
 
+@pytest.mark.slow
 def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None:
     """Among all other kinds of pass, of one request or several."""
     seen: Counter[str] = Counter()
@@ -139,7 +140,7 @@ def test_whole_passes_are_the_eager_ones(serve: Callable[[str], Served]) -> None
         assert seen[kind] > 10, seen
 
 
-@pytest.mark.parametrize("model", ["gqa-tied", "dream"])
+@pytest.mark.parametrize("model", ["gqa-tied", pytest.param("dream", marks=pytest.mark.slow)])
 def test_against_the_oracle(model: str, serve: Callable[[str], Served]) -> None:
     """One request after the other, each by as many whole passes as it can."""
     served = serve(model)

@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("stride", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
     stores, starts = compare(oracle, tmp_path, stride)
@@ -36,6 +36,7 @@ def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     assert stores == len(stored) - 1
 
 
+@pytest.mark.slow
 def test_a_model_of_one_layer(tmp_path: Path) -> None:
     """It stores no hidden states at all."""
     shape = {**RANDOM_MODELS["gqa-tied"], "n_layers": 1}

@@ -149,6 +149,7 @@ def test_modes_of_images(tiny: Tiny) -> None:
         torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_of_16_equals_oracle(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every policy, with images and without in one batch."""
     run, kinds = tiny.engine.runner.run, set()
@@ -241,6 +242,7 @@ def test_banned_tokens(tiny: Tiny, tmp_path: Path) -> None:
     ],
     ids=["chunks", "stride"],
 )
+@pytest.mark.slow
 def test_rows_in_chunks_and_fewer_stores_equal_oracle(options: dict[str, Any], tiny: Tiny) -> None:
     """First passes of more rows than a step may have; inputs of every second layer only."""
     engine = make_engine(tiny.directory, **options)

@@ -60,6 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("at_once", [memory.NUMBERS_AT_ONCE_ON_GPU, 3000], ids=["all", "in-parts"])
+@pytest.mark.slow
 def test_equals_oracle(served: Served, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans, blocks or old keys would be another request's; a plan would cost a launch."""
     engine: Any = served.engine

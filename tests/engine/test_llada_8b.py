@@ -72,6 +72,7 @@ KEYS_VALUES = 2 * 4096 * 2 * LAYERS  # bytes a position
 HIDDEN_STATES = 4096 * 2 * (LAYERS - 1)
 
 
+@pytest.mark.slow
 def test_released_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_elastic.runner import runner
 

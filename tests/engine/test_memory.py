@@ -147,7 +147,7 @@ SIZES = {"one": (1, 1024), "many": (8, 1024), "chunks": (1, 100)}
             *sizes,
             name,
             id=f"{size}-{name}",
-            marks=[pytest.mark.long] if size == "many" and name != "released" else [],
+            marks=[pytest.mark.slow] if size == "many" else [],
         )
         for (size, sizes), name in itertools.product(SIZES.items(), WIDE)
     ],
@@ -203,7 +203,9 @@ LOOSE: dict[str, tuple[dict[str, int], int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOSE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "sums" else []) for n in LOOSE]
+)
 def test_a_bound_that_is_not_kept_shows(name: str, engine_of: Callable[..., Driver]) -> None:
     """So each of them is needed, and the test above would see it."""
     loosened, seats, knobs = LOOSE[name]

@@ -250,7 +250,8 @@ def one_in(count: int) -> list[tuple[int, str]]:
     ("model", "count"),
     [
         # The models differ in layers and heads, not in how they are decoded.
-        *((model, 4 if model == MODELS[0] else 12) for model in MODELS),
+        *((model, 16) for model in MODELS),
+        pytest.param(MODELS[0], 4, marks=pytest.mark.slow),
         *(pytest.param(model, 1, marks=pytest.mark.long) for model in MODELS),
     ],
 )
@@ -264,8 +265,14 @@ def test_batch_of_16_equals_oracle(model: str, count: int, serve: Callable[[str]
     assert kinds == {"first", "window", "replay", "full", "refresh"}
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(8, marks=pytest.mark.long)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (MODELS[0], 20),
+        *(pytest.param(model, 20, marks=pytest.mark.slow) for model in MODELS[1:]),
+        *(pytest.param(model, 8, marks=pytest.mark.long) for model in MODELS),
+    ],
+)
 def test_batch_of_1_equals_oracle(model: str, count: int, serve: Callable[[str], Served]) -> None:
     """Some of the same requests alone in the engine."""
     served = serve(model)

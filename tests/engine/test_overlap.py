@@ -119,6 +119,7 @@ def test_few_rows_stay_together(
 
 @QUICK
 @given(schedule=schedules())
+@pytest.mark.slow
 def test_answer_does_not_depend_on_the_batch(
     overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
@@ -128,6 +129,7 @@ def test_answer_does_not_depend_on_the_batch(
 
 @QUICK
 @given(schedule=schedules(resets=True))
+@pytest.mark.slow
 def test_restarts_lose_and_double_nothing(
     overlapped: Callable[[str], Served], serve: Callable[[str], Served], schedule: Schedule
 ) -> None:
@@ -143,6 +145,7 @@ test_restarts_lose_and_double_nothing_long = in_depth(
 )
 
 
+@pytest.mark.slow
 def test_blocks_of_an_aborted_pass_are_used_again(serve: Callable[[str], Served]) -> None:
     """Few blocks: whoever is aborted in flight leaves its own to the next one at once."""
     plain = serve("gqa-tied")
@@ -188,6 +191,7 @@ def test_blocks_of_an_aborted_pass_are_used_again(serve: Callable[[str], Served]
 
 
 @pytest.mark.parametrize("clear", [False, True], ids=["kept", "cleared"])
+@pytest.mark.slow
 def test_pause(
     clear: bool, overlapped: Callable[[str], Served], serve: Callable[[str], Served]
 ) -> None:

@@ -34,6 +34,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.slow
 def test_presets_equal_the_oracle(serve: Callable[[str], Served]) -> None:
     """All presets mixed in a batch, on an engine whose own knobs are others."""
     assert list(ORACLES) == list(PRESETS)

@@ -146,6 +146,7 @@ def test_what_is_left_as_it_was(
     assert all(abs(error) < close(name) for error in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_problems_solved_with_8_bits(tmp_path: Path) -> None:
     """Of 200 it solves 99%; with 4 bits 82%."""
     from heldout import HELD_OUT_SEED, records

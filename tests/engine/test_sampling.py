@@ -39,6 +39,7 @@ def served(serve: Callable[[str], Served]) -> Served:
     return serve("gqa-tied")
 
 
+@pytest.mark.slow
 def test_sampled_answer_is_the_same_alone_and_in_a_batch(served: Served) -> None:
     """Random numbers depend on seed, position and step, not on the batch or on replays."""
     requests = [

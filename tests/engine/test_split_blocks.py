@@ -21,6 +21,7 @@ pytestmark = pytest.mark.engine
 NAMES = ["none", "released-high", "paper-high", "block", "block-fine", "next-low", "dual-cache"]
 
 
+@pytest.mark.slow
 def test_equals_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As FlashAttention 4 may on Blackwell: rows would be read from and written to the blocks of
     other requests. vLLM's CPU kernels split nothing by themselves; here they are told to."""

@@ -409,6 +409,7 @@ def answers(directory):
 """
 
 
+@pytest.mark.slow
 def test_other_models_are_untouched(tmp_path: Path) -> None:
     """A Llama: in this process with the plugin, in another one without; same answers."""
     from transformers import LlamaConfig, LlamaForCausalLM

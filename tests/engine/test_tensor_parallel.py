@@ -143,6 +143,7 @@ def test_equals_oracle(count: int, served: Served) -> None:
 
 
 @pytest.mark.parametrize("way", ["layers", "whole passes"])
+@pytest.mark.slow
 def test_graphs_equal_oracle(way: str, served: Served) -> None:
     """Sums over ranks are in them; and every pass is run eagerly too (``checked_passes``)."""
     workers(served, poison_worker)
@@ -200,6 +201,7 @@ def test_two_passes_in_flight(directory_of: Callable[[str], tuple[LLaDA, Path]])
             end_ranks(served.engine)
 
 
+@pytest.mark.slow
 def test_adapters_equal_oracle(
     directory_of: Callable[[str], tuple[LLaDA, Path]], tmp_path: Path
 ) -> None:
@@ -261,6 +263,7 @@ def poison_worker(worker: Any) -> None:
     "family",
     [pytest.param(name, marks=[pytest.mark.long] if name == "illada" else []) for name in FAMILIES],
 )
+@pytest.mark.slow
 def test_families_equal_oracle(family: str, tmp_path: Path) -> None:
     """iLLaDA: a tied head whose rows the ranks share. LLaDA-MoE: a share of every expert. Both: one
     KV head for each rank, and answers that grow."""
@@ -365,6 +368,7 @@ def test_sampled_answers_equal_one_rank(served: Served) -> None:
                 assert found[token].logprob == pytest.approx(wanted.logprob, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_row_chunks_shared_kv_heads_and_every_other_hidden_state(
     directory_of: Callable[[str], tuple[LLaDA, Path]],
 ) -> None:
@@ -410,6 +414,7 @@ def ray_with_two_devices() -> Iterator[None]:
     [("none", "released-high", "block-fine"), pytest.param(CONFIGS, marks=pytest.mark.long)],
     ids=["some", "all"],
 )
+@pytest.mark.slow
 def test_ray_equals_oracle(
     names: Collection[str],
     ray_with_two_devices: None,

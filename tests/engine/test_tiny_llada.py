@@ -77,6 +77,7 @@ def suite(num_short: int, num_long: int) -> list[tuple[list[int], str]]:
 @pytest.mark.parametrize(
     ("num_short", "num_long"), [(4, 1), pytest.param(8, 2, marks=pytest.mark.long)]
 )
+@pytest.mark.slow
 def test_equals_oracle_at_batch_16_and_1(
     num_short: int, num_long: int, tiny: tuple[Any, LLaDA]
 ) -> None:

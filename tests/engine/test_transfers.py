@@ -84,7 +84,9 @@ def test_one_upload_and_one_download_a_pass(
         served.engine.run(requests)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("policy", ["elastic", "elastic-block"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("elastic", marks=pytest.mark.slow), "elastic-block"]
+)
 def test_as_few_transfers_with_kernels(
     policy: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

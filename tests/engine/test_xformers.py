@@ -68,6 +68,7 @@ def operator(request: pytest.FixtureRequest) -> Iterator[str]:
     [("gqa-tied", {}), pytest.param("dream", {"row_budget": 64}, marks=pytest.mark.long)],
     ids=["whole", "row-chunks"],
 )
+@pytest.mark.slow
 def test_equals_oracle(
     model: str, options: dict[str, Any], operator: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -39,6 +39,7 @@ def platform_of(plugins: str) -> str:
 
 @on_cpu
 @with_ray
+@pytest.mark.slow
 def test_ranks_have_a_device_to_ask_for() -> None:
     assert platform_of("elastic") == "True 'GPU'"
 

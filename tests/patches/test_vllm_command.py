@@ -52,6 +52,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_command_works():
     done = run(VLLM, "--version")
     assert done.returncode == 0, done.stderr
@@ -69,6 +70,7 @@ def test_stand_in_has_no_code_and_no_entry_points():
     assert not stand_in.entry_points
 
 
+@pytest.mark.slow
 def test_patch_is_still_needed():
     done = run(sys.executable, "-c", WITHOUT_THE_PATCH)
     assert done.returncode != 0, (

@@ -20,6 +20,8 @@ from vllm_elastic.bench.server import ServerProcess
 from .conftest import KV_CACHE_BYTES, MODEL, ROOT, Client, user
 from .test_documented_requests import CURLS, WITH_ADAPTERS
 
+pytestmark = pytest.mark.slow  # a server of its own
+
 TERSE = MODEL.parent / "terse"
 QUESTION = "Table : pin 62 elf 7 fig 91 ash 18 jet 40 . Read fig jet pin"
 IN_FULL, BY_VALUES = "fig 91 jet 40 pin 62", "91 40 62"

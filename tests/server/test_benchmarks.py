@@ -51,6 +51,7 @@ def random_tokens(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dataset", [pytest.param(text_of_questions, marks=pytest.mark.long), random_tokens]
 )

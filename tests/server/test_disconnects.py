@@ -84,7 +84,16 @@ def neighbour(alive: Client) -> Iterator[Client]:
     assert [answer(alive, question) for question in asked] == before
 
 
-@pytest.mark.parametrize(("after_events", "stream"), [(0, False), (0, True), (1, True), (10, True)])
+@pytest.mark.parametrize(
+    ("after_events", "stream"),
+    [
+        (1, True),
+        *(
+            pytest.param(*when, marks=pytest.mark.slow)
+            for when in [(0, False), (0, True), (10, True)]
+        ),
+    ],
+)
 def test_one_hangs_up(neighbour: Client, after_events: int, stream: bool) -> None:
     """Before the first token, at the first event and in mid-stream."""
     assert hang_up(neighbour, after_events, stream=stream) == after_events
@@ -100,7 +109,7 @@ def test_request_is_ended_not_finished(client: Client) -> None:
     assert read_metrics(client.server)[GENERATED] - before < CANVAS
 
 
-@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("missing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_hangs_up_at_the_end(neighbour: Client, missing: int) -> None:
     """With the last event, or the one before it, still unread."""
     short = {"max_tokens": 12, "vllm_xargs": {"elastic_window": 1}}
@@ -109,6 +118,7 @@ def test_hangs_up_at_the_end(neighbour: Client, missing: int) -> None:
     assert 0 < hang_up(neighbour, total - missing, **short) <= total - missing
 
 
+@pytest.mark.slow
 def test_many_hang_up_at_once(neighbour: Client) -> None:
     """More canvases than the KV cache holds: some of them never got a place."""
     everyone_asked = Event()

@@ -22,6 +22,8 @@ from vllm_elastic.reference import DecodingOptions, decode
 from .conftest import Client
 from .test_refusals import refusal
 
+pytestmark = pytest.mark.slow  # a server of its own
+
 MAX_MODEL_LEN = 256
 
 

@@ -95,6 +95,7 @@ def prometheus(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iter
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_alerts_are_loaded_and_none_is_raised(prometheus: Prometheus) -> None:
     """A healthy server that has just answered gives no cause to wake anyone."""
     groups = prometheus.get("rules")["groups"]

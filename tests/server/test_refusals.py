@@ -197,6 +197,7 @@ def test_bad_elastic_config_ends_the_start(
     assert [part for part in parts if part not in message] == [], message
 
 
+@pytest.mark.slow
 def test_server_that_cannot_start(tmp_path: Path) -> None:
     """A real process, once: it ends, and its log says why."""
     server = ServerProcess(

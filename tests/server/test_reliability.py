@@ -31,6 +31,7 @@ def test_soak_in_short(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sample.waiting for sample in run.samples) > 0
 
 
+@pytest.mark.slow
 def test_fuzz_in_short(client: Client) -> None:
     asks = mixed_asks(6, MODEL)
     right = ask_alone(client.server.address, asks)

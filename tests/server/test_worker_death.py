@@ -56,6 +56,7 @@ def is_busy(metrics: ServerMetrics) -> bool:
 @pytest.mark.parametrize(
     "title", [pytest.param("VLLM::Worker", marks=pytest.mark.long), "VLLM::EngineCore"]
 )
+@pytest.mark.slow
 def test_clients_are_told_and_the_server_ends(title: str, tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
     options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
