@@ -16,13 +16,19 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from tests.attention.paged_pass import PagedPass, Plan, Shape
 from vllm_elastic.attention.paged_statistics import PAPER, RELEASED, warm_up
+from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.candidate_kernel import most_probable_by_kernel
+from vllm_elastic.runner.draws import Draws
+from vllm_elastic.runner.sampling_kernel import sample_by_kernel
+from vllm_elastic.runner.upload import Upload
 
 
 class NoDevice:
@@ -74,7 +80,15 @@ def passes(shape: Shape) -> None:
 
 def candidates(num_rows: int, dtype: torch.dtype) -> None:
     """LLaDA-8B's vocabulary."""
-    most_probable_by_kernel(torch.zeros(num_rows, 126464, dtype=dtype))
+    logits = torch.zeros(num_rows, 126464, dtype=dtype)
+    token_ids, probabilities = most_probable_by_kernel(logits)
+    window = np.arange(num_rows, dtype=np.int32)
+    plan = PassPlan("", "window", 0, [], window, window, sampling=Sampling(temperature=1.0))
+    upload = Upload(torch.device("cpu"))
+    for first in (0, 16):  # window rows before these
+        draws = Draws([plan], [slice(first, first + num_rows)], upload)
+        rows = slice(first, first + num_rows)
+        sample_by_kernel(logits, draws, rows, token_ids, probabilities)
 
 
 if __name__ == "__main__":

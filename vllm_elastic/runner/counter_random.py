@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 _MASK64 = (1 << 64) - 1
@@ -22,12 +24,33 @@ def uniform(seed: int, step: int, positions: torch.Tensor, count: int) -> torch.
     Returns:
         float64 [W, count].
     """
-    key = _mix_int(_mix_int(seed & _MASK64) + (step + 1) * _GOLDEN)
     golden = _signed(_GOLDEN)
-    streams = _mix(positions * golden + _signed(key))
+    streams = _mix(positions * golden + _signed(key_of(seed, step)))
     tokens = torch.arange(1, count + 1, dtype=torch.int64, device=positions.device)
     bits = _mix(streams[:, None] + tokens[None] * golden)
     return (_shifted(bits, 11).double() + 0.5) * 2.0**-53
+
+
+def key_of(seed: int, step: int) -> int:
+    """Of 64 bits: what a request's random numbers of a denoising step begin with."""
+    return _mix_int(_mix_int(seed & _MASK64) + (step + 1) * _GOLDEN)
+
+
+def streams_of(
+    keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """What a position's numbers begin with, on the host, for kernels that make the numbers.
+
+    Args:
+        keys: [W] of ``key_of``; positions: [W].
+
+    Returns:
+        [W], the bits of uint64.
+    """
+    z = positions.astype(np.uint64) * np.uint64(_GOLDEN) + keys
+    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return (z ^ (z >> np.uint64(_SHIFTS[2]))).view(np.int64)
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
