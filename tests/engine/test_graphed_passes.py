@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilde
 from tests.device import ON_CARD, SIMULATED
 from tests.recorded_graphs import NAN, RecordedGraphs
 from vllm_elastic.models.rows import PassRows, Recorder
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
 from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
 from vllm_elastic.runner.graphed_pass import (
@@ -95,7 +95,7 @@ class CheckedPasses(CheckedExecutor):
         whole = self.replays > before
         self.passes["whole" if whole else "not whole"] += 1
         if whole:
-            requests = rows.window.calls[0].pieces.num_reqs
+            requests = len(rows.window.calls[0].metadata.seq_lens)
             self.passes["measuring whole"] += recorder is not None
             self.passes["whole of several"] += requests > 1
             assert rows.layers[0] is not None
@@ -286,8 +286,8 @@ def _leaves_out(name: str) -> Callable[[GraphedPasses], None]:
         inputs = whole._inputs
         lay_out = inputs.lay_out
 
-        def without(batch: BatchBuilder, count: int) -> Any:
-            piece = lay_out(batch, count)
+        def without(layout: PassLayout, count: int) -> Any:
+            piece = lay_out(layout, count)
             getattr(inputs._numbers(piece, np.int32, count), name)[:] = 0
             return piece
 

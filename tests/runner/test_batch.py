@@ -13,7 +13,7 @@ import pytest
 from tests.device import DEVICE
 from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.models.rows import PassRows, bucket
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.row_order import NO_ROWS, RowOrder
 from vllm_elastic.runner.upload import Upload
 
@@ -64,9 +64,9 @@ def build(
     asked = plans()
     order, upload = RowOrder.of(asked, BLOCK), Upload(DEVICE)
     group: Any = kernels or Kernels()
-    builder = BatchBuilder(asked, order, upload, group, cache, chunk)
+    layout = PassLayout(asked, order, upload, group, cache, chunk)
     positions = np.arange(tested, dtype=np.int64) + 90
-    rows = builder.lay_out(LAYERS, positions, NO_ROWS)
+    rows = layout.put_rows(LAYERS, positions, NO_ROWS)
     upload.send()
     return rows, order
 

@@ -19,7 +19,7 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.models import layer_pass
     from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.runner import runner
-    from vllm_elastic.runner.batch import BatchBuilder
+    from vllm_elastic.runner.batch import PassLayout
     from vllm_elastic.runner.compiled_layer import CompiledLayer
     from vllm_elastic.runner.graphed_pass import PassInputs
     from vllm_elastic.runner.head import Head
@@ -49,8 +49,8 @@ def places() -> dict[str, list[tuple[Any, str]]]:
         "head": [(Head, "predict")],
         "batch": [
             (RowOrder, "of"),
-            (BatchBuilder, "lay_out"),
-            (BatchBuilder, "_metadata"),
+            (PassLayout, "put_rows"),
+            (PassLayout, "_metadata"),
             (PassInputs, "lay_out"),
         ],
     }

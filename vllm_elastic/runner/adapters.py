@@ -134,8 +134,8 @@ class Slices(tuple[torch.Tensor, ...]):
         return torch.float32 if part.device.type == "cpu" else part.dtype
 
 
-class RowAdapters:
-    """Which adapters a set of rows has (``models.rows.RowAdapters``).
+class SlotRuns:
+    """Runs of rows whose adapter is in one slot (``models.rows.RowAdapters``).
 
     Args:
         slots: int64 [R], each row's slot; -1: none.
@@ -168,14 +168,14 @@ class PassAdapters:
     def __init__(self, slots: IntArray, products: Products) -> None:
         self._slots, self._products = slots, products
 
-    def of_rows(self, owners: IntArray, num_rows: int) -> RowAdapters:
+    def of_rows(self, owners: IntArray, num_rows: int) -> SlotRuns:
         """Args:
         owners: int64 [R], the plan that each row is of.
         num_rows: R filled up; what fills up goes with the last row.
         """
         slots = np.full(num_rows, self._slots[owners[-1]])
         slots[: len(owners)] = self._slots[owners]
-        return RowAdapters(slots, self._products)
+        return SlotRuns(slots, self._products)
 
 
 class _Manager(LRUCacheLoRAModelManager):
@@ -286,9 +286,9 @@ class Adapters:
             return None
         return PassAdapters(slots, self._manager.products)
 
-    def of_trial(self, num_rows: int) -> RowAdapters:
+    def of_trial(self, num_rows: int) -> SlotRuns:
         """What takes the most memory: one adapter for all rows."""
-        return RowAdapters(np.zeros(num_rows, dtype=np.int64), self._manager.products)
+        return SlotRuns(np.zeros(num_rows, dtype=np.int64), self._manager.products)
 
     # Asked by vLLM's worker.
 

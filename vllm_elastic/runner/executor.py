@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vllm_elastic.models.layer_pass import Layer, LayerAsWritten
 from vllm_elastic.models.rows import PassRows, Recorder
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 from vllm_elastic.runner.graphed_pass import GraphedPasses
@@ -36,7 +36,7 @@ class PassExecutor(Protocol):
 
     name: str
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
         """Put what a pass reads into its upload.
 
         Returns:
@@ -57,8 +57,8 @@ class LayerByLayer:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
-        rows = batch.lay_out(
+    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        rows = layout.put_rows(
             self._model.num_layers, statistics.tested_positions, statistics.query_rows
         )
         return lambda: self.run(rows, statistics.recorder)
@@ -128,9 +128,9 @@ class WholePassExecutor:
     def __init__(self, passes: GraphedPasses, others: PassExecutor) -> None:
         self._passes, self.others = passes, others
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
-        run = self._passes.prepare(batch, statistics)
-        return self.others.prepare(batch, statistics) if run is None else run
+    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+        run = self._passes.prepare(layout, statistics)
+        return self.others.prepare(layout, statistics) if run is None else run
 
 
 class CompiledExecutor(LayerByLayer):

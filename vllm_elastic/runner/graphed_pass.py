@@ -34,7 +34,7 @@ from vllm_elastic.models.rows import (
     Recorder,
     bucket,
 )
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.graphed_block import Graph, Graphs, Tensors
 from vllm_elastic.runner.row_order import IntArray
 from vllm_elastic.runner.statistics.statistics import Statistics
@@ -87,22 +87,22 @@ class GraphedPasses:
         inputs.clear()
 
     def prepare(
-        self, batch: BatchBuilder, statistics: Statistics
+        self, layout: PassLayout, statistics: Statistics
     ) -> Callable[[], torch.Tensor] | None:
         """Put a pass into the upload; None, and nothing was: it is of another kind."""
-        order = batch.order
+        order = layout.order
         count = bucket(len(order.positions))
         if (
             count not in self._graphs
             or len(order.tokens) < len(order.positions)  # rows join later
             or order.stored.any()  # or start from something else
-            or batch.adapters is not None
-            or not self._inputs.have_room_for(batch)
+            or layout.adapters is not None
+            or not self._inputs.have_room_for(layout)
             or not self._queries.suffice(statistics)
         ):
             return None
-        piece = batch.upload.put(self._inputs.lay_out(batch, count))
-        num_candidates = bucket(len(batch.window_rows))
+        piece = layout.upload.put(self._inputs.lay_out(layout, count))
+        num_candidates = bucket(len(layout.window_rows))
         return functools.partial(self._replay, count, piece, num_candidates, statistics)
 
     def _replay(
@@ -184,25 +184,25 @@ class PassInputs:
         size = PassNumbers.size(count, self._most_requests, self._most_requests, self._width)
         return self._numbers(self._piece[:size], torch.int32, count)
 
-    def have_room_for(self, batch: BatchBuilder) -> bool:
+    def have_room_for(self, layout: PassLayout) -> bool:
         """Whether there are as few requests, and each one's rows are neighbours."""
-        requests = len(batch.plans)
-        return requests <= self._most_requests and len(batch.order.spans) == requests
+        requests = len(layout.plans)
+        return requests <= self._most_requests and len(layout.order.spans) == requests
 
-    def lay_out(self, batch: BatchBuilder, count: int) -> IntArray:
+    def lay_out(self, layout: PassLayout, count: int) -> IntArray:
         """The piece of a pass whose rows all join at layer 0, filled up to ``count``."""
-        order, requests = batch.order, len(batch.plans)
+        order, requests = layout.order, len(layout.plans)
         numbers = self._host_numbers(count, requests)
-        num_rows, num_candidates = len(order.positions), len(batch.window_rows)
+        num_rows, num_candidates = len(order.positions), len(layout.window_rows)
         numbers.tokens[:num_rows] = order.tokens
         numbers.positions[:num_rows] = order.positions
         numbers.slots[:num_rows] = order.slots
-        numbers.slots[num_rows:] = batch.null_slots(count - num_rows)
-        numbers.window[:num_candidates] = batch.window_rows
-        numbers.lengths[:requests] = batch.lengths
+        numbers.slots[num_rows:] = layout.null_slots(count - num_rows)
+        numbers.window[:num_candidates] = layout.window_rows
+        numbers.lengths[:requests] = layout.lengths
         numbers.starts[:requests] = [span.start for span in order.spans]
-        numbers.window_starts[:requests] = batch.window_ends[:-1]
-        numbers.blocks[:, : batch.block_table.shape[1]] = batch.block_table
+        numbers.window_starts[:requests] = layout.window_ends[:-1]
+        numbers.blocks[:, : layout.block_table.shape[1]] = layout.block_table
         piece: IntArray = numbers.piece
         return piece
 

@@ -34,7 +34,7 @@ from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.adapters import Adapters
-from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
+from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, PassLayout
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, capturing
 from vllm_elastic.runner.download import Download
@@ -335,7 +335,7 @@ class ElasticRunner:
         order = RowOrder.of(plans, self.cache.block_size)
         statistics = statistics_of(plans, order, self.cache, self._upload)
         head = Head(plans, self.traits, self._upload)
-        batch = BatchBuilder(
+        layout = PassLayout(
             plans,
             order,
             self._upload,
@@ -344,7 +344,7 @@ class ElasticRunner:
             self.max_chunk_rows,
             None if self._adapters is None else self._adapters.of_pass(plans),
         )
-        run = self._executor.prepare(batch, statistics)
+        run = self._executor.prepare(layout, statistics)
         half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()
@@ -352,7 +352,7 @@ class ElasticRunner:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
         hidden = run()
-        candidates = head.predict(self.model, hidden, batch.window_adapters)
+        candidates = head.predict(self.model, hidden, layout.window_adapters)
         del hidden  # the statistics need the room
         statistics.after()
         if candidates is None:

@@ -85,8 +85,7 @@ class DriftTotals:
         # [plans, stored layers]; most requests test nothing, and most passes.
         self._similarities: torch.Tensor | None = None
         if any(own.tested.size for own in owners.values()):
-            num_stored = -(-cache.num_layers // cache.hidden_stride)
-            self._similarities = self.mass.new_zeros(len(owners), num_stored)
+            self._similarities = self.mass.new_zeros(len(owners), cache.num_stored_layers())
 
     def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position.
@@ -99,9 +98,8 @@ class DriftTotals:
     def add_drift(self, index: int, layers: range, num_rows: int, sums: list[torch.Tensor]) -> None:
         """``ops.drift_sums`` of some layers and ``num_rows`` of the tested rows of one plan."""
         own, measure = self.owners[index], self._measure(index)
-        first = -(-layers.start // self._cache.hidden_stride)
-        tested = self._cache.num_tested(measure.tested_layers)
-        stop = None if tested is None else max(0, tested - first)
+        first = self._cache.num_stored_layers(layers.start)
+        stop = max(0, self._cache.num_stored_layers(measure.tested_layers) - first)
         self.add_pending(
             _SumsOfOne(
                 place=self._nth[index],

@@ -120,13 +120,12 @@ class KernelSums:
         self._num_blocks += len(self._blocks[-1])
         if own.tested.size:
             assert isinstance(measure, DriftTest)
-            stored = cache.num_tested(measure.tested_layers)
             entry = entry._replace(
                 statistic=_STATISTICS[measure.statistic],
                 first_tested=own.old_queries.start,
                 num_tested=own.tested.size,
                 first_written=self._num_written,
-                stop_stored=cache.num_layers if stored is None else stored,
+                stop_stored=cache.num_stored_layers(measure.tested_layers),
             )
             self._tested.append(own.queries.start + own.tested)
             written_at = np.full(entry.length, -1)
@@ -141,7 +140,7 @@ class KernelSums:
         numbers = self._numbers([])
         for entry in entries:
             own = self._numbers([entry]) - self._numbers([])
-            if some and numbers + own > memory.NUMBERS_AT_ONCE_ON_GPU:
+            if some and numbers + own > memory.MOST_NUMBERS_AT_ONCE:
                 yield some
                 some, numbers = [], self._numbers([])
             some.append(entry)
@@ -155,7 +154,7 @@ class KernelSums:
             len(range(entry.first_layer, self._cache.num_layers, entry.layer_stride))
             for entry in entries
         )
-        at_once = max(1, memory.NUMBERS_AT_ONCE_ON_GPU // self._numbers(entries))
+        at_once = max(1, memory.MOST_NUMBERS_AT_ONCE // self._numbers(entries))
         for first in range(0, num_layers, at_once):
             yield self._part(entries, first, min(first + at_once, num_layers))
 

@@ -150,7 +150,7 @@ class ReadingPlanner:
         """A plan by as many queries as keep a layer's attention within the bound of memory."""
         # A tested row has its attention before the pass behind it.
         each = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
-        return own.pieces(max(1, memory.NUMBERS_AT_ONCE_ON_GPU // each))
+        return own.pieces(max(1, memory.MOST_NUMBERS_AT_ONCE // each))
 
     def _numbers(self, own: OwnRows) -> int:
         """Numbers of a layer that are needed at once: keys, or attention rows if they are more."""

@@ -26,7 +26,7 @@ from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.statistics.attention_sums import attention_sums
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
-from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU
+from vllm_elastic.runner.statistics.memory import MOST_NUMBERS_AT_ONCE
 from vllm_elastic.runner.statistics.over_ranks import add_up
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
@@ -101,7 +101,7 @@ class MeasuringStatistics(Statistics):
     def _probe_sums(self, old_probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
         sums = []
-        at_once = max(1, NUMBERS_AT_ONCE_ON_GPU // max(1, old_probes[:1].numel()))
+        at_once = max(1, MOST_NUMBERS_AT_ONCE // max(1, old_probes[:1].numel()))
         # Once for a model that stores none.
         for first in range(0, max(1, len(old_probes)), at_once):
             some = slice(first, first + at_once)
