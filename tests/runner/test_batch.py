@@ -141,10 +141,10 @@ def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
             assert common.causal is False
             assert common.num_actual_tokens == call.stop - call.start
             starts = common.query_start_loc.tolist()
-            for piece, (first, last) in enumerate(pairwise(starts)):
-                (plan_of_piece,) = set(owners[call.start + first : call.start + last].tolist())
-                assert common.seq_lens[piece] == lengths[plan_of_piece]
-                assert common.block_table_tensor[piece, 0] == first_blocks[plan_of_piece]
+            for sequence, (first, last) in enumerate(pairwise(starts)):
+                (plan_of_rows,) = set(owners[call.start + first : call.start + last].tolist())
+                assert common.seq_lens[sequence] == lengths[plan_of_rows]
+                assert common.block_table_tensor[sequence, 0] == first_blocks[plan_of_rows]
         assert covered == getattr(active, "num_rows", len(of_window))
 
 

@@ -33,9 +33,9 @@ def places() -> dict[str, list[tuple[Any, str]]]:
             (layer_pass, "finish"),
             (CompiledLayer, "__call__"),
         ],
-        "attention": [(layer_pass.Between, "attend")],
+        "attention": [(layer_pass.LayerAttention, "attend")],
         "cache writes": [
-            (layer_pass.Between, "write"),
+            (layer_pass.LayerAttention, "write"),
             (HiddenStateCache, "write"),
             (HiddenStateCache, "read"),
         ],

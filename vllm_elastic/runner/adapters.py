@@ -100,7 +100,7 @@ class Products:
 
 
 class Slices(tuple[torch.Tensor, ...]):
-    """The adapters' matrices of a fused layer's parts, as vLLM fills them: pieces of one tensor.
+    """The adapters' matrices of a fused layer's parts, as vLLM fills them: views of one tensor.
 
     Attributes:
         whole: of A [slots, 1, parts * rank, in]; of B [slots, 1, out, parts * rank], zero where a

@@ -21,7 +21,7 @@ logger = init_logger("vllm.vllm_elastic.runner.cuda_graphs")
 
 @dataclass(slots=True)
 class CudaGraph:
-    """Of one piece of work (``graphed_block.Graph``)."""
+    """CUDA's graph of some work (``graphed_block.Graph``)."""
 
     outputs: Tensors
     _graph: torch.cuda.CUDAGraph

@@ -33,7 +33,7 @@ def check_products(model: Any, quantisation: str) -> None:
         with model.pass_context():
             for block in model.blocks:
                 q, _, _ = block.project(row.clone(), position)
-                block.finish(row.clone(), block.room(q).flatten(1))
+                block.finish(row.clone(), block.attention_buffer(q).flatten(1))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         raise RuntimeError(
             f"vLLM cannot multiply by weights of --quantization {quantisation} on this CPU "

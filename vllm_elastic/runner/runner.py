@@ -134,15 +134,15 @@ class ElasticRunner:
             elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
             read_layers = range(last, -1, -elastic.attention_stride)
             self._all_queries = AllQueries(self.model, whole[-1], read_layers)
-        room = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        of_passes = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._trial_run()
-        del room
+        del of_passes
 
     def _trial_run(self) -> None:
-        seats = self.vllm_config.scheduler_config.max_num_seqs
+        requests = self.vllm_config.scheduler_config.max_num_seqs
         limits = StepLimits.of_engine(self.vllm_config)
         canvas = self.model_config.max_model_len
-        trial_run(self.model, self.traits, limits, seats, canvas, self._upload, self._adapters)
+        trial_run(self.model, self.traits, limits, requests, canvas, self._upload, self._adapters)
 
     def _capture_graphs(self, counts: list[int]) -> int:
         """Bytes that CUDA keeps of them.

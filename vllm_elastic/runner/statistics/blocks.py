@@ -59,8 +59,8 @@ class BlockTotals:
         if self._probes:
             probing = [index for index in self.owners if self._num_probes(index)]
             counts = [self._num_probes(index) for index in probing]
-            pieces = zip(*(part.split(counts) for part in self._probes), strict=True)
-            changes = dict(zip(probing, pieces, strict=True))
+            by_plan = zip(*(norms.split(counts) for norms in self._probes), strict=True)
+            changes = dict(zip(probing, by_plan, strict=True))
         return {
             index: download.of(self._measured, mass, *changes.get(index, (None, None)))
             for index, mass in self._masses().items()

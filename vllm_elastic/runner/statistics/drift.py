@@ -149,8 +149,8 @@ class DriftTotals:
         # A sort takes several times the room of what it sorts.
         num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * self.mass.shape[-1]))
         masses, flags = self.mass.split(num_plans, dim=1), self._trackable.split(num_plans)
-        pieces = zip(masses, flags, strict=True)
-        best = torch.cat([ops.most_attended(*piece, self._track_num) for piece in pieces], dim=1)
+        parts = zip(masses, flags, strict=True)
+        best = torch.cat([ops.most_attended(*part, self._track_num) for part in parts], dim=1)
         best = best.movedim(1, 0).to(torch.int32)
         return {
             index: best[self._nth[index], own.plan.start_layer :, : self._measure(index).track_num]

@@ -34,9 +34,9 @@ def saved_bytes(
     return layers * numbers * number_bytes
 
 
-def totals_bytes(seats: int, canvas: int, layers: int) -> int:
+def totals_bytes(max_num_seqs: int, canvas: int, layers: int) -> int:
     """The attention that each position of so many canvases is paid in each layer, in float32."""
-    return 4 * seats * canvas * layers
+    return 4 * max_num_seqs * canvas * layers
 
 
 def reading_bytes(canvas: int, heads: int, kv_heads: int, head_dim: int) -> int:
