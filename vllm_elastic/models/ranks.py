@@ -61,3 +61,10 @@ def add_up(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     flat = tensor_model_parallel_all_reduce(torch.cat([part.flatten() for part in parts]))
     sums = flat.split([part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
+def add_up_in_place(parts: Sequence[torch.Tensor]) -> None:
+    """``add_up``, with each sum in its tensor's place."""
+    if count() > 1:
+        for part, total in zip(parts, add_up(parts), strict=True):
+            part.copy_(total)

@@ -12,8 +12,6 @@ from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.upload import Upload
 
-_NEVER = float("-inf")
-
 
 class AllowedTokens:
     """Of all plans of a pass that have a grammar, put into its upload: of use once it was sent.
@@ -48,5 +46,5 @@ class AllowedTokens:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)
         words = bits.index_select(-1, token_ids // 32)
         forbidden = (words >> (token_ids % 32).to(torch.int32)) & 1 == 0
-        own = logits.index_select(0, places).masked_fill_(forbidden, _NEVER)
+        own = logits.index_select(0, places).masked_fill_(forbidden, -torch.inf)
         logits.index_copy_(0, places, own)

@@ -125,7 +125,7 @@ class Head:
             logprobs: added to where asked for; they are of what the model says, not of what a
                 request's constraints leave of it.
         """
-        logits.index_fill_(-1, self._never_chosen, float("-inf"))
+        logits.index_fill_(-1, self._never_chosen, -torch.inf)
         raw = {}
         for index, own, at in self._wishes(rows):
             sampling = self._plans[index].sampling

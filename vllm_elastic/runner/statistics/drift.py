@@ -15,7 +15,6 @@ from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.statistics import memory
-from vllm_elastic.runner.statistics.over_ranks import add_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
 
@@ -115,7 +114,7 @@ class DriftTotals:
         """Sums of this rank's heads; as many numbers on every rank."""
         self._pending.append(sums)
         if self.num_pending > memory.SUMS_AT_ONCE:
-            add_up(self.pending())
+            ranks.add_up_in_place(self.pending())
             self.take_similarities()
 
     @property

@@ -19,6 +19,7 @@ from vllm_elastic.decoding.measurement import (
     MeasuredDrift,
 )
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download, Fetched
 from vllm_elastic.runner.ragged import joined
@@ -27,7 +28,6 @@ from vllm_elastic.runner.statistics.attention_sums import attention_sums
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
 from vllm_elastic.runner.statistics.memory import MOST_NUMBERS_AT_ONCE
-from vllm_elastic.runner.statistics.over_ranks import add_up
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
@@ -87,7 +87,7 @@ class MeasuringStatistics(Statistics):
         self._attention.add_to_totals(self.recorder)
         if self.recorder.old_probes is not None:
             self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
-        add_up(self._drift.parts() + self._blocks.parts())
+        ranks.add_up_in_place(self._drift.parts() + self._blocks.parts())
         self._drift.take_similarities()
 
     def results(self, download: Download) -> dict[int, Fetched[Measured]]:
