@@ -22,7 +22,7 @@ from vllm_elastic.models.rows import (
     RowAdapters,
     bucket,
 )
-from vllm_elastic.runner.adapters import PassAdapters
+from vllm_elastic.runner.adapter_products import PassAdapters
 from vllm_elastic.runner.cache_view import CacheView, table_width
 from vllm_elastic.runner.ragged import bounds, filled_up
 from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder, Span
