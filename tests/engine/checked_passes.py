@@ -17,7 +17,7 @@ import torch
 from vllm_elastic.models.rows import PassRows, Recorder
 from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 from .conftest import Served
 
@@ -41,7 +41,7 @@ class CheckedExecutor:
         self._eager, self.tested = EagerExecutor(runner.model), tested
         self.passes: Counter[str] = Counter()
 
-    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
         run = self.tested.prepare(layout, statistics)
         rows = layout.put_rows(
             self._runner.traits.num_layers, statistics.tested_positions, statistics.query_rows

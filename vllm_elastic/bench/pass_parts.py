@@ -24,8 +24,8 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.runner.graphed_pass import PassInputs
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
+    from vllm_elastic.runner.statistics.pass_statistics import MeasuringStatistics
     from vllm_elastic.runner.statistics.recorder import PassRecorder
-    from vllm_elastic.runner.statistics.statistics import MeasuringStatistics
 
     return {
         "products": [

@@ -15,7 +15,7 @@ from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 from vllm_elastic.runner.graphed_pass import GraphedPasses
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 GRAPH_ROWS = "elastic_graph_rows"
 """Where vLLM's ``additional_config`` has the numbers of rows that graphs of layers are for."""
@@ -36,7 +36,7 @@ class PassExecutor(Protocol):
 
     name: str
 
-    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
         """Put what a pass reads into its upload.
 
         Returns:
@@ -57,7 +57,7 @@ class LayerByLayer:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
         rows = layout.put_rows(
             self._model.num_layers, statistics.tested_positions, statistics.query_rows
         )
@@ -128,7 +128,7 @@ class WholePassExecutor:
     def __init__(self, passes: GraphedPasses, others: PassExecutor) -> None:
         self._passes, self.others = passes, others
 
-    def prepare(self, layout: PassLayout, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
         run = self._passes.prepare(layout, statistics)
         return self.others.prepare(layout, statistics) if run is None else run
 

@@ -37,7 +37,7 @@ from vllm_elastic.models.rows import (
 from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.graphed_block import Graph, Graphs, Tensors
 from vllm_elastic.runner.row_order import IntArray
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 MOST_REQUESTS = 16
 """Of one pass. Of more, some refresh at nearly every step, so that rows join later."""
@@ -87,7 +87,7 @@ class GraphedPasses:
         inputs.clear()
 
     def prepare(
-        self, layout: PassLayout, statistics: Statistics
+        self, layout: PassLayout, statistics: PassStatistics
     ) -> Callable[[], torch.Tensor] | None:
         """Put a pass into the upload; None, and nothing was: it is of another kind."""
         order = layout.order
@@ -106,7 +106,7 @@ class GraphedPasses:
         return functools.partial(self._replay, count, buffer, num_candidates, statistics)
 
     def _replay(
-        self, count: int, buffer: torch.Tensor, num_candidates: int, statistics: Statistics
+        self, count: int, buffer: torch.Tensor, num_candidates: int, statistics: PassStatistics
     ) -> torch.Tensor:
         self._inputs.take(buffer)
         graph = self._graphs[count]
@@ -283,7 +283,7 @@ class AllQueries:
         if layer in self.read_layers:
             self._kept[layer][: len(q)].copy_(q)
 
-    def suffice(self, statistics: Statistics) -> bool:
+    def suffice(self, statistics: PassStatistics) -> bool:
         """Whether a pass's measurements want nothing else of it."""
         return not statistics.tested_positions.size and statistics.read_layers <= self.read_layers
 

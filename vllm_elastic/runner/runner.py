@@ -61,7 +61,7 @@ from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.quantised_products import check_products
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics import attention_sums
-from vllm_elastic.runner.statistics.statistics import statistics_of
+from vllm_elastic.runner.statistics.pass_statistics import statistics_of
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 from vllm_elastic.runner.warm_up_passes import warm_up_passes

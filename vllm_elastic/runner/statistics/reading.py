@@ -83,10 +83,12 @@ class ReadingPlanner:
     def readings(self) -> list[Reading]:
         """Every plan once, in every layer that it looks at."""
         return [
-            reading for layers, alike in self._alike() for reading in self._groups(alike, layers)
+            reading
+            for layers, group in self._groups()
+            for reading in self._readings_of(group, layers)
         ]
 
-    def _alike(self) -> Iterator[tuple[range, list[int]]]:
+    def _groups(self) -> Iterator[tuple[range, list[int]]]:
         """Layers, and the plans of one kind whose attention is read in these.
 
         A plan that tests stays alone: it reads every layer, and no two have as many rows.
@@ -101,21 +103,21 @@ class ReadingPlanner:
         for (_, layers), indices in alike.items():
             yield layers, indices
 
-    def _groups(self, indices: list[int], layers: range) -> Iterator[Reading]:
+    def _readings_of(self, indices: list[int], layers: range) -> Iterator[Reading]:
         tiles = {index: self._cut(self._owners[index]) for index in indices}
         most = max(self._numbers(own) for owns in tiles.values() for own in owns)
-        room = max(1, self._numbers_at_once // most)
+        at_once = max(1, self._numbers_at_once // most)
         # A plan in several tiles leaves no room for another one.
-        num_plans = max(1, room // len(layers))
+        num_plans = max(1, at_once // len(layers))
         # Neighbours in length: the shorter ones are filled up.
         indices = sorted(indices, key=lambda index: len(self._owners[index].plan.tokens))
         for first in range(0, len(indices), num_plans):
-            some = indices[first : first + num_plans]
-            together = zip(*(tiles[index] for index in some), strict=True)
-            yield self._reading(some, layers, room, [list(owners) for owners in together])
+            read = indices[first : first + num_plans]
+            together = zip(*(tiles[index] for index in read), strict=True)
+            yield self._reading(read, layers, at_once, [list(owners) for owners in together])
 
     def _reading(
-        self, indices: list[int], layers: range, room: int, tiles: list[list[OwnRows]]
+        self, indices: list[int], layers: range, at_once: int, tiles: list[list[OwnRows]]
     ) -> Reading:
         plans = [self._owners[index].plan for index in indices]
         blocks = [self._cache.kernel_blocks(plan.block_ids) for plan in plans]
@@ -129,7 +131,7 @@ class ReadingPlanner:
             indices=indices,
             places=self._upload.put(np.array([self._nth[index] for index in indices])),
             layers=layers,
-            layers_at_once=room,
+            layers_at_once=at_once,
             tiles=[self._tile(owners) for owners in tiles],
             blocks=[own.tolist() for own in blocks],
             table=self._upload.put(table),

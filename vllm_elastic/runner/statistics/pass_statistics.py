@@ -35,14 +35,14 @@ from vllm_elastic.runner.upload import Upload
 
 def statistics_of(
     plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
-) -> Statistics:
+) -> PassStatistics:
     """Of a pass over these plans."""
     if all(plan.measure is None for plan in plans):
-        return Statistics()
+        return PassStatistics()
     return MeasuringStatistics(SavedRows(plans, order, upload), cache, upload)
 
 
-class Statistics:
+class PassStatistics:
     """Of a pass that measures nothing: most passes of most policies, which pay nothing for it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Statistics:
         return {}
 
 
-class MeasuringStatistics(Statistics):
+class MeasuringStatistics(PassStatistics):
     """Of a pass in which at least one plan measures."""
 
     def __init__(self, saved: SavedRows, cache: CacheView, upload: Upload) -> None:
