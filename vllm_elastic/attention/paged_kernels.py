@@ -108,7 +108,7 @@ def _key_tile(
 def _as_they_were(
     keys, old_keys_of_head, written_at, at, own, dim, KV_HEADS: tl.constexpr, DIM: tl.constexpr
 ):
-    """The same keys before the pass: those that it overwrote were kept."""
+    """The keys as they were before the pass: those that it overwrote were kept."""
     place = tl.load(written_at + at, mask=own, other=-1)
     written = (place >= 0)[None, :]
     old = tl.load(
@@ -131,7 +131,7 @@ def _query_tile(queries_of_head, row, member, is_row, dim, HEADS: tl.constexpr, 
 
 @triton.jit
 def _scores(queries, keys, scale):
-    """Of base 2. Nothing is rounded: neither float32 to TF32 nor what is half as wide."""
+    """Scores of base 2. Nothing is rounded: neither float32 to TF32 nor what is half as wide."""
     return tl.dot(queries, keys, input_precision="ieee") * scale
 
 

@@ -52,7 +52,7 @@ class LayerAttention:
         self.attn.impl.do_kv_cache_update(self.attn, k, v, self.attn.kv_cache, slots)
 
     def finished(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of a tensor with one entry a row, the rows that the layer has to finish."""
+        """The rows that the layer has to finish, of a tensor with one entry a row."""
         return rows if self.window is None else rows.index_select(0, self.window.rows)
 
     def attend(
@@ -67,9 +67,9 @@ class LayerAttention:
             attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
             return
         for call in calls:
-            own = slice(call.start, call.stop)
+            rows = slice(call.start, call.stop)
             attn.impl.forward(
-                attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
+                attn, q[rows], k[rows], v[rows], attn.kv_cache, call.metadata, output[rows]
             )
 
 
@@ -138,8 +138,8 @@ def project(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.project(x, positions)
-    own = _chunk_by_chunk(calls, len(x), adapters)
-    parts = [block.project(x[rows], positions[rows]) for rows in own]
+    each_chunk = _chunk_by_chunk(calls, len(x), adapters)
+    parts = [block.project(x[rows], positions[rows]) for rows in each_chunk]
     q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
     return q, k, v
 
@@ -155,8 +155,8 @@ def finish(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.finish(x, attended)
-    own = _chunk_by_chunk(calls, len(x), adapters)
-    return torch.cat([block.finish(x[rows], attended[rows]) for rows in own])
+    each_chunk = _chunk_by_chunk(calls, len(x), adapters)
+    return torch.cat([block.finish(x[rows], attended[rows]) for rows in each_chunk])
 
 
 def leading(rows: torch.Tensor, count: int) -> torch.Tensor:

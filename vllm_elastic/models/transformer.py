@@ -49,7 +49,7 @@ FUSED: dict[str, dict[str, str | int]] = {
 _PART_OF = {part: (fused, name) for fused, parts in FUSED.items() for part, name in parts.items()}
 
 _NO_SCALES = WeightsMapper(orig_to_new_regex={re.compile(r"\.[qkv]_(scale|zero_point)$"): None})
-"""Of keys and values in a quantised checkpoint: they are kept as the model computes them."""
+"""Leaves out a quantised checkpoint's scales of keys and values, which are kept as computed."""
 
 
 class DiffusionTransformer(nn.Module, SupportsLoRA):
@@ -359,7 +359,7 @@ def _own_name(name: str) -> str:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Of a parameter's name: what its layer is in ("" if nothing), the layer, the parameter."""
+    """A parameter's name as what its layer is in ("" if nothing), the layer, the parameter."""
     path, _, suffix = name.rpartition(".")
     parent, _, module = path.rpartition(".")
     return parent, module, suffix

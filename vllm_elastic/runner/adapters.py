@@ -167,5 +167,5 @@ class Adapters:
         return self._worker.list_adapters()
 
     def forget(self) -> None:
-        """All of them: the weights that they belong to are gone."""
+        """Remove all adapters: the weights that they belong to are gone."""
         self._worker.remove_all_adapters()

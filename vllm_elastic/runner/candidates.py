@@ -19,10 +19,10 @@ _COPIES_OF_SAMPLED = 6
 """Such numbers for each logit of a row that is sampled: with top_p 46 bytes."""
 
 _COPIES_OF_ENTROPIES = 2
-"""For each logit of a row whose entropy is reported: 16 bytes."""
+"""Such numbers for each logit of a row whose entropy is reported: 16 bytes."""
 
 _COPIES_OF_LOGPROBS = (2, 4)
-"""For each logit of a row whose log probabilities are reported, 13 bytes; of all tokens, 28."""
+"""Such numbers for each logit of a row with log probabilities: 13 bytes; of all tokens, 28."""
 
 _FEW_ALTERNATIVES = 32
 """To a token, whose log probabilities wait on the device until the pass's one download (vLLM's own

@@ -130,8 +130,10 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
 
 
 def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, attention: _Written) -> None:
-    own, expected = ((way(x.clone(), x, attention), *attention.written) for way in (layer, written))
-    if not all(map(torch.equal, own, expected)):
+    compiled, expected = (
+        (way(x.clone(), x, attention), *attention.written) for way in (layer, written)
+    )
+    if not all(map(torch.equal, compiled, expected)):
         raise RuntimeError(f"the numbers of layer {attention.layer} would change")
 
 

@@ -37,7 +37,7 @@ class Constraints:
         if sampling.end_token_ids:
             self._ends = ids_of(sampling.end_token_ids)
         if sampling.unconfident_token_ids:
-            known = [each for each in sampling.unconfident_token_ids if each < vocab_size]
+            known = [token for token in sampling.unconfident_token_ids if token < vocab_size]
             self.unconfident = ids_of(known)
 
     def apply(self, logits: torch.Tensor, positions: torch.Tensor) -> None:

@@ -94,7 +94,7 @@ class GraphExecutor(LayerByLayer):
         self._layers: list[Layer] = []
 
     def capture(self, graphs: Graphs, counts: Iterable[int]) -> None:
-        """All layers for each number of rows; until then, and for others, a pass is eager.
+        """Capture all layers for each number of rows; until then, and for others, a pass is eager.
 
         Args:
             counts: numbers that ``models.rows.bucket`` gives.

@@ -96,7 +96,7 @@ class GraphedBlock:
         self._finish: dict[int, Graph] = {}
 
     def capture(self, graphs: Graphs, count: int) -> None:
-        """Both parts, for so many rows."""
+        """Capture both parts for so many rows."""
         block, static = self._block, self._static
         x, positions = static.x[:count], static.positions[:count]
         buffer = static.attended[:count]

@@ -40,7 +40,7 @@ from vllm_elastic.runner.row_order import IntArray
 from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 MOST_REQUESTS = 16
-"""Of one pass. Of more, some refresh at nearly every step, so that rows join later."""
+"""Requests of one pass, at most. Of more, some refresh at nearly every step: rows join later."""
 
 _ALIGNMENT = 4
 """Numbers of int32: kernels may read 16 bytes at a time."""
@@ -69,7 +69,7 @@ class GraphedPasses:
         builder: AttentionMetadataBuilder[Any],
         canvas: int,
     ) -> None:
-        """For each number of rows, all of the pass.
+        """Capture the whole pass for each number of rows.
 
         Args:
             builder: the attention backend's.
@@ -264,7 +264,7 @@ def _rows(numbers: PassNumbers, num_layers: int, metadata: Any, window_metadata:
 
 
 class AllQueries:
-    """Those of all rows, kept by the graph (``models.rows.Recorder``) for the pass's own recorder.
+    """Queries of all rows, kept by the graph (``models.rows.Recorder``) for the pass's recorder.
 
     Attributes:
         read_layers: whose.
@@ -316,7 +316,7 @@ def bytes_of_passes(of_layers: int, layer_counts: int, counts: int) -> int:
 def most_requests(
     builder: AttentionMetadataBuilder[Any], vllm_config: VllmConfig, kv_cache_spec: Any
 ) -> int:
-    """Of how many requests an attention backend lets a graph's rows be; 0: it takes no part."""
+    """How many requests' rows an attention backend lets a graph have; 0: it takes no part."""
     support = builder.get_cudagraph_support(vllm_config, kv_cache_spec)
     if support is AttentionCGSupport.ALWAYS:
         return min(MOST_REQUESTS, vllm_config.scheduler_config.max_num_seqs)

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class BlockTotals:
-    """Of all plans with a ``BlockProbe``, filled in on every rank and added up once.
+    """Sums of all plans with a ``BlockProbe``, filled in on every rank and added up once.
 
     The plans share one tensor, with canvases of the longest one's length. What their shares and
     blocks are is worked out on the host, each plan by itself: a handful of numbers that would take

@@ -32,7 +32,7 @@ class PendingSums(Protocol):
     sums: list[torch.Tensor]
 
     def add_to(self, similarities: torch.Tensor) -> None:
-        """To float32 [plans, stored layers]. The sums may be overwritten."""
+        """Add to float32 [plans, stored layers]. The sums may be overwritten."""
         ...
 
 
@@ -54,14 +54,14 @@ class _SumsOfOne:
     sums: list[torch.Tensor]
 
     def add_to(self, similarities: torch.Tensor) -> None:
-        found = ops.similarity_of_sums(self.sums, self.statistic, self.num_rows)
+        by_layer = ops.similarity_of_sums(self.sums, self.statistic, self.num_rows)
         if self.statistic == "released":  # a mean over these rows alone
-            found *= self.share
-        similarities[self.place, self.first : self.first + len(found)] += found
+            by_layer *= self.share
+        similarities[self.place, self.first : self.first + len(by_layer)] += by_layer
 
 
 class DriftTotals:
-    """Of all plans with a ``DriftTest``, filled in on every rank and added up once.
+    """Sums of all plans with a ``DriftTest``, filled in on every rank and added up once.
 
     The plans share one tensor, with canvases of the longest one's length, so that the most
     attended positions of all of them are found together.
@@ -124,13 +124,13 @@ class DriftTotals:
 
     def pending(self) -> list[torch.Tensor]:
         """Views of the sums that have to be added up over ranks."""
-        return [part for each in self._pending for part in each.sums]
+        return [part for pending in self._pending for part in pending.sums]
 
     def take_similarities(self) -> None:
         """Turn the sums, added up over ranks, into similarities; they may be overwritten."""
-        for each in self._pending:
+        for pending in self._pending:
             assert self._similarities is not None
-            each.add_to(self._similarities)
+            pending.add_to(self._similarities)
         self._pending = []
 
     def parts(self) -> list[torch.Tensor]:

@@ -52,7 +52,7 @@ class _SumsOfMany:
 
 
 class KernelSums:
-    """Of one pass (``attention_sums.AttentionSums``)."""
+    """Sums of one pass by Triton's kernels (``attention_sums.AttentionSums``)."""
 
     def __init__(
         self,

@@ -29,8 +29,8 @@ def saved_bytes(
     Args:
         heads: query heads of one rank, no fewer than its KV heads.
     """
-    own = heads * head_dim
-    numbers = saved_rows * own + saved_rows // 4 * max(0, width - own)
+    query = heads * head_dim
+    numbers = saved_rows * query + saved_rows // 4 * max(0, width - query)
     return layers * numbers * number_bytes
 
 

@@ -36,14 +36,14 @@ from vllm_elastic.runner.upload import Upload
 def statistics_of(
     plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
 ) -> PassStatistics:
-    """Of a pass over these plans."""
+    """The statistics of a pass over these plans."""
     if all(plan.measure is None for plan in plans):
         return PassStatistics()
     return MeasuringStatistics(SavedRows(plans, order, upload), cache, upload)
 
 
 class PassStatistics:
-    """Of a pass that measures nothing: most passes of most policies, which pay nothing for it.
+    """Statistics of a pass that measures nothing: most passes of most policies, which pay nothing.
 
     Attributes:
         query_rows, tested_positions: as of ``SavedRows``.
@@ -68,7 +68,7 @@ class PassStatistics:
 
 
 class MeasuringStatistics(PassStatistics):
-    """Of a pass in which at least one plan measures."""
+    """Statistics of a pass in which at least one plan measures."""
 
     def __init__(self, saved: SavedRows, cache: CacheView, upload: Upload) -> None:
         self.query_rows, self.tested_positions = saved.query_rows, saved.tested_positions
@@ -104,9 +104,9 @@ class MeasuringStatistics(PassStatistics):
         at_once = max(1, MOST_NUMBERS_AT_ONCE // max(1, old_probes[:1].numel()))
         # Once for a model that stores none.
         for first in range(0, max(1, len(old_probes)), at_once):
-            some = slice(first, first + at_once)
-            old = old_probes[some].float()
-            new = self._cache.hidden[some, self._saved.probe_slots].float()
+            layers = slice(first, first + at_once)
+            old = old_probes[layers].float()
+            new = self._cache.hidden[layers, self._saved.probe_slots].float()
             # The square of a rounded norm has that norm for its root: one rank's numbers are
             # unchanged.
             sums.append(((new - old).norm(dim=-1).square(), old.norm(dim=-1).square()))

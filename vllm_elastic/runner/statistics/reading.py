@@ -133,7 +133,7 @@ class ReadingPlanner:
             layers=layers,
             layers_at_once=at_once,
             tiles=[self._tile(owners) for owners in tiles],
-            blocks=[own.tolist() for own in blocks],
+            blocks=[of_plan.tolist() for of_plan in blocks],
             table=self._upload.put(table),
             lengths=lengths,
             beyond=beyond,
@@ -151,8 +151,8 @@ class ReadingPlanner:
     def _cut(self, own: OwnRows) -> list[OwnRows]:
         """A plan by as many queries as keep a layer's attention within the bound of memory."""
         # A tested row has its attention before the pass behind it.
-        each = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
-        return own.tiles(max(1, memory.MOST_NUMBERS_AT_ONCE // each))
+        of_row = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
+        return own.tiles(max(1, memory.MOST_NUMBERS_AT_ONCE // of_row))
 
     def _numbers(self, own: OwnRows) -> int:
         """Numbers of a layer that are needed at once: keys, or attention rows if they are more."""

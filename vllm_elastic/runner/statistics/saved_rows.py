@@ -46,12 +46,12 @@ class OwnRows:
     written_on_device: torch.Tensor
 
     def layers(self, num_layers: int) -> range:
-        """Those of a model whose attention is read: from the last one down to the start layer."""
+        """The model's layers whose attention is read: from the last one down to the start layer."""
         start, stride = self.plan.start_layer, self.plan.attention_stride
         return range(start + (num_layers - 1 - start) % stride, num_layers, stride)
 
     def tiles(self, count: int) -> list[OwnRows]:
-        """The same by at most ``count`` of the queries at a time; itself where it has no more."""
+        """The plan's places by at most ``count`` queries at a time; itself where it has no more."""
         total = len(self.in_window)
         if total <= count:
             return [self]

@@ -23,7 +23,7 @@ _NUMBERS_AT_ONCE = 1 << 19
 
 
 class TorchSums:
-    """Of one pass (``attention_sums.AttentionSums``)."""
+    """Sums of one pass by torch's operators (``attention_sums.AttentionSums``)."""
 
     def __init__(
         self,
