@@ -67,13 +67,13 @@ def passes(shape: Shape) -> None:
                 for statistic in statistics
             ]
             made = PagedPass(shape, plans)
-            kernels, part = made.statistics(), made.part(0, shape.layers)
-            attention = kernels.read(part)
-            for statistic, count in part.num_sums.items():
+            kernels, reading = made.statistics(), made.reading(0, shape.layers)
+            attention = kernels.read(reading)
+            for statistic, count in reading.num_sums.items():
                 if count:
                     sums = kernels.drift_sums(attention, statistic)
                     out = torch.zeros(len(plans), shape.layers)
-                    kernels.similarities(part, statistic, sums, shape.heads, out)
+                    kernels.similarities(reading, statistic, sums, shape.heads, out)
             kernels.add_mass(attention, torch.zeros(shape.layers, len(plans), length))
             kernels.add_mass(attention, torch.zeros(len(plans), length))
 

@@ -19,8 +19,8 @@ from vllm_elastic.attention.paged_statistics import (
     RELEASED,
     Before,
     PagedKeys,
+    PagedReading,
     PagedStatistics,
-    Part,
     PlanEntry,
     Rows,
 )
@@ -123,7 +123,7 @@ class PagedPass:
         )
         return PagedStatistics(self.keys, rows, SCALE)
 
-    def part(self, first: int, stop: int) -> Part:
+    def reading(self, first: int, stop: int) -> PagedReading:
         entries, sums = [], {RELEASED: 0, PAPER: 0}
         position = block = tested = written = 0
         for plan, query, own in zip(self.plans, self.first_query, self.num_own, strict=True):
@@ -154,7 +154,7 @@ class PagedPass:
                 if plan.statistic == PAPER:
                     each = self.shape.kv_heads
                 sums[plan.statistic] += each * len(self.tested_layers(plan, first, stop))
-        return Part(
+        return PagedReading(
             plans=torch.tensor(entries, dtype=torch.int32, device=DEVICE),
             first=first,
             stop=stop,

@@ -69,7 +69,7 @@ def masses_of(made: PagedPass, parts: list[tuple[int, int]]) -> tuple[torch.Tens
     by_layer = torch.zeros(made.shape.layers, len(made.plans), longest, device=DEVICE)
     summed = torch.zeros_like(by_layer[0])
     for first, stop in parts:
-        attention = statistics.read(made.part(first, stop))
+        attention = statistics.read(made.reading(first, stop))
         statistics.add_mass(attention, by_layer)
         statistics.add_mass(attention, summed)
     return by_layer.cpu(), summed.cpu()
@@ -92,13 +92,13 @@ def similarities_of(made: PagedPass, parts: list[tuple[int, int]]) -> torch.Tens
     stored = -(-made.shape.layers // made.shape.hidden_stride)
     out = torch.full((len(made.plans), stored), torch.nan, device=DEVICE)
     for first, stop in parts:
-        part = made.part(first, stop)
-        attention = statistics.read(part)
-        for statistic, count in part.num_sums.items():
+        reading = made.reading(first, stop)
+        attention = statistics.read(reading)
+        for statistic, count in reading.num_sums.items():
             if count:
                 sums = statistics.drift_sums(attention, statistic)
                 assert sums.isfinite().all(), "a sum was not written"
-                statistics.similarities(part, statistic, sums, made.shape.heads, out)
+                statistics.similarities(reading, statistic, sums, made.shape.heads, out)
     return out.cpu()
 
 
@@ -220,7 +220,7 @@ def test_keys_are_read_once_and_looked_at_twice(kind: str, monkeypatch: pytest.M
     plans = [Plan(40, 20), Plan(100, 31, 0, 1, RELEASED, tested=[0, 30], written=[3])]
     shape = Shape(layers=2, heads=3, kv_heads=3, kind=kind, dtype=torch.bfloat16)
     made = PagedPass(shape, plans)
-    kernels, part, cache = made.statistics(), made.part(0, 2), made.keys.cache
+    kernels, reading, cache = made.statistics(), made.reading(0, 2), made.keys.cache
     first = cache.data_ptr()
     last = first + cache.untyped_storage().nbytes()
     read: list[np.ndarray] = []
@@ -232,7 +232,7 @@ def test_keys_are_read_once_and_looked_at_twice(kind: str, monkeypatch: pytest.M
         return load(self, places, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
-    attention = kernels.read(part)
+    attention = kernels.read(reading)
     keys = shape.layers * shape.kv_heads * shape.dim
     assert len(np.unique(np.concatenate(read))) == keys * (40 + 100)
     # Two looks, and one more for the tested rows as they were.

@@ -333,7 +333,7 @@ def test_step_is_what_the_trial_run_holds(
     for module in (head, model_shape):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (logits, logits))
-    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE_ON_GPU", attention)
+    monkeypatch.setattr(memory, "MOST_NUMBERS_AT_ONCE", attention)
 
     sizes = dict(d_model=256, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=768)
     directory = model(GROUPED | sizes | dict(vocab_size=7904, embedding_size=7904))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from vllm_elastic.models.rows import PassRows, Recorder
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.executor import EagerExecutor, PassExecutor
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 from .conftest import Served
 
@@ -41,9 +41,9 @@ class CheckedExecutor:
         self._eager, self.tested = EagerExecutor(runner.model), tested
         self.passes: Counter[str] = Counter()
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
-        run = self.tested.prepare(batch, statistics)
-        rows = batch.lay_out(
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
+        run = self.tested.prepare(layout, statistics)
+        rows = layout.put_rows(
             self._runner.traits.num_layers, statistics.tested_positions, statistics.query_rows
         )
         return lambda: self.run(run, rows, statistics.recorder)

@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilde
 from tests.device import ON_CARD, SIMULATED
 from tests.recorded_graphs import NAN, RecordedGraphs
 from vllm_elastic.models.rows import PassRows, Recorder
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.cuda_graphs import CudaGraphs
 from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
 from vllm_elastic.runner.graphed_pass import (
@@ -95,7 +95,7 @@ class CheckedPasses(CheckedExecutor):
         whole = self.replays > before
         self.passes["whole" if whole else "not whole"] += 1
         if whole:
-            requests = rows.window.calls[0].pieces.num_reqs
+            requests = len(rows.window.calls[0].metadata.seq_lens)
             self.passes["measuring whole"] += recorder is not None
             self.passes["whole of several"] += requests > 1
             assert rows.layers[0] is not None
@@ -104,7 +104,7 @@ class CheckedPasses(CheckedExecutor):
 
     def _poison(self) -> None:
         """What is legal, and no pass's."""
-        self.whole._inputs._piece.zero_()
+        self.whole._inputs._buffer.zero_()
         for kept in self.whole._queries._kept.values():
             kept.fill_(NAN)
 
@@ -199,7 +199,7 @@ def test_gpu_backends_read_the_passes_own_tensors(
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
     passes, builder = uncaptured(runner, MOST_ROWS, MOST_REQUESTS), _builder(kind, runner)
     numbers = passes._inputs.of_one_request(16)
-    found = _metadata(builder, passes._inputs.pieces(numbers, numbers.starts, 200))
+    found = _metadata(builder, passes._inputs.common_metadata(numbers, numbers.starts, 200))
     tensors = {
         "seq_lens": numbers.lengths,
         "block_table": numbers.blocks,
@@ -207,7 +207,7 @@ def test_gpu_backends_read_the_passes_own_tensors(
     }
     for name, own in tensors.items():
         assert getattr(found, name).data_ptr() == own.data_ptr(), name
-    own = passes._inputs._piece
+    own = passes._inputs._buffer
     for tensor in tensors.values():  # aligned as kernels may want it, and where passes are copied
         assert not (tensor.data_ptr() - own.data_ptr()) % 16
         assert tensor.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
@@ -229,17 +229,17 @@ def test_flash_attention_3_gets_no_schedule_and_a_bound(
         _builder(FlashAttentionMetadataBuilder, runner),
     )
     monkeypatch.setattr(builder, "aot_schedule", True)
-    found = _metadata(builder, _pieces(passes))
+    found = _metadata(builder, _common_metadata(passes))
     assert found.scheduler_metadata is None
     attention = runner.vllm_config.attention_config
     assert found.max_num_splits == attention.flash_attn_max_num_splits_for_cuda_graph > 1
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
-    assert _metadata(builder, _pieces(passes)).max_num_splits == 1
+    assert _metadata(builder, _common_metadata(passes)).max_num_splits == 1
 
 
-def _pieces(passes: GraphedPasses) -> CommonAttentionMetadata:
+def _common_metadata(passes: GraphedPasses) -> CommonAttentionMetadata:
     numbers = passes._inputs.of_one_request(16)
-    return passes._inputs.pieces(numbers, numbers.starts, 200)
+    return passes._inputs.common_metadata(numbers, numbers.starts, 200)
 
 
 def _builder(kind: Any, runner: Any) -> Any:
@@ -286,10 +286,10 @@ def _leaves_out(name: str) -> Callable[[GraphedPasses], None]:
         inputs = whole._inputs
         lay_out = inputs.lay_out
 
-        def without(batch: BatchBuilder, count: int) -> Any:
-            piece = lay_out(batch, count)
-            getattr(inputs._numbers(piece, np.int32, count), name)[:] = 0
-            return piece
+        def without(layout: PassLayout, count: int) -> Any:
+            buffer = lay_out(layout, count)
+            getattr(inputs._numbers(buffer, np.int32, count), name)[:] = 0
+            return buffer
 
         inputs.lay_out = without  # type: ignore[method-assign]
 
@@ -303,7 +303,7 @@ def _another_number_of_rows(whole: GraphedPasses) -> None:
 
 FAULTS: dict[str, Callable[[GraphedPasses], None]] = {
     **{f"{name} left out": _leaves_out(name) for name in NUMBERS},
-    "nothing copied": lambda whole: setattr(whole._inputs, "take", lambda piece: None),
+    "nothing copied": lambda whole: setattr(whole._inputs, "take", lambda buffer: None),
     "another number of rows": _another_number_of_rows,
     "queries of another pass": lambda whole: setattr(
         whole._queries, "_kept", {n: kept.clone() for n, kept in whole._queries._kept.items()}

@@ -207,7 +207,7 @@ def _without_copy(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _attended_elsewhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(GraphedBlock, "room", lambda block, q: torch.zeros_like(q))
+    patch.setattr(GraphedBlock, "attention_buffer", lambda block, q: torch.zeros_like(q))
     patch.setattr(StaticRows, "take_attended", lambda *_: None)
 
 

@@ -59,7 +59,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served("gqa-tied", directory, oracle, make_engine(directory, block_size=96))
 
 
-@pytest.mark.parametrize("at_once", [memory.NUMBERS_AT_ONCE_ON_GPU, 3000], ids=["all", "in-parts"])
+@pytest.mark.parametrize("at_once", [memory.MOST_NUMBERS_AT_ONCE, 3000], ids=["all", "in-parts"])
 @pytest.mark.slow
 def test_equals_oracle(served: Served, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans, blocks or old keys would be another request's; a plan would cost a launch."""
@@ -70,7 +70,7 @@ def test_equals_oracle(served: Served, at_once: int, monkeypatch: pytest.MonkeyP
             paged_kernels, name, Counted(getattr(paged_kernels, name), name, launches)
         )
     monkeypatch.setattr(attention_sums, "TorchSums", KernelSums)
-    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE_ON_GPU", at_once)
+    monkeypatch.setattr(memory, "MOST_NUMBERS_AT_ONCE", at_once)
     # No canvas's keys are copied, let alone to float32.
     monkeypatch.setattr(KeyLayout, "read_blocks", lambda *_: pytest.fail("keys were copied"))
     run, most_plans = engine.runner.run, 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 
 from .conftest import EOS, Served, poison
 from .driver import Driver, assert_nothing_left, prompt_of
@@ -189,13 +189,13 @@ def test_warm_up_owns_nothing(
     runner: Any = served.engine.runner  # type: ignore[attr-defined]
     poison(served.engine)
     asked: set[tuple[int, int, int]] = set()
-    metadata = BatchBuilder._metadata
+    metadata = PassLayout._metadata
 
-    def seen(self: BatchBuilder, common: Any) -> Any:
+    def seen(self: PassLayout, common: Any) -> Any:
         asked.add((common.num_reqs, common.max_query_len, common.max_seq_len))
         return metadata(self, common)
 
-    monkeypatch.setattr(BatchBuilder, "_metadata", seen)
+    monkeypatch.setattr(PassLayout, "_metadata", seen)
     runner.warm_up()
     monkeypatch.undo()
     assert asked == set(product((1, 2, 16), (1, 2, 32), (32,))) | set(

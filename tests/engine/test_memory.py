@@ -38,8 +38,8 @@ def bound(
 ) -> None:
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", logits)
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (numbers, numbers))
-    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE_ON_GPU", attention)
-    monkeypatch.setattr(statistics, "NUMBERS_AT_ONCE_ON_GPU", attention)
+    monkeypatch.setattr(memory, "MOST_NUMBERS_AT_ONCE", attention)
+    monkeypatch.setattr(statistics, "MOST_NUMBERS_AT_ONCE", attention)
     monkeypatch.setattr(torch_sums, "_NUMBERS_AT_ONCE", attention)
     monkeypatch.setattr(memory, "SUMS_AT_ONCE", sums)
 

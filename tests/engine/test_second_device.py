@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.device import ON_SECOND
 from tests.second_device import SECOND, OnSecond
-from vllm_elastic.runner.adapters import Slices
+from vllm_elastic.runner.adapter_products import Slices
 from vllm_elastic.runner.upload import Upload
 
 from .adapted import Adapted

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner import head
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.download import Download
 
 from .conftest import Served
@@ -172,7 +172,7 @@ def counted_transfers(
     """
     engine: Any = served.engine
     start, download = engine.runner.start, Download.send
-    call, metadata = BatchBuilder._call, BatchBuilder._metadata
+    call, metadata = PassLayout._call, PassLayout._metadata
     num_plans: list[int] = []
     counts: Counter[str] = Counter()
     calls: Counter[str] = Counter()
@@ -209,8 +209,8 @@ def counted_transfers(
 
     for name in ("numpy", "tolist", "item", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, noted(name, counts), raising=False)
-    monkeypatch.setattr(BatchBuilder, "_call", noted_call)
-    monkeypatch.setattr(BatchBuilder, "_metadata", noted_metadata)
+    monkeypatch.setattr(PassLayout, "_call", noted_call)
+    monkeypatch.setattr(PassLayout, "_metadata", noted_metadata)
     monkeypatch.setattr(Download, "send", fetched)
     monkeypatch.setattr(engine.runner, "start", counted)
     yield

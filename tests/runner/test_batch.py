@@ -13,7 +13,7 @@ import pytest
 from tests.device import DEVICE
 from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.models.rows import PassRows, bucket
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.row_order import NO_ROWS, RowOrder
 from vllm_elastic.runner.upload import Upload
 
@@ -64,9 +64,9 @@ def build(
     asked = plans()
     order, upload = RowOrder.of(asked, BLOCK), Upload(DEVICE)
     group: Any = kernels or Kernels()
-    builder = BatchBuilder(asked, order, upload, group, cache, chunk)
+    layout = PassLayout(asked, order, upload, group, cache, chunk)
     positions = np.arange(tested, dtype=np.int64) + 90
-    rows = builder.lay_out(LAYERS, positions, NO_ROWS)
+    rows = layout.put_rows(LAYERS, positions, NO_ROWS)
     upload.send()
     return rows, order
 
@@ -141,10 +141,10 @@ def test_each_row_attends_to_its_own_canvas(chunk: int) -> None:
             assert common.causal is False
             assert common.num_actual_tokens == call.stop - call.start
             starts = common.query_start_loc.tolist()
-            for piece, (first, last) in enumerate(pairwise(starts)):
-                (plan_of_piece,) = set(owners[call.start + first : call.start + last].tolist())
-                assert common.seq_lens[piece] == lengths[plan_of_piece]
-                assert common.block_table_tensor[piece, 0] == first_blocks[plan_of_piece]
+            for sequence, (first, last) in enumerate(pairwise(starts)):
+                (plan_of_rows,) = set(owners[call.start + first : call.start + last].tolist())
+                assert common.seq_lens[sequence] == lengths[plan_of_rows]
+                assert common.block_table_tensor[sequence, 0] == first_blocks[plan_of_rows]
         assert covered == getattr(active, "num_rows", len(of_window))
 
 

@@ -58,24 +58,14 @@ def most_attended(mass: torch.Tensor, trackable: torch.Tensor, track_num: int) -
     return torch.nn.functional.pad(best, (0, track_num - best.shape[-1]), value=-1)
 
 
-def drift_similarity(old: torch.Tensor, new: torch.Tensor, statistic: str) -> torch.Tensor:
-    """How alike the tested rows' attention is before and after an update; 1 = no drift.
+def drift_sums(old: torch.Tensor, new: torch.Tensor, statistic: str) -> list[torch.Tensor]:
+    """The part of ``naive.drift_similarity`` that adds up over heads, of some of the heads.
 
     Args:
-        old, new: float32 [L, H, M, T], attention rows (softmax over T).
+        old, new: float32 [L, H, M, T], attention rows (softmax over T) before and after an update.
         statistic: ``released``: cosine across the heads for every tested row and key, mean over
             both (the authors' code); ``paper``: cosine across the keys for every head and tested
             row, mean over both (arXiv 2510.14973).
-
-    Returns:
-        float32 [L].
-    """
-    sums = drift_sums(old, new, statistic)
-    return similarity_of_sums(sums, statistic, old.shape[1] * old.shape[2])
-
-
-def drift_sums(old: torch.Tensor, new: torch.Tensor, statistic: str) -> list[torch.Tensor]:
-    """The part of ``drift_similarity`` that adds up over heads, of some of the heads.
 
     Returns:
         ``released``: dot products and both squared norms across the heads, each [L, M, T];

@@ -26,14 +26,14 @@ class PlanEntry(NamedTuple):
     Attributes:
         place: in what all plans share.
         first_layer, layer_stride: its attention is read in ``first_layer + i * layer_stride``.
-        length: T; first_position: how many positions the plans before it in the part have.
+        length: T; first_position: how many positions the plans before it in the reading have.
         first_block: of its KV blocks, in the pass's list of them.
         first_query, num_queries: its rows among the saved queries.
         statistic: 0: nothing is tested.
         first_tested, num_tested: its rows among the tested ones.
         first_written: of its positions, in ``Rows.written_at``.
         stop_stored: of the layers that store their input, so many from layer 0 on are tested.
-        first_sum: of its sums, in a part of the layers.
+        first_sum: of its sums, in the reading.
     """
 
     place: int
@@ -108,7 +108,7 @@ def _key_tile(
 def _as_they_were(
     keys, old_keys_of_head, written_at, at, own, dim, KV_HEADS: tl.constexpr, DIM: tl.constexpr
 ):
-    """The same keys before the pass: those that it overwrote were kept."""
+    """The keys as they were before the pass: those that it overwrote were kept."""
     place = tl.load(written_at + at, mask=own, other=-1)
     written = (place >= 0)[None, :]
     old = tl.load(
@@ -131,13 +131,13 @@ def _query_tile(queries_of_head, row, member, is_row, dim, HEADS: tl.constexpr, 
 
 @triton.jit
 def _scores(queries, keys, scale):
-    """Of base 2. Nothing is rounded: neither float32 to TF32 nor what is half as wide."""
+    """Scores of base 2. Nothing is rounded: neither float32 to TF32 nor what is half as wide."""
     return tl.dot(queries, keys, input_precision="ieee") * scale
 
 
 @triton.jit
 def _tested_layer(plan, first, nth, num_layers, hidden_stride, STATISTIC: tl.constexpr):
-    """The ``nth`` layer of a part, which of the plan's stored ones it is in the part, and whether
+    """The ``nth`` layer of a reading, which of the plan's stored ones it is there, and whether
     the plan's test looks at it. A plan that tests is read in every layer."""
     first_own = tl.load(plan + _FIRST_LAYER) + first
     layer = first_own + nth
@@ -621,7 +621,7 @@ def fold_kernel(
 ):
     """Some positions of one plan: mass added up over heads, and over layers where asked for.
 
-    Layer by layer, whatever the part is: cutting changes no sum.
+    Layer by layer, whatever the reading is: cutting changes no sum.
     """
     plan = plans + tl.program_id(2) * _FIELDS
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

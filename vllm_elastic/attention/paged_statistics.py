@@ -67,11 +67,12 @@ class Rows:
 
 
 @dataclass(slots=True)
-class Part:
-    """Some plans, and of the layers that each looks at the ``first``-th to the ``stop``-th.
+class PagedReading:
+    """Plans whose attention is read by one launch, in some of the layers that each looks at.
 
     Attributes:
         plans: int32 [plans, fields], a ``PlanEntry`` each.
+        first, stop: the layers are a plan's ``first``-th to, without it, its ``stop``-th.
         num_positions: T of all plans together.
         longest: the greatest T; most_tested: the greatest number of tested rows.
         num_sums: how many numbers ``PlanEntry.first_sum`` counts, by statistic.
@@ -118,22 +119,22 @@ class PagedStatistics:
         self._paged = (cache, layout.offsets, rows.blocks, *cache.stride(), width)
         self._scale = scale * _LOG2_E
 
-    def read(self, part: Part) -> Attention:
+    def read(self, reading: PagedReading) -> Attention:
         """The softmax's sums of all rows, and the windows' mass, in some layers: one launch."""
         rows = self._rows
-        layers, device = part.stop - part.first, rows.queries.device
+        layers, device = reading.stop - reading.first, rows.queries.device
         num_rows = self._num_queries + self._num_tested
         lse = torch.empty(layers, self._kv_heads, num_rows * self._shape["GROUP"], device=device)
-        mass = torch.empty(layers, self._kv_heads, part.num_positions, device=device)
-        kernels.mass_kernel[self._kv_heads, layers, len(part.plans)](
+        mass = torch.empty(layers, self._kv_heads, reading.num_positions, device=device)
+        kernels.mass_kernel[self._kv_heads, layers, len(reading.plans)](
             *self._paged,
-            part.plans,
+            reading.plans,
             *self._states(),
             rows.in_window,
             lse,
             mass,
-            part.first,
-            part.num_positions,
+            reading.first,
+            reading.num_positions,
             self._num_queries,
             self._num_tested,
             self._num_layers,
@@ -142,7 +143,7 @@ class PagedStatistics:
             TESTS=rows.before is not None,
             **self._shape,
         )
-        return Attention(part, lse, mass)
+        return Attention(reading, lse, mass)
 
     def drift_sums(self, attention: Attention, statistic: int) -> torch.Tensor:
         """What adds up over ranks of the plans that test by a statistic: one launch.
@@ -152,24 +153,24 @@ class PagedStatistics:
             squared norms across the heads; ``PAPER``: float32 [1, sums], of each plan
             [tested layers, Hkv] cosines added up over the head's rows.
         """
-        part, rows = attention.part, self._rows
+        reading, rows = attention.reading, self._rows
         released = statistic == RELEASED
         kernel = kernels.released_kernel if released else kernels.paper_kernel
-        count = part.num_sums[statistic]
+        count = reading.num_sums[statistic]
         sums = torch.empty(3 if released else 1, count, device=attention.lse.device)
         shape, across = self._shape, self._kv_heads
         if released:  # members of a group are not packed: few rows
             shape = shape | {"BLOCK_ROWS": 32}
-            tiles = triton.cdiv(part.longest, shape["BLOCK_KEYS"])
-            across = tiles * triton.cdiv(part.most_tested, shape["BLOCK_ROWS"])
-        kernel[across, part.stop - part.first, len(part.plans)](
+            tiles = triton.cdiv(reading.longest, shape["BLOCK_KEYS"])
+            across = tiles * triton.cdiv(reading.most_tested, shape["BLOCK_ROWS"])
+        kernel[across, reading.stop - reading.first, len(reading.plans)](
             *self._paged,
-            part.plans,
+            reading.plans,
             *self._states(),
             rows.tested,
             attention.lse,
             sums,
-            part.first,
+            reading.first,
             count,
             self._num_queries,
             self._num_tested,
@@ -182,7 +183,12 @@ class PagedStatistics:
         return sums
 
     def similarities(
-        self, part: Part, statistic: int, sums: torch.Tensor, num_heads: int, out: torch.Tensor
+        self,
+        reading: PagedReading,
+        statistic: int,
+        sums: torch.Tensor,
+        num_heads: int,
+        out: torch.Tensor,
     ) -> None:
         """Means of the sums of all ranks, to float32 [plans, stored layers]: one launch.
 
@@ -190,12 +196,12 @@ class PagedStatistics:
             num_heads: query heads of all ranks.
         """
         stride = self._rows.hidden_stride
-        kernels.similarity_kernel[-(-(part.stop - part.first) // stride), len(part.plans)](
-            part.plans,
+        kernels.similarity_kernel[-(-(reading.stop - reading.first) // stride), len(reading.plans)](
+            reading.plans,
             sums,
             out,
-            part.first,
-            part.stop,
+            reading.first,
+            reading.stop,
             sums.shape[1],
             out.shape[1],
             num_heads,
@@ -213,16 +219,16 @@ class PagedStatistics:
             out: contiguous float32 [L, plans, longest T], a layer's own mass is written to;
                 or [plans, longest T], to which that of all layers is added.
         """
-        part, by_layer = attention.part, out.ndim == 3
-        layers = part.stop - part.first
-        tiles = triton.cdiv(part.longest, _POSITIONS_OF_FOLD)
-        kernels.fold_kernel[tiles, layers if by_layer else 1, len(part.plans)](
-            part.plans,
+        reading, by_layer = attention.reading, out.ndim == 3
+        layers = reading.stop - reading.first
+        tiles = triton.cdiv(reading.longest, _POSITIONS_OF_FOLD)
+        kernels.fold_kernel[tiles, layers if by_layer else 1, len(reading.plans)](
+            reading.plans,
             attention.mass,
             out,
-            part.first,
+            reading.first,
             layers,
-            part.num_positions,
+            reading.num_positions,
             out.shape[-2],
             out.shape[-1],
             self._num_layers,
@@ -242,7 +248,7 @@ class PagedStatistics:
 
 @dataclass(slots=True)
 class Attention:
-    """What ``PagedStatistics.read`` found in a part of the layers.
+    """What ``PagedStatistics.read`` found.
 
     Attributes:
         lse: float32 [layers, Hkv, (S + M) * group], the softmaxes' logarithms of base 2, of the
@@ -250,7 +256,7 @@ class Attention:
         mass: float32 [layers, Hkv, positions of all plans].
     """
 
-    part: Part
+    reading: PagedReading
     lse: torch.Tensor
     mass: torch.Tensor
 
@@ -277,11 +283,11 @@ def warm_up(
         statistics = PagedStatistics(keys, rows, 1.0)
         plan = PlanEntry(0, 0, 1, 1, 0, 0, 1, 0, statistic, num_tested=1, stop_stored=1)
         plans = torch.tensor([plan], dtype=torch.int32, device=cache.device)
-        part = Part(plans, 0, 1, 1, 1, 1, {RELEASED: 1, PAPER: kv_heads})
-        attention = statistics.read(part)
+        reading = PagedReading(plans, 0, 1, 1, 1, 1, {RELEASED: 1, PAPER: kv_heads})
+        attention = statistics.read(reading)
         for sizes in ((num_layers, 1, 1), (1, 1)):
             statistics.add_mass(attention, zeros(*sizes, dtype=torch.float32))
         if statistic:
             sums = statistics.drift_sums(attention, statistic)
             out = zeros(1, num_layers, dtype=torch.float32)
-            statistics.similarities(part, statistic, sums, num_heads_of_all_ranks, out)
+            statistics.similarities(reading, statistic, sums, num_heads_of_all_ranks, out)

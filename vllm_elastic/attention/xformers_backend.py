@@ -114,7 +114,7 @@ class XFormersBackend(AttentionBackend):
 
 @dataclass(slots=True)
 class XFormersMetadata(AttentionMetadata):
-    """Of one attention call.
+    """What one attention call is told.
 
     Attributes:
         num_rows: that attend; further ones fill up.

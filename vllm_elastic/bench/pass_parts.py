@@ -19,13 +19,13 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from vllm_elastic.models import layer_pass
     from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.runner import runner
-    from vllm_elastic.runner.batch import BatchBuilder
+    from vllm_elastic.runner.batch import PassLayout
     from vllm_elastic.runner.compiled_layer import CompiledLayer
     from vllm_elastic.runner.graphed_pass import PassInputs
     from vllm_elastic.runner.head import Head
     from vllm_elastic.runner.row_order import RowOrder
+    from vllm_elastic.runner.statistics.pass_statistics import MeasuringStatistics
     from vllm_elastic.runner.statistics.recorder import PassRecorder
-    from vllm_elastic.runner.statistics.statistics import MeasuringStatistics
 
     return {
         "products": [
@@ -33,9 +33,9 @@ def places() -> dict[str, list[tuple[Any, str]]]:
             (layer_pass, "finish"),
             (CompiledLayer, "__call__"),
         ],
-        "attention": [(layer_pass.Between, "attend")],
+        "attention": [(layer_pass.LayerAttention, "attend")],
         "cache writes": [
-            (layer_pass.Between, "write"),
+            (layer_pass.LayerAttention, "write"),
             (HiddenStateCache, "write"),
             (HiddenStateCache, "read"),
         ],
@@ -49,8 +49,8 @@ def places() -> dict[str, list[tuple[Any, str]]]:
         "head": [(Head, "predict")],
         "batch": [
             (RowOrder, "of"),
-            (BatchBuilder, "lay_out"),
-            (BatchBuilder, "_metadata"),
+            (PassLayout, "put_rows"),
+            (PassLayout, "_metadata"),
             (PassInputs, "lay_out"),
         ],
     }

@@ -58,7 +58,7 @@ class ImageRules:
     max_tiles: int
 
     def layout(self, height: int, width: int) -> ImageLayout:
-        """Of an image of so many pixels.
+        """The layout of an image of so many pixels.
 
         Raises:
             ValueError: it is so long and narrow that nothing of it would be left.

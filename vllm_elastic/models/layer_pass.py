@@ -26,8 +26,8 @@ from vllm_elastic.models.rows import (
 
 
 @dataclass(slots=True)
-class Between:
-    """What is between a layer's two functions.
+class LayerAttention:
+    """A layer's attention in a pass: what is between its block's two functions.
 
     Attributes:
         layer: its number; attn: vLLM's attention layer.
@@ -48,11 +48,11 @@ class Between:
 
     def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put keys and values [P, Hkv, D] into the paged cache."""
-        slots = first(self.rows.slots, k.shape[0])
+        slots = leading(self.rows.slots, k.shape[0])
         self.attn.impl.do_kv_cache_update(self.attn, k, v, self.attn.kv_cache, slots)
 
     def finished(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of a tensor with one entry a row, the rows that the layer has to finish."""
+        """The rows that the layer has to finish, of a tensor with one entry a row."""
         return rows if self.window is None else rows.index_select(0, self.window.rows)
 
     def attend(
@@ -67,13 +67,13 @@ class Between:
             attn.impl.forward(attn, q, k, v, attn.kv_cache, calls[0].metadata, output)
             return
         for call in calls:
-            own = slice(call.start, call.stop)
+            rows = slice(call.start, call.stop)
             attn.impl.forward(
-                attn, q[own], k[own], v[own], attn.kv_cache, call.metadata, output[own]
+                attn, q[rows], k[rows], v[rows], attn.kv_cache, call.metadata, output[rows]
             )
 
 
-class NoCache(Between):
+class NoCache(LayerAttention):
     """Where there is nothing to attend to yet: of queries, keys and values nothing is kept."""
 
     def write(self, k: torch.Tensor, v: torch.Tensor) -> None: ...
@@ -87,7 +87,9 @@ class NoCache(Between):
 class Layer(Protocol):
     """A way to compute a layer's part in a pass."""
 
-    def __call__(self, x: torch.Tensor, projected: torch.Tensor, between: Between) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, projected: torch.Tensor, attention: LayerAttention
+    ) -> torch.Tensor:
         """The output [R filled up, d] of the rows that the layer has to finish.
 
         Args:
@@ -104,21 +106,23 @@ class LayerAsWritten:
     def __init__(self, block: Block) -> None:
         self._block = block
 
-    def __call__(self, x: torch.Tensor, projected: torch.Tensor, between: Between) -> torch.Tensor:
-        block, now = self._block, between.rows
-        positions = first(now.positions, projected.shape[0])
+    def __call__(
+        self, x: torch.Tensor, projected: torch.Tensor, attention: LayerAttention
+    ) -> torch.Tensor:
+        block, now = self._block, attention.rows
+        positions = leading(now.positions, projected.shape[0])
         q, k, v = project(block, projected, positions, now.calls, now.adapters)
         del projected
-        between.record(q)
-        between.write(k, v)
+        attention.record(q)
+        attention.write(k, v)
         calls, adapters = now.calls, now.adapters
-        if between.window is not None:
-            x, q = between.finished(x), between.finished(q)
-            calls, adapters = between.window.calls, between.window.adapters
+        if attention.window is not None:
+            x, q = attention.finished(x), attention.finished(q)
+            calls, adapters = attention.window.calls, attention.window.adapters
         count = x.shape[0]
-        q, k, v = first(q, count), first(k, count), first(v, count)
-        attended = block.room(q)
-        between.attend(q, k, v, attended)
+        q, k, v = leading(q, count), leading(k, count), leading(v, count)
+        attended = block.attention_buffer(q)
+        attention.attend(q, k, v, attended)
         del q, k, v  # the MLP needs the room
         return finish(block, x, attended.view(count, -1), calls, adapters)
 
@@ -134,8 +138,8 @@ def project(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.project(x, positions)
-    own = _chunk_by_chunk(calls, len(x), adapters)
-    parts = [block.project(x[rows], positions[rows]) for rows in own]
+    each_chunk = _chunk_by_chunk(calls, len(x), adapters)
+    parts = [block.project(x[rows], positions[rows]) for rows in each_chunk]
     q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
     return q, k, v
 
@@ -151,11 +155,11 @@ def finish(
     if len(calls) == 1:
         _use(adapters, 0, x.shape[0])
         return block.finish(x, attended)
-    own = _chunk_by_chunk(calls, len(x), adapters)
-    return torch.cat([block.finish(x[rows], attended[rows]) for rows in own])
+    each_chunk = _chunk_by_chunk(calls, len(x), adapters)
+    return torch.cat([block.finish(x[rows], attended[rows]) for rows in each_chunk])
 
 
-def first(rows: torch.Tensor, count: int) -> torch.Tensor:
+def leading(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The first so many rows; no operator where they are all."""
     # Not by len(), which is several calls of Python's for a tensor.
     return rows if rows.shape[0] == count else rows[:count]

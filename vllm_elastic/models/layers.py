@@ -179,7 +179,7 @@ class Block(Protocol):
         """Rotated q [R, Hq, D], k and v [R, Hkv, D] of the layer's input [R, d]."""
         ...
 
-    def room(self, q: torch.Tensor) -> torch.Tensor:
+    def attention_buffer(self, q: torch.Tensor) -> torch.Tensor:
         """Zeros [R, Hq, D]: attention to queries of that shape is written into them."""
         ...
 
@@ -221,7 +221,7 @@ class PreNormBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.attention.project(self.attention_norm(x), positions)
 
-    def room(self, q: torch.Tensor) -> torch.Tensor:
+    def attention_buffer(self, q: torch.Tensor) -> torch.Tensor:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class LlavaLLaDAModelLM(LlamaLike, SupportsMultiModal):
         return self.images(pixel_values, *image_size.tolist())
 
     def largest_image(self) -> dict[str, torch.Tensor]:
-        """Of ``embed_multimodal``, arguments that take the most memory."""
+        """Arguments of ``embed_multimodal`` that take the most memory."""
         rules = self.images.rules
         tiles = torch.zeros(rules.most_tiles, 3, rules.tile, rules.tile, device="cpu")
         size = torch.tensor(max(rules.grids, key=math.prod), device="cpu")

@@ -99,7 +99,7 @@ class LLaDAVConfig(LLaDAConfig):
 
     @property
     def image_parameters(self) -> int:
-        """Of the tower as far as it is used, the projector, and the newline."""
+        """Numbers in the tower as far as it is used, the projector, and the newline."""
         tower, width = self.vision_config, self.d_model
         own, inner = tower.hidden_size, tower.intermediate_size
         patches = (tower.image_size // tower.patch_size) ** 2

@@ -59,5 +59,12 @@ def add_up(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if count() == 1 or not parts:
         return list(parts)
     flat = tensor_model_parallel_all_reduce(torch.cat([part.flatten() for part in parts]))
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    sums = flat.split([part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
+def add_up_in_place(parts: Sequence[torch.Tensor]) -> None:
+    """``add_up``, with each sum in its tensor's place."""
+    if count() > 1:
+        for part, total in zip(parts, add_up(parts), strict=True):
+            part.copy_(total)

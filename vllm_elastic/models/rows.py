@@ -38,15 +38,13 @@ class AttentionCall:
     """Rows [start, stop) that one call of the attention backend works on.
 
     Attributes:
-        build: makes the backend's metadata; None: there is nothing to attend to yet.
-        pieces: what it makes them of, vLLM's ``CommonAttentionMetadata``: each sequence is rows
-            that attend to one canvas.
+        build: makes the backend's metadata, where each sequence is rows that attend to one canvas;
+            None: there is nothing to attend to yet.
     """
 
     start: int
     stop: int
     build: Callable[[], Any] | None = None
-    pieces: Any = None
     _metadata: Any = None
 
     @property

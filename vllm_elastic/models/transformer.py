@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.models.hidden_states import HiddenStateCache
-from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, NoCache, first
+from vllm_elastic.models.layer_pass import Layer, LayerAsWritten, LayerAttention, NoCache, leading
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import (
@@ -49,7 +49,7 @@ FUSED: dict[str, dict[str, str | int]] = {
 _PART_OF = {part: (fused, name) for fused, parts in FUSED.items() for part, name in parts.items()}
 
 _NO_SCALES = WeightsMapper(orig_to_new_regex={re.compile(r"\.[qkv]_(scale|zero_point)$"): None})
-"""Of keys and values in a quantised checkpoint: they are kept as the model computes them."""
+"""Leaves out a quantised checkpoint's scales of keys and values, which are kept as computed."""
 
 
 class DiffusionTransformer(nn.Module, SupportsLoRA):
@@ -178,8 +178,8 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
                 if number:
                     x = self._store_and_join(number, x, before, now)
                 window = rows.window if number == self.num_layers - 1 else None
-                between = Between(number, block.attn, now, window, recorder)
-                x = layer(x, self._with_old(number, x, now, recorder), between)
+                attention = LayerAttention(number, block.attn, now, window, recorder)
+                x = layer(x, self._with_old(number, x, now, recorder), attention)
                 before = now
         return self.norm(x)
 
@@ -200,7 +200,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         if self.input_states is None or rows.layers[0] is None:
             raise RuntimeError("rows start from stored inputs, of which the model keeps none")
         # All rows' slots are read, so that the shape does not depend on what they hold.
-        stored = self.input_states.read(first(rows.layers[0].slots, len(x)))
+        stored = self.input_states.read(leading(rows.layers[0].slots, len(x)))
         return torch.where(rows.stored[:, None], stored, x)
 
     def store_inputs(self, inputs: torch.Tensor, slots: torch.Tensor) -> None:
@@ -226,7 +226,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
         num_on = 0
         if before is not None:
             num_on = before.num_rows
-            store.write(x, first(before.slots, before.num_finished))
+            store.write(x, leading(before.slots, before.num_finished))
         if now is before:
             return x
         joining = store.read(now.slots[num_on : now.num_rows])
@@ -280,11 +280,13 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
             ],
             adapters=adapters,
         )
-        between = NoCache(0, self.blocks[0].attn, rows, None, None)
+        attention = NoCache(0, self.blocks[0].attn, rows, None, None)
         x = self.embed_tokens(positions[:num_finished])
         old = x[: len(positions) - num_finished]
         with self.pass_context():
-            return self.norm(self._layers[0](x, torch.cat([x, old]) if num_tested else x, between))
+            return self.norm(
+                self._layers[0](x, torch.cat([x, old]) if num_tested else x, attention)
+            )
 
     def load_named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the parameters that were filled.
@@ -357,7 +359,7 @@ def _own_name(name: str) -> str:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Of a parameter's name: what its layer is in ("" if nothing), the layer, the parameter."""
+    """A parameter's name as what its layer is in ("" if nothing), the layer, the parameter."""
     path, _, suffix = name.rpartition(".")
     parent, _, module = path.rpartition(".")
     return parent, module, suffix

@@ -12,11 +12,9 @@ from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.upload import Upload
 
-_NEVER = float("-inf")
-
 
 class AllowedTokens:
-    """Of all plans of a pass that have a grammar, put into its upload: of use once it was sent.
+    """What the grammars of a pass's plans allow, put into its upload: of use once it was sent.
 
     Args:
         slices: each plan's rows among the window rows of the pass. A grammar binds the first one.
@@ -26,8 +24,8 @@ class AllowedTokens:
         self, plans: Sequence[PassPlan], slices: Sequence[slice], vocab_size: int, upload: Upload
     ) -> None:
         bound = [
-            (own.start, plan.allowed)
-            for plan, own in zip(plans, slices, strict=True)
+            (window.start, plan.allowed)
+            for plan, window in zip(plans, slices, strict=True)
             if plan.allowed is not None
         ]
         self._rows = [row for row, _ in bound]
@@ -48,5 +46,5 @@ class AllowedTokens:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)
         words = bits.index_select(-1, token_ids // 32)
         forbidden = (words >> (token_ids % 32).to(torch.int32)) & 1 == 0
-        own = logits.index_select(0, places).masked_fill_(forbidden, _NEVER)
-        logits.index_copy_(0, places, own)
+        bound = logits.index_select(0, places).masked_fill_(forbidden, -torch.inf)
+        logits.index_copy_(0, places, bound)

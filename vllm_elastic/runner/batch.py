@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from vllm_elastic.models.rows import (
     RowAdapters,
     bucket,
 )
-from vllm_elastic.runner.adapters import PassAdapters
+from vllm_elastic.runner.adapter_products import PassAdapters
 from vllm_elastic.runner.cache_view import CacheView, table_width
 from vllm_elastic.runner.ragged import bounds, filled_up
-from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
+from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder, Span
 from vllm_elastic.runner.upload import Upload
 
 ONE_BATCH_AT_A_TIME = ("FLASHINFER", "FLEX_ATTENTION")
@@ -33,12 +33,9 @@ ONE_BATCH_AT_A_TIME = ("FLASHINFER", "FLEX_ATTENTION")
 of their own, FLASHINFER in a wrapper with one plan. A canvas in row chunks needs one a chunk in
 every layer, over and over."""
 
-Piece = tuple[int, int, int]
-"""Plan, first and end row of neighbours that attend to the same canvas."""
 
-
-class BatchBuilder:
-    """Builds the rows of one pass.
+class PassLayout:
+    """Where the rows of a pass are, and what they attend to.
 
     Args:
         cache: whose blocks the plans name.
@@ -51,10 +48,8 @@ class BatchBuilder:
             block.
         window_rows: int64 [W], plan by plan; window_ends: where each plan's begin among them, and
             the last one's end.
-        window_adapters: of the W rows filled up, once they were laid out; None: they have none.
+        window_adapters: of the W rows filled up; None: they have none.
     """
-
-    window_adapters: RowAdapters | None = None
 
     def __init__(
         self,
@@ -77,8 +72,11 @@ class BatchBuilder:
         self.window_ends = bounds(len(plan.window) for plan in plans)
         windows = {index: plan.window_rows for index, plan in enumerate(plans)}
         self.window_rows = order.rows_of(windows)
+        ends = self.window_ends
+        self._window_spans = list(map(Span, range(len(plans)), ends, ends[1:]))
+        self.window_adapters = self._adapters_of(self._window_spans, bucket(ends[-1]))
 
-    def lay_out(
+    def put_rows(
         self, num_layers: int, tested_positions: IntArray, query_rows: IntArray
     ) -> PassRows:
         """Put everything into the upload; the rows are of use once it was sent.
@@ -110,12 +108,8 @@ class BatchBuilder:
         self, join_layer: int, tested_positions: IntArray, query_rows: IntArray
     ) -> LayerRows:
         order = self.order
-        pieces = [
-            (span.plan, span.start, span.stop)
-            for span in order.spans
-            if span.join_layer <= join_layer
-        ]
-        num_rows, num_tested = pieces[-1][2], len(tested_positions)
+        spans = [span for span in order.spans if span.join_layer <= join_layer]
+        num_rows, num_tested = spans[-1].stop, len(tested_positions)
         num_projected = bucket(num_rows + num_tested)
         both = np.zeros((2, num_projected), dtype=np.int64)
         positions, slots = both
@@ -124,26 +118,23 @@ class BatchBuilder:
         slots[:num_rows] = order.slots[:num_rows]
         slots[num_rows:] = self.null_slots(num_projected - num_rows)
         positions_on_device, slots_on_device = self.upload.put(both).unbind()
-        tested = ((index, 0, plan.tested.size) for index, plan in enumerate(self.plans))
+        tested = (Span(index, 0, plan.tested.size) for index, plan in enumerate(self.plans))
         return LayerRows(
             num_rows=num_rows,
             num_finished=bucket(num_rows),
             positions=positions_on_device,
             slots=slots_on_device,
             num_queries=int(query_rows.searchsorted(num_rows)),
-            calls=self._chunked(pieces),
-            adapters=self._adapters_of(chain(pieces, tested), num_projected),
+            calls=self._chunked(spans),
+            adapters=self._adapters_of(chain(spans, tested), num_projected),
         )
 
     def _window(self) -> CandidateRows:
-        owned = enumerate(pairwise(self.window_ends))
-        pieces = [(index, first, last) for index, (first, last) in owned]
         rows = np.zeros(bucket(self.window_ends[-1]), dtype=np.int64)
         rows[: self.window_ends[-1]] = self.window_rows
-        self.window_adapters = self._adapters_of(pieces, len(rows))
         return CandidateRows(
             rows=self.upload.put(rows),
-            calls=self._chunked(pieces),
+            calls=self._chunked(self._window_spans),
             adapters=self.window_adapters,
         )
 
@@ -152,46 +143,45 @@ class BatchBuilder:
         slots: IntArray = np.arange(count) % self._null_slots
         return slots
 
-    def _adapters_of(self, pieces: Iterable[Piece], num_rows: int) -> RowAdapters | None:
-        """Of the rows of the pieces, one behind the other, filled up to so many."""
+    def _adapters_of(self, spans: Iterable[Span], num_rows: int) -> RowAdapters | None:
+        """The adapters of the spans' rows, one behind the other, filled up to so many."""
         if self.adapters is None:
             return None
-        owners, lengths = zip(*((plan, last - first) for plan, first, last in pieces), strict=True)
+        owners, lengths = zip(*((span.plan, span.stop - span.start) for span in spans), strict=True)
         return self.adapters.of_rows(np.repeat(np.array(owners, np.int64), lengths), num_rows)
 
-    def _chunked(self, pieces: list[Piece]) -> list[AttentionCall]:
+    def _chunked(self, spans: list[Span]) -> list[AttentionCall]:
         """Cut rows into calls of at most the row budget."""
-        num_rows, most = pieces[-1][2], self._max_chunk_rows
+        num_rows, most = spans[-1].stop, self._max_chunk_rows
         if num_rows <= most:
-            return [self._call(0, pieces)]
+            return [self._call(0, spans)]
         return [
             self._call(
                 start,
                 [
-                    (plan, max(first, start), min(last, start + most))
-                    for plan, first, last in pieces
-                    if first < start + most and last > start
+                    Span(span.plan, max(span.start, start), min(span.stop, start + most))
+                    for span in spans
+                    if span.start < start + most and span.stop > start
                 ],
             )
             for start in range(0, num_rows, most)
         ]
 
-    def _call(self, start: int, pieces: list[Piece]) -> AttentionCall:
-        common = self._common_metadata(pieces)
-        build = functools.partial(self._metadata, common)
-        return AttentionCall(start, pieces[-1][2], build, common)
+    def _call(self, start: int, spans: list[Span]) -> AttentionCall:
+        build = functools.partial(self._metadata, self._common_metadata(spans))
+        return AttentionCall(start, spans[-1].stop, build)
 
     def _metadata(self, common: CommonAttentionMetadata) -> Any:
-        """The backend's own."""
+        """The backend's own metadata."""
         # By the builder itself: the group maps block tables in a buffer of one row a request.
         builder = self._attention_group.get_metadata_builder()
         return builder.build(common_prefix_len=0, common_attn_metadata=common)
 
-    def _common_metadata(self, pieces: list[Piece]) -> CommonAttentionMetadata:
-        """Each piece is one sequence of T keys, not causal."""
+    def _common_metadata(self, spans: list[Span]) -> CommonAttentionMetadata:
+        """Each span is one sequence of T keys, not causal."""
         put = self.upload.put
-        owners = [plan for plan, _, _ in pieces]
-        lengths = [last - first for _, first, last in pieces]
+        owners = [span.plan for span in spans]
+        lengths = [span.stop - span.start for span in spans]
         starts = np.array(bounds(lengths), dtype=np.int32)
         keys = self.lengths[owners]
         return CommonAttentionMetadata(

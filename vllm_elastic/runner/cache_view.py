@@ -90,9 +90,9 @@ class CacheView:
         parts = self.block_size // self.key_layout.block_size
         return table_width(-(-num_positions // self.block_size) * parts)
 
-    def num_tested(self, tested_layers: int | None) -> int | None:
-        """How many of the first so many layers store their input, or are layer 0; None: all."""
-        return None if tested_layers is None else -(-tested_layers // self.hidden_stride)
+    def num_stored_layers(self, below: int | None = None) -> int:
+        """How many layers below this one (None: of all) store their input, layer 0 among them."""
+        return -(-(self.num_layers if below is None else below) // self.hidden_stride)
 
 
 def _hidden_states(model: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ _WARPS = 8
 
 
 def most_probable_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``candidates.most_probable``; of equal logits it takes the first.
+    """``candidates.most_probable`` by one kernel; of equal logits it takes the first.
 
     Args:
         logits: [W, V], the rows' own numbers one behind the other.

@@ -11,8 +11,6 @@ import torch
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.counter_random import uniform
 
-_NEVER = float("-inf")
-
 _NUMBERS_AT_ONCE = (1 << 25, 1 << 17)
 """Numbers of 8 bytes that are made of logits at a time: on a GPU a quarter of a GiB (``bench plan``
 counts on it), on a CPU what a core's own cache holds (1 MB)."""
@@ -21,10 +19,10 @@ _COPIES_OF_SAMPLED = 6
 """Such numbers for each logit of a row that is sampled: with top_p 46 bytes."""
 
 _COPIES_OF_ENTROPIES = 2
-"""For each logit of a row whose entropy is reported: 16 bytes."""
+"""Such numbers for each logit of a row whose entropy is reported: 16 bytes."""
 
 _COPIES_OF_LOGPROBS = (2, 4)
-"""For each logit of a row whose log probabilities are reported, 13 bytes; of all tokens, 28."""
+"""Such numbers for each logit of a row with log probabilities: 13 bytes; of all tokens, 28."""
 
 _FEW_ALTERNATIVES = 32
 """To a token, whose log probabilities wait on the device until the pass's one download (vLLM's own
@@ -158,7 +156,7 @@ def leave_out_of_confidence(
     """
     for rows in _some_at_once(logits):
         wide = logits[rows].to(torch.float64, copy=True)
-        wide.index_fill_(-1, unconfident, _NEVER)
+        wide.index_fill_(-1, unconfident, -torch.inf)
         wide.sub_(wide.amax(dim=-1, keepdim=True)).exp_()
         left = wide.gather(-1, token_ids[rows, None])[:, 0] / wide.sum(dim=-1)
         del wide  # before the next ones are made
@@ -219,14 +217,14 @@ def _filtered(tempered: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Tempered logits [W, V] with what min-p, top-k and top-p exclude at -inf."""
     if sampling.min_p > 0:
         floor = tempered.amax(dim=-1, keepdim=True) + np.log(sampling.min_p)
-        tempered = tempered.masked_fill(tempered < floor, _NEVER)
+        tempered = tempered.masked_fill(tempered < floor, -torch.inf)
     if 0 < sampling.top_k < tempered.shape[-1]:
         smallest = tempered.topk(sampling.top_k, dim=-1).values[:, -1:]
-        tempered = tempered.masked_fill(tempered < smallest, _NEVER)
+        tempered = tempered.masked_fill(tempered < smallest, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = tempered.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[:, 0].zero_()
-        ordered = ordered.masked_fill(before >= sampling.top_p, _NEVER)
+        ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         tempered = torch.empty_like(ordered).scatter_(-1, order, ordered)
     return tempered

@@ -4,7 +4,8 @@
 torch.compile takes the tensors that a function reads for inputs, a layer's weights among them, and
 all else for constants. To check at every call whether the constants still hold takes as long as
 compiling saves, so it is checked once: every layer against itself as it is written, bit for bit.
-Attention depends on the batch; it is an operator that Python runs as it is written (``Between``).
+Attention depends on the batch; it is an operator that Python runs as it is written
+(``LayerAttention``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_elastic.models.layer_pass import Between, Layer, LayerAsWritten, NoCache, first
+from vllm_elastic.models.layer_pass import Layer, LayerAsWritten, LayerAttention, NoCache, leading
 from vllm_elastic.models.layers import PreNormBlock
 from vllm_elastic.models.rows import AttentionCall, CandidateRows, LayerRows
 
@@ -30,16 +31,16 @@ class _Current:
     """What the operator works on: it takes tensors only. Nothing between two calls, so that what a
     pass recorded does not outlive it."""
 
-    between: Between | None = None
+    attention: LayerAttention | None = None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor) -> None:
-    between, count = _Current.between, attended.shape[0]
-    assert between is not None, "called outside of a CompiledLayer"
-    between.record(q)
-    between.write(k, v)
-    q = between.finished(q)
-    between.attend(first(q, count), first(k, count), first(v, count), attended)
+    attention, count = _Current.attention, attended.shape[0]
+    assert attention is not None, "called outside of a CompiledLayer"
+    attention.record(q)
+    attention.write(k, v)
+    q = attention.finished(q)
+    attention.attend(leading(q, count), leading(k, count), leading(v, count), attended)
 
 
 _OPERATORS.impl("attend", _attend, "CPU")
@@ -56,7 +57,7 @@ def _layer(
         finished: int64 [R], rows of it that are finished.
     """
     q, k, v = block.project(projected, positions)
-    attended = block.room(q.new_empty(finished.shape[0], *q.shape[1:]))
+    attended = block.attention_buffer(q.new_empty(finished.shape[0], *q.shape[1:]))
     torch.ops.vllm_elastic.attend(q, k, v, attended)
     return block.finish(projected[finished], attended.flatten(1))
 
@@ -72,18 +73,20 @@ class CompiledLayer:
     ) -> None:
         self._compiled, self._block, self._all_rows = compiled, block, all_rows
 
-    def __call__(self, x: torch.Tensor, projected: torch.Tensor, between: Between) -> torch.Tensor:
-        positions = first(between.rows.positions, projected.shape[0])
-        if between.window is None:
+    def __call__(
+        self, x: torch.Tensor, projected: torch.Tensor, attention: LayerAttention
+    ) -> torch.Tensor:
+        positions = leading(attention.rows.positions, projected.shape[0])
+        if attention.window is None:
             finished = self._all_rows[: x.shape[0]]
         else:
-            finished = between.window.rows
-        _Current.between = between
+            finished = attention.window.rows
+        _Current.attention = attention
         try:
             # What fills up is taken from `projected` too: other rows than x has, of no meaning.
             return self._compiled(self._block, projected, positions, finished)
         finally:
-            _Current.between = None
+            _Current.attention = None
 
 
 class _Written(NoCache):
@@ -121,15 +124,17 @@ def compile_layers(model: Any, most_rows: int) -> list[Layer]:
         layers = [CompiledLayer(compiled, block, all_rows) for block in model.blocks]
         for number, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
             for kept in (window, None):
-                between = _Written(number, block.attn, rows, kept, None)
-                _refuse_another(layer, LayerAsWritten(block), x, between)
+                attention = _Written(number, block.attn, rows, kept, None)
+                _refuse_another(layer, LayerAsWritten(block), x, attention)
     return [*layers]
 
 
-def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, between: _Written) -> None:
-    own, expected = ((each(x.clone(), x, between), *between.written) for each in (layer, written))
-    if not all(map(torch.equal, own, expected)):
-        raise RuntimeError(f"the numbers of layer {between.layer} would change")
+def _refuse_another(layer: Layer, written: Layer, x: torch.Tensor, attention: _Written) -> None:
+    compiled, expected = (
+        (way(x.clone(), x, attention), *attention.written) for way in (layer, written)
+    )
+    if not all(map(torch.equal, compiled, expected)):
+        raise RuntimeError(f"the numbers of layer {attention.layer} would change")
 
 
 def _compile(

@@ -11,8 +11,6 @@ import torch
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.upload import Upload
 
-_NEVER = float("-inf")
-
 
 class Constraints:
     """One request's token ids, put into the pass's upload: of use once it was sent.
@@ -39,7 +37,7 @@ class Constraints:
         if sampling.end_token_ids:
             self._ends = ids_of(sampling.end_token_ids)
         if sampling.unconfident_token_ids:
-            known = [each for each in sampling.unconfident_token_ids if each < vocab_size]
+            known = [token for token in sampling.unconfident_token_ids if token < vocab_size]
             self.unconfident = ids_of(known)
 
     def apply(self, logits: torch.Tensor, positions: torch.Tensor) -> None:
@@ -50,10 +48,10 @@ class Constraints:
             logits.index_add_(-1, self._biased, biases)
         if self._allowed is not None:
             forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            logits.masked_fill_(forbidden.index_fill_(0, self._allowed, False), _NEVER)
+            logits.masked_fill_(forbidden.index_fill_(0, self._allowed, False), -torch.inf)
         if self._banned is not None:
-            logits.index_fill_(-1, self._banned, _NEVER)
+            logits.index_fill_(-1, self._banned, -torch.inf)
         if self._ends is not None:
             early = (positions < self._first_end_position)[:, None]
-            ends = logits.index_select(-1, self._ends).masked_fill_(early, _NEVER)
+            ends = logits.index_select(-1, self._ends).masked_fill_(early, -torch.inf)
             logits.index_copy_(-1, self._ends, ends)

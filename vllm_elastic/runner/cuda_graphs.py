@@ -21,7 +21,7 @@ logger = init_logger("vllm.vllm_elastic.runner.cuda_graphs")
 
 @dataclass(slots=True)
 class CudaGraph:
-    """Of one piece of work (``graphed_block.Graph``)."""
+    """CUDA's graph of some work (``graphed_block.Graph``)."""
 
     outputs: Tensors
     _graph: torch.cuda.CUDAGraph
@@ -59,7 +59,7 @@ class CudaGraphs:
         return captured
 
     def launch_new(self) -> None:
-        """Those that were not launched yet, so that what CUDA allocates for a first launch is
+        """Launch those that were not yet, so that what CUDA allocates for a first launch is
         there, and what it refuses ends the start."""
         for graph in self._new:
             graph.replay()
@@ -69,7 +69,7 @@ class CudaGraphs:
 
 @dataclass(slots=True)
 class Taken:
-    """By graphs.
+    """Memory that graphs took.
 
     Attributes:
         by_cuda: bytes, beside what torch allocated for what is in them; once they are captured.
@@ -114,7 +114,7 @@ def capturing(graphs: CudaGraphs, what: str, count: int, remedy: str) -> Iterato
 
 
 def free_bytes() -> int:
-    """On the device, once torch has given back what it keeps for later."""
+    """Free bytes on the device, once torch has given back what it keeps for later."""
     torch.cuda.empty_cache()
     free: int = torch.cuda.mem_get_info()[0]
     return free

@@ -59,7 +59,7 @@ class Download:
         def arrive() -> list[npt.NDArray[Any]]:
             if copied is not None:
                 copied.synchronize()
-            fetched = _pieces(host, forms)
+            fetched = _arrays_in(host, forms)
             return [t.numpy() if self._is_here(t) else next(fetched) for t in tensors]
 
         self._arrive = arrive
@@ -80,11 +80,11 @@ class Download:
         return self._arrays[place]
 
 
-def _pieces(host: torch.Tensor, forms: list[_Form]) -> Iterator[npt.NDArray[Any]]:
-    """What lies one behind the other. By numpy: in torch it takes twice as long."""
+def _arrays_in(host: torch.Tensor, forms: list[_Form]) -> Iterator[npt.NDArray[Any]]:
+    """The arrays that lie one behind the other. By numpy: in torch it takes twice as long."""
     raw, start = host.numpy(), 0
     for dtype, shape, num_bytes in forms:
-        # A copy: a piece begins anywhere.
+        # A copy: an array begins anywhere.
         yield raw[start : start + num_bytes].copy().view(dtype).reshape(shape)
         start += num_bytes
 

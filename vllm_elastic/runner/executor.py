@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from vllm_elastic.models.layer_pass import Layer, LayerAsWritten
 from vllm_elastic.models.rows import PassRows, Recorder
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.compiled_layer import compile_layers
 from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 from vllm_elastic.runner.graphed_pass import GraphedPasses
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 GRAPH_ROWS = "elastic_graph_rows"
 """Where vLLM's ``additional_config`` has the numbers of rows that graphs of layers are for."""
@@ -36,7 +36,7 @@ class PassExecutor(Protocol):
 
     name: str
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
         """Put what a pass reads into its upload.
 
         Returns:
@@ -57,8 +57,8 @@ class LayerByLayer:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
-        rows = batch.lay_out(
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
+        rows = layout.put_rows(
             self._model.num_layers, statistics.tested_positions, statistics.query_rows
         )
         return lambda: self.run(rows, statistics.recorder)
@@ -94,7 +94,7 @@ class GraphExecutor(LayerByLayer):
         self._layers: list[Layer] = []
 
     def capture(self, graphs: Graphs, counts: Iterable[int]) -> None:
-        """All layers for each number of rows; until then, and for others, a pass is eager.
+        """Capture all layers for each number of rows; until then, and for others, a pass is eager.
 
         Args:
             counts: numbers that ``models.rows.bucket`` gives.
@@ -128,9 +128,9 @@ class WholePassExecutor:
     def __init__(self, passes: GraphedPasses, others: PassExecutor) -> None:
         self._passes, self.others = passes, others
 
-    def prepare(self, batch: BatchBuilder, statistics: Statistics) -> Callable[[], torch.Tensor]:
-        run = self._passes.prepare(batch, statistics)
-        return self.others.prepare(batch, statistics) if run is None else run
+    def prepare(self, layout: PassLayout, statistics: PassStatistics) -> Callable[[], torch.Tensor]:
+        run = self._passes.prepare(layout, statistics)
+        return self.others.prepare(layout, statistics) if run is None else run
 
 
 class CompiledExecutor(LayerByLayer):

@@ -96,17 +96,17 @@ class GraphedBlock:
         self._finish: dict[int, Graph] = {}
 
     def capture(self, graphs: Graphs, count: int) -> None:
-        """Both parts, for so many rows."""
+        """Capture both parts for so many rows."""
         block, static = self._block, self._static
         x, positions = static.x[:count], static.positions[:count]
-        room = static.attended[:count]
+        buffer = static.attended[:count]
 
         def project() -> Tensors:
-            room.zero_()
+            buffer.zero_()
             return block.project(x, positions)
 
         self._project[count] = graphs.capture(project)
-        self._finish[count] = graphs.capture(lambda: (block.finish(x, room.flatten(1)),))
+        self._finish[count] = graphs.capture(lambda: (block.finish(x, buffer.flatten(1)),))
 
     # What was not captured for so many rows runs operator by operator.
 
@@ -124,11 +124,11 @@ class GraphedBlock:
         q, k, v = graph.outputs
         return q, k, v
 
-    def room(self, q: torch.Tensor) -> torch.Tensor:
+    def attention_buffer(self, q: torch.Tensor) -> torch.Tensor:
         if len(q) not in self._finish:
-            return self._block.room(q)
-        room = self._static.attended[: len(q)]
-        return room if len(q) <= self._static.cleared else room.zero_()
+            return self._block.attention_buffer(q)
+        buffer = self._static.attended[: len(q)]
+        return buffer if len(q) <= self._static.cleared else buffer.zero_()
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         graph = self._finish.get(len(x))

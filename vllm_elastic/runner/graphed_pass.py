@@ -4,7 +4,7 @@
 All its rows start from the embedding, and each request's attend to one canvas. So for a number of
 rows there is one sequence of operators, and passes differ in numbers: tokens, positions, slots,
 which rows' candidates are wanted, which rows attend to which canvas. They are laid out in one
-piece, which is copied to where the graph reads it. What is measured is worked out of queries, of
+buffer, which is copied to where the graph reads it. What is measured is worked out of queries, of
 which the graph keeps all.
 """
 
@@ -34,13 +34,13 @@ from vllm_elastic.models.rows import (
     Recorder,
     bucket,
 )
-from vllm_elastic.runner.batch import BatchBuilder
+from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.graphed_block import Graph, Graphs, Tensors
 from vllm_elastic.runner.row_order import IntArray
-from vllm_elastic.runner.statistics.statistics import Statistics
+from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
 MOST_REQUESTS = 16
-"""Of one pass. Of more, some refresh at nearly every step, so that rows join later."""
+"""Requests of one pass, at most. Of more, some refresh at nearly every step: rows join later."""
 
 _ALIGNMENT = 4
 """Numbers of int32: kernels may read 16 bytes at a time."""
@@ -69,7 +69,7 @@ class GraphedPasses:
         builder: AttentionMetadataBuilder[Any],
         canvas: int,
     ) -> None:
-        """For each number of rows, all of the pass.
+        """Capture the whole pass for each number of rows.
 
         Args:
             builder: the attention backend's.
@@ -79,7 +79,7 @@ class GraphedPasses:
         for count in tqdm(sorted(counts, reverse=True), desc="Capturing whole passes"):
             numbers = inputs.of_one_request(count)
             metadata = [
-                _metadata(builder, inputs.pieces(numbers, starts, canvas))
+                _metadata(builder, inputs.common_metadata(numbers, starts, canvas))
                 for starts in (numbers.starts, numbers.window_starts)
             ]
             self._rows[count] = rows = _rows(numbers, self._model.num_layers, *metadata)
@@ -87,28 +87,28 @@ class GraphedPasses:
         inputs.clear()
 
     def prepare(
-        self, batch: BatchBuilder, statistics: Statistics
+        self, layout: PassLayout, statistics: PassStatistics
     ) -> Callable[[], torch.Tensor] | None:
         """Put a pass into the upload; None, and nothing was: it is of another kind."""
-        order = batch.order
+        order = layout.order
         count = bucket(len(order.positions))
         if (
             count not in self._graphs
             or len(order.tokens) < len(order.positions)  # rows join later
             or order.stored.any()  # or start from something else
-            or batch.adapters is not None
-            or not self._inputs.have_room_for(batch)
+            or layout.adapters is not None
+            or not self._inputs.have_room_for(layout)
             or not self._queries.suffice(statistics)
         ):
             return None
-        piece = batch.upload.put(self._inputs.lay_out(batch, count))
-        num_candidates = bucket(len(batch.window_rows))
-        return functools.partial(self._replay, count, piece, num_candidates, statistics)
+        buffer = layout.upload.put(self._inputs.lay_out(layout, count))
+        num_candidates = bucket(len(layout.window_rows))
+        return functools.partial(self._replay, count, buffer, num_candidates, statistics)
 
     def _replay(
-        self, count: int, piece: torch.Tensor, num_candidates: int, statistics: Statistics
+        self, count: int, buffer: torch.Tensor, num_candidates: int, statistics: PassStatistics
     ) -> torch.Tensor:
-        self._inputs.take(piece)
+        self._inputs.take(buffer)
         graph = self._graphs[count]
         graph.replay()
         if statistics.recorder is not None:
@@ -122,29 +122,29 @@ class GraphedPasses:
 
 
 class PassNumbers:
-    """A pass's numbers in one piece, and where each kind of them is in it.
+    """A pass's numbers in one buffer, and where each kind of them is in it.
 
     Rows that fill up attend too, to the last request's canvas, so that a graph always has as many
     queries. No other row sees them: they write the null block.
 
     Attributes:
-        piece: int64, all of it, on the host (numpy) or the device.
+        buffer: int64, all of it, on the host (numpy) or the device.
         tokens, positions, slots: int64 [count].
         window: int64 [count], the rows whose candidates are wanted, then row 0.
         lengths: int32 [most requests], T of each request's canvas; 1 where there is no request.
         starts, window_starts: int32 [most requests + 1], where each request's rows begin, and
             theirs among the window's rows; behind them ``count``: requests without any.
-        blocks: int32 [requests, most blocks], the attention kernel's. Last, so that a piece of
+        blocks: int32 [requests, most blocks], the attention kernel's. Last, so that a buffer of
             few requests is short.
     """
 
-    def __init__(self, piece: Any, int32: Any, count: int, most_requests: int, width: int) -> None:
+    def __init__(self, buffer: Any, int32: Any, count: int, most_requests: int, width: int) -> None:
         """Args:
         int32: the type's name in numpy or torch. width: most blocks.
         """
-        self.piece = piece
-        self.tokens, self.positions, self.slots, self.window = piece[: 4 * count].reshape(4, count)
-        rest, ends = piece[4 * count :].view(int32), _ends(most_requests)
+        self.buffer = buffer
+        self.tokens, self.positions, self.slots, self.window = buffer[: 4 * count].reshape(4, count)
+        rest, ends = buffer[4 * count :].view(int32), _ends(most_requests)
         self.lengths = rest[:most_requests]
         self.starts = rest[ends[0] : ends[0] + most_requests + 1]
         self.window_starts = rest[ends[1] : ends[1] + most_requests + 1]
@@ -152,7 +152,7 @@ class PassNumbers:
 
     @staticmethod
     def size(count: int, most_requests: int, requests: int, width: int) -> int:
-        """Numbers of int64 in a piece of so many requests."""
+        """Numbers of int64 in a buffer of so many requests."""
         return 4 * count + (_ends(most_requests)[2] + requests * width) // 2
 
 
@@ -163,7 +163,7 @@ def _ends(most_requests: int) -> list[int]:
 
 
 class PassInputs:
-    """The piece that the graphs of all numbers of rows read.
+    """The buffer that the graphs of all numbers of rows read.
 
     Args:
         most_rows: of a pass; most_requests: likewise.
@@ -176,46 +176,46 @@ class PassInputs:
     ) -> None:
         self._most_requests, self._width = most_requests, most_blocks
         size = PassNumbers.size(most_rows, most_requests, most_requests, most_blocks)
-        self._piece = torch.zeros(size, dtype=torch.int64, device=device)
+        self._buffer = torch.zeros(size, dtype=torch.int64, device=device)
 
     def of_one_request(self, count: int) -> PassNumbers:
         """Where the graph for so many rows reads: its rows are one request's, of one position."""
-        self.take(torch.from_numpy(self._host_numbers(count, self._most_requests).piece))
+        self.take(torch.from_numpy(self._host_numbers(count, self._most_requests).buffer))
         size = PassNumbers.size(count, self._most_requests, self._most_requests, self._width)
-        return self._numbers(self._piece[:size], torch.int32, count)
+        return self._numbers(self._buffer[:size], torch.int32, count)
 
-    def have_room_for(self, batch: BatchBuilder) -> bool:
+    def have_room_for(self, layout: PassLayout) -> bool:
         """Whether there are as few requests, and each one's rows are neighbours."""
-        requests = len(batch.plans)
-        return requests <= self._most_requests and len(batch.order.spans) == requests
+        requests = len(layout.plans)
+        return requests <= self._most_requests and len(layout.order.spans) == requests
 
-    def lay_out(self, batch: BatchBuilder, count: int) -> IntArray:
-        """The piece of a pass whose rows all join at layer 0, filled up to ``count``."""
-        order, requests = batch.order, len(batch.plans)
+    def lay_out(self, layout: PassLayout, count: int) -> IntArray:
+        """The buffer of a pass whose rows all join at layer 0, filled up to ``count``."""
+        order, requests = layout.order, len(layout.plans)
         numbers = self._host_numbers(count, requests)
-        num_rows, num_candidates = len(order.positions), len(batch.window_rows)
+        num_rows, num_candidates = len(order.positions), len(layout.window_rows)
         numbers.tokens[:num_rows] = order.tokens
         numbers.positions[:num_rows] = order.positions
         numbers.slots[:num_rows] = order.slots
-        numbers.slots[num_rows:] = batch.null_slots(count - num_rows)
-        numbers.window[:num_candidates] = batch.window_rows
-        numbers.lengths[:requests] = batch.lengths
+        numbers.slots[num_rows:] = layout.null_slots(count - num_rows)
+        numbers.window[:num_candidates] = layout.window_rows
+        numbers.lengths[:requests] = layout.lengths
         numbers.starts[:requests] = [span.start for span in order.spans]
-        numbers.window_starts[:requests] = batch.window_ends[:-1]
-        numbers.blocks[:, : batch.block_table.shape[1]] = batch.block_table
-        piece: IntArray = numbers.piece
-        return piece
+        numbers.window_starts[:requests] = layout.window_ends[:-1]
+        numbers.blocks[:, : layout.block_table.shape[1]] = layout.block_table
+        buffer: IntArray = numbers.buffer
+        return buffer
 
     def clear(self) -> None:
         """Numbers that any of the graphs may be launched on: no request has rows. One number of
         rows' are elsewhere than another's, which would take them for something else."""
-        self._piece.zero_()
+        self._buffer.zero_()
 
-    def take(self, piece: torch.Tensor) -> None:
+    def take(self, buffer: torch.Tensor) -> None:
         """Copy a pass's numbers to where the graphs read them."""
-        self._piece[: len(piece)].copy_(piece)
+        self._buffer[: len(buffer)].copy_(buffer)
 
-    def pieces(
+    def common_metadata(
         self, numbers: PassNumbers, starts: torch.Tensor, canvas: int
     ) -> CommonAttentionMetadata:
         """One sequence a request. What the host is told is the most that a pass may have, of rows
@@ -244,8 +244,8 @@ class PassInputs:
         numbers.starts[1:] = numbers.window_starts[1:] = count
         return numbers
 
-    def _numbers(self, piece: Any, int32: Any, count: int) -> PassNumbers:
-        return PassNumbers(piece, int32, count, self._most_requests, self._width)
+    def _numbers(self, buffer: Any, int32: Any, count: int) -> PassNumbers:
+        return PassNumbers(buffer, int32, count, self._most_requests, self._width)
 
 
 def _rows(numbers: PassNumbers, num_layers: int, metadata: Any, window_metadata: Any) -> PassRows:
@@ -264,7 +264,7 @@ def _rows(numbers: PassNumbers, num_layers: int, metadata: Any, window_metadata:
 
 
 class AllQueries:
-    """Those of all rows, kept by the graph (``models.rows.Recorder``) for the pass's own recorder.
+    """Queries of all rows, kept by the graph (``models.rows.Recorder``) for the pass's recorder.
 
     Attributes:
         read_layers: whose.
@@ -283,7 +283,7 @@ class AllQueries:
         if layer in self.read_layers:
             self._kept[layer][: len(q)].copy_(q)
 
-    def suffice(self, statistics: Statistics) -> bool:
+    def suffice(self, statistics: PassStatistics) -> bool:
         """Whether a pass's measurements want nothing else of it."""
         return not statistics.tested_positions.size and statistics.read_layers <= self.read_layers
 
@@ -316,7 +316,7 @@ def bytes_of_passes(of_layers: int, layer_counts: int, counts: int) -> int:
 def most_requests(
     builder: AttentionMetadataBuilder[Any], vllm_config: VllmConfig, kv_cache_spec: Any
 ) -> int:
-    """Of how many requests an attention backend lets a graph's rows be; 0: it takes no part."""
+    """How many requests' rows an attention backend lets a graph have; 0: it takes no part."""
     support = builder.get_cudagraph_support(vllm_config, kv_cache_spec)
     if support is AttentionCGSupport.ALWAYS:
         return min(MOST_REQUESTS, vllm_config.scheduler_config.max_num_seqs)
@@ -324,10 +324,10 @@ def most_requests(
     return int(support is AttentionCGSupport.UNIFORM_BATCH)
 
 
-def _metadata(builder: AttentionMetadataBuilder[Any], pieces: CommonAttentionMetadata) -> Any:
+def _metadata(builder: AttentionMetadataBuilder[Any], common: CommonAttentionMetadata) -> Any:
     """The backend's own, of which nothing was worked out from canvases' present lengths."""
     # So FlashAttention 3 makes its schedule in the kernel and not here.
-    metadata = builder.build(0, pieces, fast_build=True)
+    metadata = builder.build(0, common, fast_build=True)
     if getattr(builder, "aot_schedule", False) and not metadata.max_num_splits:
         # It is left to cut keys as it likes, which in a graph takes a bound. vLLM's own has one.
         attention = builder.vllm_config.attention_config

@@ -35,7 +35,7 @@ however many requests share a pass, the head takes no more memory than this many
 
 @dataclass(slots=True)
 class Candidates:
-    """Of all window rows of a pass, plan by plan.
+    """What is predicted for all window rows of a pass, plan by plan.
 
     Attributes:
         token_ids: int32 [W]; probabilities: float64 [W]; both on the device.
@@ -89,14 +89,14 @@ class Head:
         count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
         for start in range(0, num_rows, count):
             rows = slice(start, min(start + count, num_rows))
-            own_hidden = hidden[start : start + count]
+            chunk = hidden[start : start + count]
             if adapters is not None:
-                adapters.use(start, start + len(own_hidden))
-            logits = model.compute_logits(own_hidden)
+                adapters.use(start, start + len(chunk))
+            logits = model.compute_logits(chunk)
             if not ranks.reports():
                 continue
-            own = logits[: rows.stop - rows.start]
-            ids, confidence = self._choose(own, rows, entropies, logprobs)
+            logits = logits[: rows.stop - rows.start]
+            ids, confidence = self._choose(logits, rows, entropies, logprobs)
             token_ids.append(ids)
             probabilities.append(confidence)
         if not ranks.reports():
@@ -125,34 +125,37 @@ class Head:
             logprobs: added to where asked for; they are of what the model says, not of what a
                 request's constraints leave of it.
         """
-        logits.index_fill_(-1, self._never_chosen, float("-inf"))
+        logits.index_fill_(-1, self._never_chosen, -torch.inf)
         raw = {}
-        for index, own, at in self._wishes(rows):
+        for index, here, overall in self._wishes(rows):
             sampling = self._plans[index].sampling
             assert sampling is not None
             if sampling.num_logprobs is not None:
-                raw[index] = logits[own].clone()
-            self._constraints[index].apply(logits[own], self._positions[at])
+                raw[index] = logits[here].clone()
+            self._constraints[index].apply(logits[here], self._positions[overall])
         self._allowed.apply(logits, rows)
         token_ids, confidence = most_probable(logits)
-        for index, own, at in self._wishes(rows):
+        for index, here, overall in self._wishes(rows):
             plan, sampling = self._plans[index], self._plans[index].sampling
             assert sampling is not None
             choose = sampled if sampling.alg is None else as_dream
             if sampling.temperature > 0 or sampling.alg is not None:
-                token_ids[own], confidence[own] = choose(
-                    logits[own], sampling, plan.denoising_step, self._positions[at]
+                token_ids[here], confidence[here] = choose(
+                    logits[here], sampling, plan.denoising_step, self._positions[overall]
                 )
             if sampling.entropies:
                 assert entropies is not None
-                entropies[at] = entropies_of(logits[own])
+                entropies[overall] = entropies_of(logits[here])
             unconfident = self._constraints[index].unconfident
             if unconfident is not None:
-                leave_out_of_confidence(confidence[own], token_ids[own], logits[own], unconfident)
+                leave_out_of_confidence(
+                    confidence[here], token_ids[here], logits[here], unconfident
+                )
             if index in raw:
                 assert sampling.num_logprobs is not None
-                found = logprobs_of(raw[index], token_ids[own], sampling.num_logprobs)
-                logprobs[index].append(found)
+                logprobs[index].append(
+                    logprobs_of(raw[index], token_ids[here], sampling.num_logprobs)
+                )
         return token_ids, confidence
 
     def _wishes(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
@@ -161,8 +164,8 @@ class Head:
         Yields:
             the plan's index, its rows among ``rows``, the same among all window rows.
         """
-        for index, own in enumerate(self.slices):
-            first, last = max(own.start, rows.start), min(own.stop, rows.stop)
+        for index, window in enumerate(self.slices):
+            first, last = max(window.start, rows.start), min(window.stop, rows.stop)
             if self._plans[index].sampling is not None and first < last:
                 here = slice(first - rows.start, last - rows.start)
                 yield index, here, slice(first, last)

@@ -31,7 +31,7 @@ def store_images(
     for feature in request.mm_features:
         assert feature.data is not None
         start = feature.mm_position.offset
-        own = np.arange(start, start + feature.mm_position.length)
-        slots = torch.from_numpy(slots_of(blocks, own, block_size))
+        positions = np.arange(start, start + feature.mm_position.length)
+        slots = torch.from_numpy(slots_of(blocks, positions, block_size))
         rows = model.embed_multimodal(**feature.data.get_data())
         model.store_inputs(rows, slots.to(device))

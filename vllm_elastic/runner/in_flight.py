@@ -55,24 +55,24 @@ class PassInFlight(AsyncModelRunnerOutput):
         self._logprobs = {
             index: download.of(Logprobs, *parts) for index, parts in candidates.logprobs.items()
         }
-        self._found = download.of(
-            _together, candidates.token_ids, candidates.probabilities, candidates.entropies
+        self._candidates = download.of(
+            _arrays, candidates.token_ids, candidates.probabilities, candidates.entropies
         )
         download.send()
 
     def results(self) -> list[PassResult]:
-        """Of each plan. Waits for the device, from any thread."""
-        token_ids, probabilities, entropies = self._found.get()
+        """The results of the plans, in order. Waits for the device, from any thread."""
+        token_ids, probabilities, entropies = self._candidates.get()
         return [
             PassResult(
-                token_ids[own],
-                probabilities[own],
-                entropies=None if entropies is None else entropies[own],
+                token_ids[rows],
+                probabilities[rows],
+                entropies=None if entropies is None else entropies[rows],
                 logprobs=self._logprobs[i].get() if i in self._logprobs else None,
                 measured=self._measured[i].get() if i in self._measured else None,
                 fault=self._faults.get(i),
             )
-            for i, own in enumerate(self._slices)
+            for i, rows in enumerate(self._slices)
         ]
 
     def get_output(self) -> ElasticRunnerOutput:
@@ -84,7 +84,7 @@ class PassInFlight(AsyncModelRunnerOutput):
         return None
 
 
-def _together(
+def _arrays(
     token_ids: np.ndarray, probabilities: np.ndarray, entropies: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return token_ids, probabilities, entropies

@@ -33,7 +33,7 @@ def check_products(model: Any, quantisation: str) -> None:
         with model.pass_context():
             for block in model.blocks:
                 q, _, _ = block.project(row.clone(), position)
-                block.finish(row.clone(), block.room(q).flatten(1))
+                block.finish(row.clone(), block.attention_buffer(q).flatten(1))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         raise RuntimeError(
             f"vLLM cannot multiply by weights of --quantization {quantisation} on this CPU "
@@ -49,8 +49,8 @@ def check_products(model: Any, quantisation: str) -> None:
 
 def _has_int8(model: Any) -> bool:
     """Whether vLLM gives products of 8 bits to oneDNN."""
-    own = (getattr(getattr(each, "scheme", None), "kernel", None) for each in model.modules())
-    return any(isinstance(kernel, CPUInt8ScaledMMLinearKernel) for kernel in own)
+    used = (getattr(getattr(each, "scheme", None), "kernel", None) for each in model.modules())
+    return any(isinstance(kernel, CPUInt8ScaledMMLinearKernel) for kernel in used)
 
 
 def int8_sums_overflow() -> bool:
@@ -59,9 +59,9 @@ def int8_sums_overflow() -> bool:
     weight = torch.full((size, size), largest, dtype=torch.int8, device="cpu")
     row = torch.full((1, size), largest, dtype=torch.int8, device="cpu")
     scale = torch.ones(1, 1, dtype=torch.float32, device="cpu")
-    found = torch.empty(1, size, dtype=torch.float32, device="cpu")
+    product = torch.empty(1, size, dtype=torch.float32, device="cpu")
     handler = kernels.create_onednn_scaled_mm(
         weight.t(), scale.expand(size, 1).contiguous(), torch.float32, True, False
     )
-    kernels.onednn_scaled_mm(handler, row, found, scale, None, None, None)
-    return bool((found != size * largest**2).any())
+    kernels.onednn_scaled_mm(handler, row, product, scale, None, None, None)
+    return bool((product != size * largest**2).any())

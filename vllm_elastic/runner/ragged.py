@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in pieces, or of their own lengths, as one array."""
+"""Rows in parts, or of their own lengths, as one array."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def bounds(lengths: Iterable[int]) -> list[int]:
-    """Where each of N pieces begins, one behind the other, and where the last one ends."""
+    """Where each of N parts begins, one behind the other, and where the last one ends."""
     return list(accumulate(lengths, initial=0))
 
 

@@ -27,12 +27,16 @@ def slots_of(block_ids: IntArray, positions: IntArray, block_size: int) -> IntAr
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of a pass: one segment of a plan."""
+    """Rows [start, stop) of one plan, which are neighbours.
 
-    join_layer: int
+    Attributes:
+        join_layer: of rows of a pass, where one segment is a span.
+    """
+
     plan: int
     start: int
     stop: int
+    join_layer: int = 0
 
 
 @dataclass(slots=True)
@@ -87,7 +91,7 @@ class RowOrder:
             slots=slots_of(block_ids, blocked, block_size),
             tokens=np.concatenate([plan.tokens for plan in plans], dtype=np.int64)[embedded],
             stored=stored,
-            spans=list(map(Span, join_layers, owners, ends, ends[1:])),
+            spans=list(map(Span, owners, ends, ends[1:], join_layers)),
             _row_of=row_of,
             _starts=starts,
         )

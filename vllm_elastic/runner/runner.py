@@ -34,7 +34,7 @@ from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.adapters import Adapters
-from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, BatchBuilder
+from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME, PassLayout
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, capturing
 from vllm_elastic.runner.download import Download
@@ -61,7 +61,7 @@ from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
 from vllm_elastic.runner.quantised_products import check_products
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics import attention_sums
-from vllm_elastic.runner.statistics.statistics import statistics_of
+from vllm_elastic.runner.statistics.pass_statistics import statistics_of
 from vllm_elastic.runner.trial_run import trial_run
 from vllm_elastic.runner.upload import Upload
 from vllm_elastic.runner.warm_up_passes import warm_up_passes
@@ -134,15 +134,15 @@ class ElasticRunner:
             elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
             read_layers = range(last, -1, -elastic.attention_stride)
             self._all_queries = AllQueries(self.model, whole[-1], read_layers)
-        room = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        of_passes = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._trial_run()
-        del room
+        del of_passes
 
     def _trial_run(self) -> None:
-        seats = self.vllm_config.scheduler_config.max_num_seqs
+        requests = self.vllm_config.scheduler_config.max_num_seqs
         limits = StepLimits.of_engine(self.vllm_config)
         canvas = self.model_config.max_model_len
-        trial_run(self.model, self.traits, limits, seats, canvas, self._upload, self._adapters)
+        trial_run(self.model, self.traits, limits, requests, canvas, self._upload, self._adapters)
 
     def _capture_graphs(self, counts: list[int]) -> int:
         """Bytes that CUDA keeps of them.
@@ -335,7 +335,7 @@ class ElasticRunner:
         order = RowOrder.of(plans, self.cache.block_size)
         statistics = statistics_of(plans, order, self.cache, self._upload)
         head = Head(plans, self.traits, self._upload)
-        batch = BatchBuilder(
+        layout = PassLayout(
             plans,
             order,
             self._upload,
@@ -344,7 +344,7 @@ class ElasticRunner:
             self.max_chunk_rows,
             None if self._adapters is None else self._adapters.of_pass(plans),
         )
-        run = self._executor.prepare(batch, statistics)
+        run = self._executor.prepare(layout, statistics)
         half_filled = self._half_filled(plans)
         # On the device.
         self._upload.send()
@@ -352,7 +352,7 @@ class ElasticRunner:
             self.cache.keys.index_fill_(1, half_filled, 0)
         statistics.before(self.model_config.dtype)
         hidden = run()
-        candidates = head.predict(self.model, hidden, batch.window_adapters)
+        candidates = head.predict(self.model, hidden, layout.window_adapters)
         del hidden  # the statistics need the room
         statistics.after()
         if candidates is None:

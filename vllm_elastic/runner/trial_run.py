@@ -23,7 +23,7 @@ def trial_run(
     model: Any,
     traits: DecodingTraits,
     limits: StepLimits,
-    seats: int,
+    max_num_seqs: int,
     canvas: int,
     upload: Upload,
     adapters: Adapters | None = None,
@@ -34,24 +34,24 @@ def trial_run(
     the time; beside it the layers, then the candidates, then the attention that is worked out.
 
     Args:
-        seats: requests that run at a time; canvas: positions of the longest one.
+        max_num_seqs: requests that run at a time; canvas: positions of the longest one.
         adapters: None: the engine has none.
     """
     if traits.stores_input:  # images come before anything of the pass is held
         model.embed_multimodal(**model.largest_image())
     attention, weight = model.attention_layers[0], model.embed_tokens.weight
 
-    def room(num_bytes: int) -> torch.Tensor:
+    def empty(num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=weight.device)
 
     sizes = attention.num_heads, attention.num_kv_heads, attention.head_size
     heads, _, head_dim = sizes
-    saved = room(
+    saved = empty(
         saved_bytes(
             limits.saved_rows, traits.num_layers, heads, head_dim, model.width, weight.itemsize
         )
     )
-    totals = room(totals_bytes(seats, canvas, traits.num_layers))
+    totals = empty(totals_bytes(max_num_seqs, canvas, traits.num_layers))
     if canvas > limits.rows:
         # vLLM's experts keep scratch for the most rows that they have seen, and graphs go on
         # pointing to it: it must have its size before. The last chunk is the one that is filled up.
@@ -66,7 +66,7 @@ def trial_run(
     hidden = model.run_without_cache(num_rows, num_tested, limits.rows, of_rows)
     _predict_everything(model, traits, hidden, num_rows, upload)
     del hidden
-    room(reading_bytes(canvas, *sizes))
+    empty(reading_bytes(canvas, *sizes))
     del saved, totals
 
 

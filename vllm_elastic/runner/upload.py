@@ -55,10 +55,10 @@ class Upload:
         if self._used + array.nbytes > self._host.numel():
             self._grow(array.nbytes)
         start = self._used // array.itemsize
-        own = slice(start, start + array.size)
+        place = slice(start, start + array.size)
         self._used = _aligned(self._used + array.nbytes)
-        self._host_typed[number][own] = array.reshape(-1)
-        view = self._typed[number][own]
+        self._host_typed[number][place] = array.reshape(-1)
+        view = self._typed[number][place]
         return view if array.ndim == 1 else view.view(array.shape)
 
     def send(self) -> None:
@@ -84,7 +84,7 @@ class Upload:
         self._on_device = self._twin(self._host)
         # A slice of one of these is one operator, a slice seen as another type is two.
         self._host_typed = {number: self._host.numpy().view(number) for number in TORCH_OF}
-        self._typed = {number: self._on_device.view(own) for number, own in TORCH_OF.items()}
+        self._typed = {number: self._on_device.view(dtype) for number, dtype in TORCH_OF.items()}
         self._nothing = {number: typed[:0] for number, typed in self._typed.items()}
 
     def _twin(self, host: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,8 @@ def warm_up_passes(
         plan(length, min(length, count)) for length, count in product(lengths, counts) if count
     ]
     return [
-        [each] * requests
-        for each in plans
+        [warming] * requests
+        for warming in plans
         for requests in (1, 2, 16)
-        if requests * each.num_rows <= row_budget
+        if requests * warming.num_rows <= row_budget
     ]

@@ -173,17 +173,15 @@ class ModelShape:
         finish += chunk * (2 * self.width + self._mlp_numbers(ranks))
         return self.bytes_per_number * max(project, finish)
 
-    def graph_bytes(self, rows: int, ranks: int = 1) -> int:
-        """What the graphs of a layer's two parts hold of a rank, for up to so many rows.
+    def graph_bytes(self, rows: int) -> int:
+        """What the graphs of a layer's two parts hold of a lone rank, for up to so many rows.
 
         What all of them read and pass on (``runner.graphed_block.StaticRows``), and what the
         largest makes on its way: the others' intermediates lie in the same place.
         """
-        own = self.width // ranks
-        normed = self.width
-        project = normed + own + 2 * self.key_width + 2 * own * self.head_norms
-        finish = normed + self._mlp_numbers(ranks)
-        numbers = self.width + own + max(project, finish)
+        project = 2 * self.width + 2 * self.key_width + 2 * self.width * self.head_norms
+        finish = self.width + self._mlp_numbers(1)
+        numbers = 2 * self.width + max(project, finish)
         return rows * (self.bytes_per_number * numbers + 8)  # 8: a position
 
     def _mlp_numbers(self, ranks: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from vllm_elastic.attention import attention_statistics as ops
 from vllm_elastic.decoding.measurement import DriftTest
 from vllm_elastic.runner.cache_view import CacheView
-from vllm_elastic.runner.statistics.reading import Piece, Reading
+from vllm_elastic.runner.statistics.reading import QueryTile, Reading
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 
@@ -19,7 +19,7 @@ class AttentionReader:
     def __init__(self, cache: CacheView, recorder: PassRecorder) -> None:
         self._cache, self._recorder = cache, recorder
 
-    def sums(self, reading: Reading, piece: Piece, layers: range) -> list[torch.Tensor]:
+    def sums(self, reading: Reading, tile: QueryTile, layers: range) -> list[torch.Tensor]:
         """What adds up over heads and ranks.
 
         Args:
@@ -29,10 +29,10 @@ class AttentionReader:
             the windows' attention mass [layers, plans, longest T], and behind it, of a plan that
             tests, ``ops.drift_sums`` of the layers whose input is stored.
         """
-        attention = self._attention(reading, piece, layers)
-        num_new = piece.places.shape[1]
-        sums = [ops.attention_mass(attention[..., :num_new, :], piece.weights)]
-        own = piece.owners[0]
+        attention = self._attention(reading, tile, layers)
+        num_new = tile.places.shape[1]
+        sums = [ops.attention_mass(attention[..., :num_new, :], tile.weights)]
+        own = tile.owners[0]
         if own.tested.size:
             assert isinstance(own.measure, DriftTest)
             stride = self._cache.hidden_stride
@@ -41,7 +41,7 @@ class AttentionReader:
             sums += ops.drift_sums(old, new, own.measure.statistic)
         return sums
 
-    def _attention(self, reading: Reading, piece: Piece, layers: range) -> torch.Tensor:
+    def _attention(self, reading: Reading, tile: QueryTile, layers: range) -> torch.Tensor:
         """float32 [layers, plans, H, rows, T]: attention rows of saved queries, after the pass.
 
         Rows and T are those of the plan with the most; attention to what is beyond a plan's own T
@@ -52,9 +52,9 @@ class AttentionReader:
         cache, span = self._cache, slice(layers.start, layers.stop, layers.step)
         keys = cache.key_layout.read_blocks(cache.keys[span], reading.blocks, reading.table)
         keys = keys[..., : reading.lengths[-1]]
-        queries = self._recorder.queries[span][:, piece.places]
-        if piece.owners[0].tested.size:
-            scores = self._scores_before_and_after(piece.owners[0], span, queries, keys)
+        queries = self._recorder.queries[span][:, tile.places]
+        if tile.owners[0].tested.size:
+            scores = self._scores_before_and_after(tile.owners[0], span, queries, keys)
         else:
             scores = ops.attention_scores(queries, keys, cache.scale)
         if reading.beyond is not None:

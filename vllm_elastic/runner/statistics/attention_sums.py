@@ -16,7 +16,7 @@ from vllm_elastic.runner.upload import Upload
 
 
 class AttentionSums(Protocol):
-    """Of one pass. Made before the upload is sent.
+    """Works out the attention of one pass. Made before the upload is sent.
 
     Attributes:
         read_layers: those whose attention is going to be read.
@@ -32,7 +32,7 @@ class AttentionSums(Protocol):
 def attention_sums(
     saved: SavedRows, cache: CacheView, drift: DriftTotals, blocks: BlockTotals, upload: Upload
 ) -> AttentionSums:
-    """Both give the same numbers, but for rounding."""
+    """The one that the device takes. Both give the same numbers, but for rounding."""
     if cache.keys.is_cuda:
         # Triton need not be there elsewhere.
         from vllm_elastic.runner.statistics.kernel_sums import KernelSums

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class BlockTotals:
-    """Of all plans with a ``BlockProbe``, filled in on every rank and added up once.
+    """Sums of all plans with a ``BlockProbe``, filled in on every rank and added up once.
 
     The plans share one tensor, with canvases of the longest one's length. What their shares and
     blocks are is worked out on the host, each plan by itself: a handful of numbers that would take
@@ -59,8 +59,8 @@ class BlockTotals:
         if self._probes:
             probing = [index for index in self.owners if self._num_probes(index)]
             counts = [self._num_probes(index) for index in probing]
-            pieces = zip(*(part.split(counts) for part in self._probes), strict=True)
-            changes = dict(zip(probing, pieces, strict=True))
+            by_plan = zip(*(norms.split(counts) for norms in self._probes), strict=True)
+            changes = dict(zip(probing, by_plan, strict=True))
         return {
             index: download.of(self._measured, mass, *changes.get(index, (None, None)))
             for index, mass in self._masses().items()

@@ -15,7 +15,6 @@ from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.ragged import filled_up
 from vllm_elastic.runner.statistics import memory
-from vllm_elastic.runner.statistics.over_ranks import add_up
 from vllm_elastic.runner.statistics.saved_rows import OwnRows
 from vllm_elastic.runner.upload import Upload
 
@@ -33,7 +32,7 @@ class PendingSums(Protocol):
     sums: list[torch.Tensor]
 
     def add_to(self, similarities: torch.Tensor) -> None:
-        """To float32 [plans, stored layers]. The sums may be overwritten."""
+        """Add to float32 [plans, stored layers]. The sums may be overwritten."""
         ...
 
 
@@ -55,14 +54,14 @@ class _SumsOfOne:
     sums: list[torch.Tensor]
 
     def add_to(self, similarities: torch.Tensor) -> None:
-        found = ops.similarity_of_sums(self.sums, self.statistic, self.num_rows)
+        by_layer = ops.similarity_of_sums(self.sums, self.statistic, self.num_rows)
         if self.statistic == "released":  # a mean over these rows alone
-            found *= self.share
-        similarities[self.place, self.first : self.first + len(found)] += found
+            by_layer *= self.share
+        similarities[self.place, self.first : self.first + len(by_layer)] += by_layer
 
 
 class DriftTotals:
-    """Of all plans with a ``DriftTest``, filled in on every rank and added up once.
+    """Sums of all plans with a ``DriftTest``, filled in on every rank and added up once.
 
     The plans share one tensor, with canvases of the longest one's length, so that the most
     attended positions of all of them are found together.
@@ -85,8 +84,7 @@ class DriftTotals:
         # [plans, stored layers]; most requests test nothing, and most passes.
         self._similarities: torch.Tensor | None = None
         if any(own.tested.size for own in owners.values()):
-            num_stored = -(-cache.num_layers // cache.hidden_stride)
-            self._similarities = self.mass.new_zeros(len(owners), num_stored)
+            self._similarities = self.mass.new_zeros(len(owners), cache.num_stored_layers())
 
     def add_mass(self, places: torch.Tensor, layers: range, mass: torch.Tensor) -> None:
         """The attention [layers, plans, T] that some plans' windows pay each position.
@@ -99,9 +97,8 @@ class DriftTotals:
     def add_drift(self, index: int, layers: range, num_rows: int, sums: list[torch.Tensor]) -> None:
         """``ops.drift_sums`` of some layers and ``num_rows`` of the tested rows of one plan."""
         own, measure = self.owners[index], self._measure(index)
-        first = -(-layers.start // self._cache.hidden_stride)
-        tested = self._cache.num_tested(measure.tested_layers)
-        stop = None if tested is None else max(0, tested - first)
+        first = self._cache.num_stored_layers(layers.start)
+        stop = max(0, self._cache.num_stored_layers(measure.tested_layers) - first)
         self.add_pending(
             _SumsOfOne(
                 place=self._nth[index],
@@ -117,7 +114,7 @@ class DriftTotals:
         """Sums of this rank's heads; as many numbers on every rank."""
         self._pending.append(sums)
         if self.num_pending > memory.SUMS_AT_ONCE:
-            add_up(self.pending())
+            ranks.add_up_in_place(self.pending())
             self.take_similarities()
 
     @property
@@ -127,13 +124,13 @@ class DriftTotals:
 
     def pending(self) -> list[torch.Tensor]:
         """Views of the sums that have to be added up over ranks."""
-        return [part for each in self._pending for part in each.sums]
+        return [part for pending in self._pending for part in pending.sums]
 
     def take_similarities(self) -> None:
         """Turn the sums, added up over ranks, into similarities; they may be overwritten."""
-        for each in self._pending:
+        for pending in self._pending:
             assert self._similarities is not None
-            each.add_to(self._similarities)
+            pending.add_to(self._similarities)
         self._pending = []
 
     def parts(self) -> list[torch.Tensor]:
@@ -151,8 +148,8 @@ class DriftTotals:
         # A sort takes several times the room of what it sorts.
         num_plans = max(1, _SORTED_AT_ONCE // (self._cache.num_layers * self.mass.shape[-1]))
         masses, flags = self.mass.split(num_plans, dim=1), self._trackable.split(num_plans)
-        pieces = zip(masses, flags, strict=True)
-        best = torch.cat([ops.most_attended(*piece, self._track_num) for piece in pieces], dim=1)
+        parts = zip(masses, flags, strict=True)
+        best = torch.cat([ops.most_attended(*part, self._track_num) for part in parts], dim=1)
         best = best.movedim(1, 0).to(torch.int32)
         return {
             index: best[self._nth[index], own.plan.start_layer :, : self._measure(index).track_num]

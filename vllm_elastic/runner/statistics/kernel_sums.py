@@ -15,8 +15,8 @@ from vllm_elastic.attention.paged_statistics import (
     RELEASED,
     Before,
     PagedKeys,
+    PagedReading,
     PagedStatistics,
-    Part,
     PlanEntry,
     Rows,
 )
@@ -39,18 +39,20 @@ class _SumsOfMany:
     """``PagedStatistics.drift_sums`` of some layers (``drift.PendingSums``)."""
 
     statistics: PagedStatistics
-    part: Part
+    reading: PagedReading
     statistic: int
     num_heads: int
     sums: list[torch.Tensor]
 
     def add_to(self, similarities: torch.Tensor) -> None:
         (sums,) = self.sums
-        self.statistics.similarities(self.part, self.statistic, sums, self.num_heads, similarities)
+        self.statistics.similarities(
+            self.reading, self.statistic, sums, self.num_heads, similarities
+        )
 
 
 class KernelSums:
-    """Of one pass (``attention_sums.AttentionSums``)."""
+    """Sums of one pass by Triton's kernels (``attention_sums.AttentionSums``)."""
 
     def __init__(
         self,
@@ -71,11 +73,11 @@ class KernelSums:
             totals: [self._entry(place, own) for place, own in enumerate(totals.owners.values())]
             for totals in (drift, blocks)
         }
-        self._parts = [
-            (totals, part)
+        self._readings = [
+            (totals, reading)
             for totals, entries in entries_of.items()
-            for some in self._groups(entries)
-            for part in self._parts_of(some)
+            for group in self._groups(entries)
+            for reading in self._readings_of(group)
         ]
         self._shared = (
             upload.put(self._in_window),
@@ -85,7 +87,7 @@ class KernelSums:
         self._written_on_device = upload.put(np.concatenate(self._written_at).astype(np.int32))
 
     def add_to_totals(self, recorder: PassRecorder) -> None:
-        """Part by part, of which there is one unless memory is short."""
+        """Reading by reading, of which there is one a kind unless memory is short."""
         cache = self._cache
         before = None
         if recorder.old_queries is not None and recorder.old_keys is not None:
@@ -93,13 +95,15 @@ class KernelSums:
         rows = Rows(recorder.queries, *self._shared, before, cache.hidden_stride)
         kernels = PagedStatistics(PagedKeys(cache.keys, cache.key_layout), rows, cache.scale)
         num_heads = cache.num_heads * ranks.count()
-        for totals, part in self._parts:
-            attention = kernels.read(part)
+        for totals, reading in self._readings:
+            attention = kernels.read(reading)
             kernels.add_mass(attention, totals.mass)
-            for statistic, count in part.num_sums.items():
+            for statistic, count in reading.num_sums.items():
                 if count:
                     sums = [kernels.drift_sums(attention, statistic)]
-                    self._drift.add_pending(_SumsOfMany(kernels, part, statistic, num_heads, sums))
+                    self._drift.add_pending(
+                        _SumsOfMany(kernels, reading, statistic, num_heads, sums)
+                    )
 
     def _entry(self, place: int, own: OwnRows) -> PlanEntry:
         """A plan, and what it adds to the lists of all plans."""
@@ -120,13 +124,12 @@ class KernelSums:
         self._num_blocks += len(self._blocks[-1])
         if own.tested.size:
             assert isinstance(measure, DriftTest)
-            stored = cache.num_tested(measure.tested_layers)
             entry = entry._replace(
                 statistic=_STATISTICS[measure.statistic],
                 first_tested=own.old_queries.start,
                 num_tested=own.tested.size,
                 first_written=self._num_written,
-                stop_stored=cache.num_layers if stored is None else stored,
+                stop_stored=cache.num_stored_layers(measure.tested_layers),
             )
             self._tested.append(own.queries.start + own.tested)
             written_at = np.full(entry.length, -1)
@@ -136,30 +139,30 @@ class KernelSums:
         return entry
 
     def _groups(self, entries: list[PlanEntry]) -> Iterator[list[PlanEntry]]:
-        """As many plans as there is room for in a layer."""
-        some: list[PlanEntry] = []
+        """The plans, as many at a time as there is room for in a layer."""
+        group: list[PlanEntry] = []
         numbers = self._numbers([])
         for entry in entries:
-            own = self._numbers([entry]) - self._numbers([])
-            if some and numbers + own > memory.NUMBERS_AT_ONCE_ON_GPU:
-                yield some
-                some, numbers = [], self._numbers([])
-            some.append(entry)
-            numbers += own
-        if some:
-            yield some
+            more = self._numbers([entry]) - self._numbers([])
+            if group and numbers + more > memory.MOST_NUMBERS_AT_ONCE:
+                yield group
+                group, numbers = [], self._numbers([])
+            group.append(entry)
+            numbers += more
+        if group:
+            yield group
 
-    def _parts_of(self, entries: list[PlanEntry]) -> Iterator[Part]:
+    def _readings_of(self, entries: list[PlanEntry]) -> Iterator[PagedReading]:
         """All layers that plans look at, as many at a time as there is room for."""
         num_layers = max(
             len(range(entry.first_layer, self._cache.num_layers, entry.layer_stride))
             for entry in entries
         )
-        at_once = max(1, memory.NUMBERS_AT_ONCE_ON_GPU // self._numbers(entries))
+        at_once = max(1, memory.MOST_NUMBERS_AT_ONCE // self._numbers(entries))
         for first in range(0, num_layers, at_once):
-            yield self._part(entries, first, min(first + at_once, num_layers))
+            yield self._reading(entries, first, min(first + at_once, num_layers))
 
-    def _part(self, entries: list[PlanEntry], first: int, stop: int) -> Part:
+    def _reading(self, entries: list[PlanEntry], first: int, stop: int) -> PagedReading:
         placed, num_positions, num_sums = [], 0, {RELEASED: 0, PAPER: 0}
         for entry in entries:
             placed.append(
@@ -170,7 +173,7 @@ class KernelSums:
             num_positions += entry.length
             if entry.statistic:
                 num_sums[entry.statistic] += self._num_sums(entry, first, stop)
-        return Part(
+        return PagedReading(
             plans=self._upload.put(np.array(placed, dtype=np.int32)),
             first=first,
             stop=stop,
@@ -185,10 +188,10 @@ class KernelSums:
         stride = self._cache.hidden_stride
         start = -(-(entry.first_layer + first) // stride)
         end = -(-min(entry.first_layer + stop, self._cache.num_layers) // stride)
-        each = self._cache.num_kv_heads
+        of_layer = self._cache.num_kv_heads
         if entry.statistic == RELEASED:
-            each = entry.num_tested * entry.length
-        return each * max(0, min(end, entry.stop_stored) - start)
+            of_layer = entry.num_tested * entry.length
+        return of_layer * max(0, min(end, entry.stop_stored) - start)
 
     def _numbers(self, entries: list[PlanEntry]) -> int:
         """What the kernels write for a layer: see ``Attention``, which has all rows in any case,

@@ -6,9 +6,9 @@ Imports no torch.
 
 from __future__ import annotations
 
-NUMBERS_AT_ONCE_ON_GPU = 1 << 26
-"""Numbers of 4 bytes that are at hand at a time: what the kernels write, hidden states of probes,
-on CPUs attention rows of one plan, which are cut into pieces of no more."""
+MOST_NUMBERS_AT_ONCE = 1 << 26
+"""Numbers of 4 bytes that are at hand at a time: what the kernels write (on CPUs: attention rows of
+one plan, which are cut into tiles of no more), hidden states of probes."""
 
 SUMS_AT_ONCE = 1 << 24
 """Sums of drift tests that wait to be added up over ranks, in numbers of 4 bytes."""
@@ -29,14 +29,14 @@ def saved_bytes(
     Args:
         heads: query heads of one rank, no fewer than its KV heads.
     """
-    own = heads * head_dim
-    numbers = saved_rows * own + saved_rows // 4 * max(0, width - own)
+    query = heads * head_dim
+    numbers = saved_rows * query + saved_rows // 4 * max(0, width - query)
     return layers * numbers * number_bytes
 
 
-def totals_bytes(seats: int, canvas: int, layers: int) -> int:
+def totals_bytes(max_num_seqs: int, canvas: int, layers: int) -> int:
     """The attention that each position of so many canvases is paid in each layer, in float32."""
-    return 4 * seats * canvas * layers
+    return 4 * max_num_seqs * canvas * layers
 
 
 def reading_bytes(canvas: int, heads: int, kv_heads: int, head_dim: int) -> int:
@@ -45,4 +45,4 @@ def reading_bytes(canvas: int, heads: int, kv_heads: int, head_dim: int) -> int:
     The least is a layer's keys of one canvas, or the attention of one row before and after.
     """
     one_layer = canvas * max(kv_heads * head_dim, 2 * heads)
-    return 4 * _COPIES_OF_READING * max(NUMBERS_AT_ONCE_ON_GPU, one_layer)
+    return 4 * _COPIES_OF_READING * max(MOST_NUMBERS_AT_ONCE, one_layer)

@@ -18,7 +18,7 @@ from vllm_elastic.runner.upload import Upload
 
 
 @dataclass(slots=True)
-class Piece:
+class QueryTile:
     """Some rows of each plan of a reading.
 
     Attributes:
@@ -39,7 +39,7 @@ class Reading:
         indices: of the plans; more than one only where nothing is tested.
         places: int64 [plans], theirs among all plans of the kind.
         layers_at_once: of these layers, so many are worked on together.
-        pieces: more than one only of a plan that is alone, whose rows are too many at once.
+        tiles: more than one only of a plan that is alone, whose rows are too many at once.
         blocks: the kernels' blocks of each plan; table: the same, int64 [plans, most blocks].
         lengths: T of each plan, ascending.
         beyond: bool [plans, longest T - shortest T], positions that a plan does not have; None:
@@ -50,7 +50,7 @@ class Reading:
     places: torch.Tensor
     layers: range
     layers_at_once: int
-    pieces: list[Piece]
+    tiles: list[QueryTile]
     blocks: list[Sequence[int]]
     table: torch.Tensor
     lengths: list[int]
@@ -83,10 +83,12 @@ class ReadingPlanner:
     def readings(self) -> list[Reading]:
         """Every plan once, in every layer that it looks at."""
         return [
-            reading for layers, alike in self._alike() for reading in self._groups(alike, layers)
+            reading
+            for layers, group in self._groups()
+            for reading in self._readings_of(group, layers)
         ]
 
-    def _alike(self) -> Iterator[tuple[range, list[int]]]:
+    def _groups(self) -> Iterator[tuple[range, list[int]]]:
         """Layers, and the plans of one kind whose attention is read in these.
 
         A plan that tests stays alone: it reads every layer, and no two have as many rows.
@@ -101,21 +103,21 @@ class ReadingPlanner:
         for (_, layers), indices in alike.items():
             yield layers, indices
 
-    def _groups(self, indices: list[int], layers: range) -> Iterator[Reading]:
-        pieces = {index: self._cut(self._owners[index]) for index in indices}
-        most = max(self._numbers(own) for owns in pieces.values() for own in owns)
-        room = max(1, self._numbers_at_once // most)
-        # A plan in several pieces leaves no room for another one.
-        num_plans = max(1, room // len(layers))
+    def _readings_of(self, indices: list[int], layers: range) -> Iterator[Reading]:
+        tiles = {index: self._cut(self._owners[index]) for index in indices}
+        most = max(self._numbers(own) for owns in tiles.values() for own in owns)
+        at_once = max(1, self._numbers_at_once // most)
+        # A plan in several tiles leaves no room for another one.
+        num_plans = max(1, at_once // len(layers))
         # Neighbours in length: the shorter ones are filled up.
         indices = sorted(indices, key=lambda index: len(self._owners[index].plan.tokens))
         for first in range(0, len(indices), num_plans):
-            some = indices[first : first + num_plans]
-            together = zip(*(pieces[index] for index in some), strict=True)
-            yield self._reading(some, layers, room, [list(owners) for owners in together])
+            read = indices[first : first + num_plans]
+            together = zip(*(tiles[index] for index in read), strict=True)
+            yield self._reading(read, layers, at_once, [list(owners) for owners in together])
 
     def _reading(
-        self, indices: list[int], layers: range, room: int, pieces: list[list[OwnRows]]
+        self, indices: list[int], layers: range, at_once: int, tiles: list[list[OwnRows]]
     ) -> Reading:
         plans = [self._owners[index].plan for index in indices]
         blocks = [self._cache.kernel_blocks(plan.block_ids) for plan in plans]
@@ -129,28 +131,28 @@ class ReadingPlanner:
             indices=indices,
             places=self._upload.put(np.array([self._nth[index] for index in indices])),
             layers=layers,
-            layers_at_once=room,
-            pieces=[self._piece(owners) for owners in pieces],
-            blocks=[own.tolist() for own in blocks],
+            layers_at_once=at_once,
+            tiles=[self._tile(owners) for owners in tiles],
+            blocks=[of_plan.tolist() for of_plan in blocks],
             table=self._upload.put(table),
             lengths=lengths,
             beyond=beyond,
         )
 
-    def _piece(self, owners: list[OwnRows]) -> Piece:
+    def _tile(self, owners: list[OwnRows]) -> QueryTile:
         shape = len(owners), max(len(own.in_window) for own in owners)
         places, weights = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         for place, weight, own in zip(places, weights, owners, strict=True):
             place[:] = own.queries.start  # another plan's may not be a number
             place[: len(own.in_window)] = np.arange(own.queries.start, own.queries.stop)
             weight[: len(own.in_window)] = own.in_window
-        return Piece(owners, self._upload.put(places), self._upload.put(weights))
+        return QueryTile(owners, self._upload.put(places), self._upload.put(weights))
 
     def _cut(self, own: OwnRows) -> list[OwnRows]:
         """A plan by as many queries as keep a layer's attention within the bound of memory."""
         # A tested row has its attention before the pass behind it.
-        each = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
-        return own.pieces(max(1, memory.NUMBERS_AT_ONCE_ON_GPU // each))
+        of_row = len(own.plan.tokens) * self._cache.num_heads * (2 if own.tested.size else 1)
+        return own.tiles(max(1, memory.MOST_NUMBERS_AT_ONCE // of_row))
 
     def _numbers(self, own: OwnRows) -> int:
         """Numbers of a layer that are needed at once: keys, or attention rows if they are more."""

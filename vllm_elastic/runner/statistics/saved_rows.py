@@ -46,18 +46,18 @@ class OwnRows:
     written_on_device: torch.Tensor
 
     def layers(self, num_layers: int) -> range:
-        """Those of a model whose attention is read: from the last one down to the start layer."""
+        """The model's layers whose attention is read: from the last one down to the start layer."""
         start, stride = self.plan.start_layer, self.plan.attention_stride
         return range(start + (num_layers - 1 - start) % stride, num_layers, stride)
 
-    def pieces(self, count: int) -> list[OwnRows]:
-        """The same by at most ``count`` of the queries at a time; itself where it has no more."""
+    def tiles(self, count: int) -> list[OwnRows]:
+        """The plan's places by at most ``count`` queries at a time; itself where it has no more."""
         total = len(self.in_window)
         if total <= count:
             return [self]
-        return [self._piece(start, min(start + count, total)) for start in range(0, total, count)]
+        return [self._tile(start, min(start + count, total)) for start in range(0, total, count)]
 
-    def _piece(self, start: int, stop: int) -> OwnRows:
+    def _tile(self, start: int, stop: int) -> OwnRows:
         first, last = np.searchsorted(self.tested, (start, stop)).tolist()
         queries, old = self.queries.start, self.old_queries.start
         return replace(

@@ -23,7 +23,7 @@ _NUMBERS_AT_ONCE = 1 << 19
 
 
 class TorchSums:
-    """Of one pass (``attention_sums.AttentionSums``)."""
+    """Sums of one pass by torch's operators (``attention_sums.AttentionSums``)."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class TorchSums:
         for reading in self._readings:
             parts = [self._mass(reader, reading, layers) for layers in reading.layer_parts()]
             mass = joined(parts)
-            if isinstance(reading.pieces[0].owners[0].measure, BlockProbe):
+            if isinstance(reading.tiles[0].owners[0].measure, BlockProbe):
                 self._blocks.add_mass(reading.places, mass)
             else:
                 self._drift.add_mass(reading.places, reading.layers, mass)
@@ -52,10 +52,10 @@ class TorchSums:
     def _mass(self, reader: AttentionReader, reading: Reading, layers: range) -> torch.Tensor:
         """The attention [layers, plans, longest T] that windows pay; drift goes to its total."""
         masses = []
-        for piece in reading.pieces:
-            mass, *drift = reader.sums(reading, piece, layers)
+        for tile in reading.tiles:
+            mass, *drift = reader.sums(reading, tile, layers)
             masses.append(mass)
             if drift:  # of a plan that is alone
-                num_rows = piece.owners[0].tested.size
+                num_rows = tile.owners[0].tested.size
                 self._drift.add_drift(reading.indices[0], layers, num_rows, drift)
         return functools.reduce(torch.add, masses)

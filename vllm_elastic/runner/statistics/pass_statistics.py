@@ -19,6 +19,7 @@ from vllm_elastic.decoding.measurement import (
     MeasuredDrift,
 )
 from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.models import ranks
 from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.download import Download, Fetched
 from vllm_elastic.runner.ragged import joined
@@ -26,8 +27,7 @@ from vllm_elastic.runner.row_order import NO_ROWS, IntArray, RowOrder
 from vllm_elastic.runner.statistics.attention_sums import attention_sums
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
-from vllm_elastic.runner.statistics.memory import NUMBERS_AT_ONCE_ON_GPU
-from vllm_elastic.runner.statistics.over_ranks import add_up
+from vllm_elastic.runner.statistics.memory import MOST_NUMBERS_AT_ONCE
 from vllm_elastic.runner.statistics.recorder import PassRecorder
 from vllm_elastic.runner.statistics.saved_rows import OwnRows, SavedRows
 from vllm_elastic.runner.upload import Upload
@@ -35,15 +35,15 @@ from vllm_elastic.runner.upload import Upload
 
 def statistics_of(
     plans: Sequence[PassPlan], order: RowOrder, cache: CacheView, upload: Upload
-) -> Statistics:
-    """Of a pass over these plans."""
+) -> PassStatistics:
+    """The statistics of a pass over these plans."""
     if all(plan.measure is None for plan in plans):
-        return Statistics()
+        return PassStatistics()
     return MeasuringStatistics(SavedRows(plans, order, upload), cache, upload)
 
 
-class Statistics:
-    """Of a pass that measures nothing: most passes of most policies, which pay nothing for it.
+class PassStatistics:
+    """Statistics of a pass that measures nothing: most passes of most policies, which pay nothing.
 
     Attributes:
         query_rows, tested_positions: as of ``SavedRows``.
@@ -67,8 +67,8 @@ class Statistics:
         return {}
 
 
-class MeasuringStatistics(Statistics):
-    """Of a pass in which at least one plan measures."""
+class MeasuringStatistics(PassStatistics):
+    """Statistics of a pass in which at least one plan measures."""
 
     def __init__(self, saved: SavedRows, cache: CacheView, upload: Upload) -> None:
         self.query_rows, self.tested_positions = saved.query_rows, saved.tested_positions
@@ -87,7 +87,7 @@ class MeasuringStatistics(Statistics):
         self._attention.add_to_totals(self.recorder)
         if self.recorder.old_probes is not None:
             self._blocks.add_probes(*self._probe_sums(self.recorder.old_probes))
-        add_up(self._drift.parts() + self._blocks.parts())
+        ranks.add_up_in_place(self._drift.parts() + self._blocks.parts())
         self._drift.take_similarities()
 
     def results(self, download: Download) -> dict[int, Fetched[Measured]]:
@@ -101,12 +101,12 @@ class MeasuringStatistics(Statistics):
     def _probe_sums(self, old_probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared norms of the change of stored hidden states, and of them: [stored, probes]."""
         sums = []
-        at_once = max(1, NUMBERS_AT_ONCE_ON_GPU // max(1, old_probes[:1].numel()))
+        at_once = max(1, MOST_NUMBERS_AT_ONCE // max(1, old_probes[:1].numel()))
         # Once for a model that stores none.
         for first in range(0, max(1, len(old_probes)), at_once):
-            some = slice(first, first + at_once)
-            old = old_probes[some].float()
-            new = self._cache.hidden[some, self._saved.probe_slots].float()
+            layers = slice(first, first + at_once)
+            old = old_probes[layers].float()
+            new = self._cache.hidden[layers, self._saved.probe_slots].float()
             # The square of a rounded norm has that norm for its root: one rank's numbers are
             # unchanged.
             sums.append(((new - old).norm(dim=-1).square(), old.norm(dim=-1).square()))
