@@ -14,7 +14,7 @@ from tests.live_bytes import LiveBytes
 from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 from vllm_elastic.runner import candidates, head
-from vllm_elastic.runner.statistics import memory, statistics, torch_sums
+from vllm_elastic.runner.statistics import memory, pass_statistics, torch_sums
 
 from .conftest import EOS, MASK, Served
 from .driver import Driver, prompt_of
@@ -39,7 +39,7 @@ def bound(
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", logits)
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (numbers, numbers))
     monkeypatch.setattr(memory, "MOST_NUMBERS_AT_ONCE", attention)
-    monkeypatch.setattr(statistics, "MOST_NUMBERS_AT_ONCE", attention)
+    monkeypatch.setattr(pass_statistics, "MOST_NUMBERS_AT_ONCE", attention)
     monkeypatch.setattr(torch_sums, "_NUMBERS_AT_ONCE", attention)
     monkeypatch.setattr(memory, "SUMS_AT_ONCE", sums)
 

@@ -40,12 +40,19 @@ def plan(first: int, count: int, sampling: Sampling | None) -> PassPlan:
     return PassPlan("", "window", 2, [], np.zeros(99, np.int32), window, sampling=sampling)
 
 
-def predicted(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Head, list[int]]:
-    """Candidates of 31 rows, filled up to 34, and how many rows each call of the head had."""
+def predicted(
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch, device: torch.device = DEVICE
+) -> tuple[Any, Head, list[int]]:
+    """Candidates of 31 rows, filled up to 34, and how many rows each call of the head had.
+
+    Args:
+        device: what the head takes the upload's for.
+    """
     monkeypatch.setattr(module.ranks, "reports", lambda: True)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows_at_once * VOCABULARY)
     plans = [plan(10 + i, n, w) for i, (n, w) in enumerate(zip(ROWS, WISHES, strict=True))]
     upload = Upload(DEVICE)
+    upload.device = device
     head = Head(plans, TRAITS, upload)
     upload.send()
     calls: list[int] = []
@@ -87,6 +94,32 @@ def test_some_rows_at_a_time(rows_at_once: int, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(found.logprobs, wanted.logprobs)
         assert len(found.ranks) == len(range(31)[head.slices[index]])
     assert not set(whole.token_ids.tolist()) & {MASK, NEVER}
+
+
+def test_one_kernel_draws_for_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where each request for itself would be fifty launches; here in the interpreter."""
+    pytest.importorskip("triton")
+    from vllm_elastic.runner import sampling_kernel
+
+    launches = []
+    draw = sampling_kernel.sample_by_kernel
+
+    def counted(*args: Any) -> None:
+        launches.append(args)
+        draw(*args)
+
+    monkeypatch.setattr(sampling_kernel, "sample_by_kernel", counted)
+    monkeypatch.setattr(module, "sampled", None)
+    monkeypatch.setattr(module, "as_dream", None)
+    by_kernel, *_ = predicted(34, monkeypatch, torch.device("cuda"))
+    assert len(launches) == 1
+    monkeypatch.undo()
+    by_torch, *_ = predicted(34, monkeypatch, torch.device("cpu"))
+    assert torch.equal(by_kernel.token_ids, by_torch.token_ids)
+    torch.testing.assert_close(
+        by_kernel.probabilities, by_torch.probabilities, rtol=1e-5, atol=1e-6
+    )
+    assert torch.equal(by_kernel.entropies, by_torch.entropies)
 
 
 def test_log_probabilities_are_of_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ cache writes, and of ours statistics and candidates, whose kernels have tests of
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import types
 from typing import Any
@@ -117,15 +118,60 @@ def _launch_kernels() -> None:
 
 def _replace_slow_kernels() -> None:
     """Of ours."""
-    from vllm_elastic.runner import candidate_kernel, candidates
-    from vllm_elastic.runner.statistics import attention_sums, statistics
+    from vllm_elastic.runner import candidate_kernel, candidates, sampling_kernel
+    from vllm_elastic.runner.statistics import attention_sums, pass_statistics
 
     def most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         token_ids, probabilities = launched(candidates.most_probable)(logits)
         return OnSecond(token_ids), OnSecond(probabilities)
 
+    def sample(logits: torch.Tensor, draws: Any, rows: slice, *found: torch.Tensor) -> None:
+        numbers = draws.integers, draws.floats, draws.streams
+        here = draws.within(rows)
+        launched(draw)(logits, *(each[here] for each in numbers), rows.start, *found)
+
     candidate_kernel.most_probable_by_kernel = most_probable
-    statistics.attention_sums = attention_sums.TorchSums
+    sampling_kernel.sample_by_kernel = sample
+    pass_statistics.attention_sums = attention_sums.TorchSums
+
+
+def draw(
+    logits: torch.Tensor,
+    integers: torch.Tensor,
+    floats: torch.Tensor,
+    streams: torch.Tensor,
+    first_row: int,
+    token_ids: torch.Tensor,
+    probabilities: torch.Tensor,
+) -> None:
+    """What ``sampling_kernel`` does, row by row."""
+    from vllm_elastic.decoding.sampling import Sampling
+    from vllm_elastic.runner import candidates, counter_random
+    from vllm_elastic.runner.draws import Confidence
+
+    for (row, top_k, is_noisy, confidence), (temperature, log_min_p, top_p), stream in zip(
+        integers.tolist(), floats.tolist(), streams, strict=True
+    ):
+        row -= first_row
+        limits = Sampling(top_k=top_k, top_p=top_p, min_p=math.exp(log_min_p))
+        wide = logits[row : row + 1].double()
+        tempered = candidates._filtered(wide / temperature, limits)
+        value = tempered
+        if is_noisy:
+            noise = counter_random.numbers_of(stream[None], wide.shape[1])
+            value = tempered - torch.log(-torch.log(noise))
+        token_ids[row] = token_id = value.argmax()
+        match Confidence(confidence):
+            case Confidence.UNTEMPERED:
+                of, alg = wide, ""
+            case Confidence.TEMPERED:
+                of, alg = tempered, ""
+            case Confidence.ENTROPY:
+                of, alg = tempered, "entropy"
+            case Confidence.MARGIN:
+                of, alg = tempered, "topk_margin"
+        chosen = token_id[None]
+        probabilities[row] = candidates._confidence(of.softmax(dim=-1), chosen, alg)[0]
 
 
 def write(

@@ -24,15 +24,19 @@ def uniform(seed: int, step: int, positions: torch.Tensor, count: int) -> torch.
     Returns:
         float64 [W, count].
     """
-    golden = _signed(_GOLDEN)
-    streams = _mix(positions * golden + _signed(key_of(seed, step)))
-    tokens = torch.arange(1, count + 1, dtype=torch.int64, device=positions.device)
-    bits = _mix(streams[:, None] + tokens[None] * golden)
+    streams = _mix(positions * _signed(_GOLDEN) + _signed(key_of(seed, step)))
+    return numbers_of(streams, count)
+
+
+def numbers_of(streams: torch.Tensor, count: int) -> torch.Tensor:
+    """float64 [W, count] in (0, 1) of streams, int64 [W]."""
+    tokens = torch.arange(1, count + 1, dtype=torch.int64, device=streams.device)
+    bits = _mix(streams[:, None] + tokens[None] * _signed(_GOLDEN))
     return (_shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def key_of(seed: int, step: int) -> int:
-    """Of 64 bits: what a request's random numbers of a denoising step begin with."""
+    """What a request's random numbers of a denoising step begin with, 64 bits."""
     return _mix_int(_mix_int(seed & _MASK64) + (step + 1) * _GOLDEN)
 
 

@@ -27,7 +27,7 @@ class Confidence(enum.Enum):
 
 
 class Draws:
-    """The D drawn rows among all window rows of a pass, put into the pass's upload.
+    """The D > 0 drawn rows among all window rows of a pass, put into the pass's upload.
 
     Attributes:
         integers: int32 [D, 4]: the window row; top-k, 0: all; whether there is noise, 0 or 1; the
@@ -39,26 +39,25 @@ class Draws:
 
     def __init__(self, plans: Sequence[PassPlan], slices: Sequence[slice], upload: Upload) -> None:
         drawn = [
-            (plan.sampling, plan, own)
-            for plan, own in zip(plans, slices, strict=True)
+            (plan, plan.sampling, rows)
+            for plan, rows in zip(plans, slices, strict=True)
             if plan.sampling is not None and is_drawn(plan.sampling)
         ]
-        counts = [own.stop - own.start for _, _, own in drawn]
+        lengths = [rows.stop - rows.start for _, _, rows in drawn]
 
-        def of_rows(values: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-            return np.repeat(np.array(values, dtype=dtype), counts, axis=0)
+        def of_rows(of_plans: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+            return np.repeat(np.array(of_plans, dtype=dtype), lengths, axis=0)
 
-        self._rows = np.array([row for _, _, own in drawn for row in range(own.start, own.stop)])
-        integers = of_rows([_integers(sampling) for sampling, _, _ in drawn], np.int32)
-        integers = integers.reshape(-1, 4)
+        self._rows = np.concatenate([np.arange(rows.start, rows.stop) for _, _, rows in drawn])
+        integers = of_rows([_integers(sampling) for _, sampling, _ in drawn], np.int32)
         integers[:, 0] = self._rows
-        floats = of_rows([_floats(sampling) for sampling, _, _ in drawn], np.float64)
-        keys = of_rows([key_of(s.seed, plan.denoising_step) for s, plan, _ in drawn], np.uint64)
-        positions = [plan.window for _, plan, _ in drawn]
-        streams = streams_of(keys, np.concatenate(positions or [keys], dtype=np.int64))
+        keys = of_rows(
+            [key_of(sampling.seed, plan.denoising_step) for plan, sampling, _ in drawn], np.uint64
+        )
+        positions = np.concatenate([plan.window for plan, _, _ in drawn], dtype=np.int64)
         self.integers = upload.put(integers)
-        self.floats = upload.put(floats.reshape(-1, 3))
-        self.streams = upload.put(streams)
+        self.floats = upload.put(of_rows([_floats(sampling) for _, sampling, _ in drawn], float))
+        self.streams = upload.put(streams_of(keys, positions))
 
     def within(self, rows: slice) -> slice:
         """Which of the draws are of these window rows."""

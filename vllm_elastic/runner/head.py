@@ -25,6 +25,7 @@ from vllm_elastic.runner.candidates import (
     sampled,
 )
 from vllm_elastic.runner.constraints import Constraints
+from vllm_elastic.runner.draws import Draws, is_drawn
 from vllm_elastic.runner.ragged import bounds, joined
 from vllm_elastic.runner.upload import Upload
 
@@ -67,6 +68,11 @@ class Head:
         if self._constraints:  # nobody else asks where a row is
             positions = np.concatenate([plan.window for plan in plans], dtype=np.int64)
             self._positions = upload.put(positions)
+        self._draws = None  # elsewhere, and in this pass, nothing is drawn by a kernel
+        if upload.device.type == "cuda" and any(
+            plan.sampling is not None and is_drawn(plan.sampling) for plan in plans
+        ):
+            self._draws = Draws(plans, self.slices, upload)
 
     def predict(
         self, model: Any, hidden: torch.Tensor, adapters: RowAdapters | None = None
@@ -135,11 +141,16 @@ class Head:
             self._constraints[index].apply(logits[here], self._positions[overall])
         self._allowed.apply(logits, rows)
         token_ids, confidence = most_probable(logits)
+        if self._draws is not None:
+            # Triton need not be there elsewhere.
+            from vllm_elastic.runner.sampling_kernel import sample_by_kernel
+
+            sample_by_kernel(logits, self._draws, rows, token_ids, confidence)
         for index, here, overall in self._wishes(rows):
             plan, sampling = self._plans[index], self._plans[index].sampling
             assert sampling is not None
-            choose = sampled if sampling.alg is None else as_dream
-            if sampling.temperature > 0 or sampling.alg is not None:
+            if self._draws is None and is_drawn(sampling):
+                choose = sampled if sampling.alg is None else as_dream
                 token_ids[here], confidence[here] = choose(
                     logits[here], sampling, plan.denoising_step, self._positions[overall]
                 )

@@ -76,7 +76,8 @@ def _predict_everything(
     """The head for a request that wants all that takes memory; of the rows' adapters, what the
     layers used last."""
     window = np.arange(num_rows, dtype=np.int32)
-    wishes = Sampling(temperature=1.0, top_p=0.9, num_logprobs=1)
+    # On a GPU a kernel draws, and the entropies are what takes most.
+    wishes = Sampling(temperature=1.0, top_p=0.9, entropies=True, num_logprobs=1)
     plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
     upload.start()
     head = Head([plan], traits, upload)
