@@ -39,14 +39,19 @@ def make_config(**options: Any) -> Any:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What engine_config logs; vLLM's loggers do not propagate to pytest's."""
+    """What is logged at start; vLLM's loggers do not propagate to pytest's."""
     lines: list[str] = []
-    logger = logging.getLogger("vllm.vllm_elastic.engine.engine_config")
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
+    loggers = [
+        logging.getLogger(f"vllm.vllm_elastic.engine.{name}")
+        for name in ("engine_config", "request_defaults")
+    ]
+    for logger in loggers:
+        logger.addHandler(handler)
     yield lines
-    logger.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(

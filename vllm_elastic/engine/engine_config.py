@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
+from vllm_elastic.decoding.schedule import growth_of
 from vllm_elastic.engine.compile_flags import compiles
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
@@ -60,7 +60,6 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
         refuse_flags(vllm_config)
         _refuse_unsupported(vllm_config, elastic)
-        _refuse_unusable_default(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         scheduler.scheduler_cls = SCHEDULER
@@ -107,7 +106,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
                 "the memory, and took the test model a third of the time",
                 str(model.dtype).removeprefix("torch."),
             )
-        set_request_defaults(vllm_config, elastic.default_max_tokens)
+        set_request_defaults(vllm_config, elastic)
         _find_ends(vllm_config)
         logger.info("%s is decoded with %s", model.architecture, elastic.summary())
 
@@ -122,9 +121,10 @@ def _multiplies_in_16_bits() -> bool:
 def _set_overlap(scheduler: SchedulerConfig) -> None:
     """Only where it is asked for: two groups of requests read the weights twice, and whether a
     busier host makes that good depends on the card."""
+    scheduler.async_scheduling = bool(scheduler.async_scheduling)  # vLLM would take None for yes
     if not scheduler.async_scheduling:
-        scheduler.async_scheduling = False
-    elif current_platform.is_cpu():
+        return
+    if current_platform.is_cpu():
         logger.info("async scheduling is off: vLLM has none on CPUs")  # it sees to that itself
     else:
         logger.info(
@@ -162,38 +162,6 @@ def _find_ends(vllm_config: VllmConfig) -> None:
         config.eot_token_id = vocabulary.get(getattr(config, "end_of_turn", END_OF_TURN))
     stops = getattr(config, "stop_tokens", ())
     config.stop_ids = [vocabulary[token] for token in stops if token in vocabulary]
-
-
-def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
-    """A canvas that a client did not ask for must not be the reason why it is refused."""
-    length, limit = elastic.default_max_tokens, vllm_config.model_config.max_model_len
-    if length >= limit and length != ElasticConfig().default_max_tokens:
-        raise ValueError(
-            f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
-            f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
-        )
-    operators = vllm_config.model_config.override_generation_config
-    canvas = operators.get("max_new_tokens", length)
-    if canvas >= limit:
-        logger.warning(
-            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
-            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
-            canvas,
-            limit,
-        )
-    try:
-        growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
-    except ValueError as error:
-        raise ValueError(f"--elastic-config: {error}") from None
-    if elastic.fixed_steps:
-        try:
-            make_schedule(elastic, length)
-            check_steps(elastic, length)
-        except ValueError as error:
-            raise ValueError(
-                f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
-                f"that names none: {error}"
-            ) from None
 
 
 def _splits_tower(vllm_config: VllmConfig) -> bool:
@@ -282,3 +250,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     for flag, (present, reason) in problems.items():
         if present:
             raise ValueError(f"{flag}: {reason} (vllm_elastic).")
+    try:
+        growth_of(elastic, traits_of(model.hf_config).grow_by)
+    except ValueError as error:
+        raise ValueError(f"--elastic-config: {error}") from None
