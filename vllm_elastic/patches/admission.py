@@ -192,11 +192,15 @@ def check_saved_rows(
     most = make_policy(config).most_saved_rows(canvas, num_layers)
     limit = StepLimits.of_engine(vllm_config).saved_rows
     if most > limit:
+        knob = config.bounding_knob
+        sent = knob != "max_window"  # which is the engine's
+        bound = f"elastic_{knob}" if sent else f"the engine's {knob}"
+        lower = f"elastic_{knob}, " if sent else ""
         raise VLLMValidationError(
-            f"elastic_window={config.most_predicted}: with reach and track_num a step of policy "
+            f"{bound}={config.most_predicted}: with reach and track_num a step of policy "
             f"{config.policy} may keep {most} rows of this canvas for its measurements, and the "
-            f"engine has room for {limit}. Lower elastic_window, elastic_reach or "
-            "elastic_track_num, or raise max_window with --elastic-config.",
+            f"engine has room for {limit}. Lower {lower}elastic_reach or elastic_track_num, or "
+            "raise max_window with --elastic-config.",
             parameter="vllm_xargs",
         )
 
