@@ -518,6 +518,15 @@ class ElasticConfig:
             )
 
 
+def elastic_config_of(vllm_config: Any) -> ElasticConfig:
+    """The settings that an engine of this ``VllmConfig`` is started with.
+
+    Raises:
+        ConfigError: as ``ElasticConfig.from_dict``; the start of the engine raises it first.
+    """
+    return ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+
+
 def knobs_of(text: str) -> dict[str, Any]:
     """What ``--elastic-config`` takes: JSON of ``ElasticConfig.from_dict``'s values, checked.
 

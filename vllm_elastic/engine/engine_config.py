@@ -13,17 +13,16 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import ElasticConfig, elastic_config_of
 from vllm_elastic.decoding.schedule import growth_of
-from vllm_elastic.engine.compile_flags import compiles
 from vllm_elastic.engine.flag_rules import refuse_flags
-from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
 from vllm_elastic.engine.image_renderer import render_images
+from vllm_elastic.engine.optimisations import runner_options
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import FAMILIES, traits_of
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
-from vllm_elastic.runner.executor import COMPILES, GRAPH_ROWS, GRAPHED_PASSES
+from vllm_elastic.runner.options import RUNNER_OPTIONS
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, VllmConfig
@@ -57,7 +56,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             ValueError: a feature that needs left-to-right decoding or is not built yet; the
                 message names the flag and the remedy.
         """
-        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        elastic = elastic_config_of(vllm_config)
         refuse_flags(vllm_config)
         _refuse_unsupported(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
@@ -84,13 +83,9 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
-        counts = graph_rows(vllm_config)
-        vllm_config.additional_config = vllm_config.additional_config | {
-            GRAPH_ROWS: counts,
-            GRAPHED_PASSES: graphed_passes(vllm_config, counts),
-            COMPILES: compiles(vllm_config),
-        }
-        if counts:
+        options = runner_options(vllm_config)
+        vllm_config.additional_config = vllm_config.additional_config | {RUNNER_OPTIONS: options}
+        if counts := options.graph_rows:
             logger.info(
                 "CUDA graphs of each layer are captured for %d numbers of rows up to %d; vLLM's "
                 "own graphs and compilation are off",

@@ -18,7 +18,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import elastic_config_of
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
@@ -62,9 +62,7 @@ class ElasticScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.elastic_config = ElasticConfig.from_dict(
-            self.vllm_config.additional_config.get("elastic")
-        )
+        self.elastic_config = elastic_config_of(self.vllm_config)
         self._traits = traits_of(self.vllm_config.model_config.hf_config)
         # Of requests that name no seed: vLLM promises the same answers of an engine of this seed.
         own = self.vllm_config.parallel_config.data_parallel_index

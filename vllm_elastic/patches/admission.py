@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import ElasticConfig, elastic_config_of
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
@@ -211,9 +211,8 @@ def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfi
     Raises:
         VLLMValidationError: names the knob and what is allowed.
     """
-    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     try:
-        config = elastic.for_request(params.extra_args)
+        config = elastic_config_of(vllm_config).for_request(params.extra_args)
         make_schedule(config, params.max_tokens or 1)
         check_steps(config, params.max_tokens or 1)
         growth_of(config, traits_of(vllm_config.model_config.hf_config).grow_by)
