@@ -33,7 +33,7 @@ _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")
-"""Of vLLM's attention backends for CUDA, those that serve; the last one is ours on xformers."""
+"""Attention backends for CUDA that serve; the last one is ours on xformers."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -114,8 +114,8 @@ def _multiplies_in_16_bits() -> bool:
 
 
 def _set_overlap(scheduler: SchedulerConfig) -> None:
-    """Only where it is asked for: two groups of requests read the weights twice, and whether a
-    busier host makes that good depends on the card."""
+    """Let steps overlap only where it is asked for: two groups of requests read the weights twice,
+    and whether a busier host makes that good depends on the card."""
     scheduler.async_scheduling = bool(scheduler.async_scheduling)  # vLLM would take None for yes
     if not scheduler.async_scheduling:
         return

@@ -65,7 +65,7 @@ def most_rows(limit: int | None, row_budget: int) -> int:
 
 
 def graph_rows(vllm_config: VllmConfig) -> list[int]:
-    """Numbers of rows, ascending; none: every pass is eager."""
+    """Numbers of rows that graphs of layers are captured for, ascending; none: all is eager."""
     compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
     wanted = _leave_on(vllm_config, compilation.cudagraph_mode)
     if not current_platform.is_cuda() or not wanted:

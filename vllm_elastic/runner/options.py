@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the runner is to run passes: found out at start, sent to workers with vLLM's configuration."""
+"""How the runner runs passes: found out at start, sent to workers in vLLM's configuration."""
 
 from __future__ import annotations
 
