@@ -426,11 +426,17 @@ class ElasticConfig:
         return self.alg is None and (self.steps is not None or self.policy == "dual-cache")
 
     @property
-    def most_predicted(self) -> int:
-        """The most positions that a step predicts."""
+    def bounding_knob(self) -> str:
+        """The knob that says how many positions a step predicts at the most."""
         if self.alg is not None:
-            return self.max_window
-        return self.block_length if self.predicts_text_blocks else self.window
+            return "max_window"
+        return "block_length" if self.predicts_text_blocks else "window"
+
+    @property
+    def most_predicted(self) -> int:
+        """The most positions that a step predicts: the ``bounding_knob``'s value."""
+        most: int = getattr(self, self.bounding_knob)
+        return most
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> ElasticConfig:
@@ -503,14 +509,22 @@ class ElasticConfig:
         return config
 
     def _check_most_predicted(self, prefix: str) -> None:
-        knob = "block_length" if self.predicts_text_blocks else "window"
-        value = getattr(self, knob)
-        if self.alg is None and value > self.max_window:
+        knob = self.bounding_knob
+        if self.most_predicted > self.max_window:
             raise ConfigError(
-                f"'{prefix}{knob}' is {value}, and the engine's 'max_window' {self.max_window} is "
-                f"the most that a step may predict; lower {knob}, or raise max_window with "
-                "--elastic-config."
+                f"'{prefix}{knob}' is {self.most_predicted}, and the engine's 'max_window' "
+                f"{self.max_window} is the most that a step may predict; lower {knob}, or raise "
+                "max_window with --elastic-config."
             )
+
+
+def elastic_config_of(vllm_config: Any) -> ElasticConfig:
+    """The settings that an engine of this ``VllmConfig`` is started with.
+
+    Raises:
+        ConfigError: as ``ElasticConfig.from_dict``; the start of the engine raises it first.
+    """
+    return ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
 
 
 def knobs_of(text: str) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from vllm_elastic.models.registry import FAMILIES, Family
 def register() -> None:
     """Entry point of ``vllm.general_plugins``.
 
+    In any order: where two patches wrap one function (``to_sampling_params``), each notes what is
+    its own on what the function returned.
+
     Raises:
         ImportError: vLLM is not installed.
     """

@@ -25,7 +25,7 @@ from vllm_elastic.bench.engine import BenchEngine
 from vllm_elastic.bench.run import read_jsonl
 from vllm_elastic.bench.served_model import served_model
 from vllm_elastic.decoding.plan import PassPlan, PassResult
-from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
+from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS
 from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.executor import WholePassExecutor
 from vllm_elastic.runner.graphed_pass import (

@@ -26,7 +26,7 @@ from vllm_elastic.bench.__main__ import make_parser
 from vllm_elastic.bench.rank_memory import GIB
 from vllm_elastic.bench.simulation import model_shape
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
+from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS
 from vllm_elastic.models.llada_v_config import LLaDAVConfig
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.models.rows import bucket

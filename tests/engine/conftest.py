@@ -16,6 +16,7 @@ from tests.engines_kept import keep_engines
 from tests.qwen2_oracle import Qwen2Oracle, small_config
 from vllm_elastic.reference import LLaDA, LLaDAConfig
 from vllm_elastic.reference.llada import HEAD
+from vllm_elastic.runner.options import RUNNER_OPTIONS, RunnerOptions
 
 EOS, MASK = 290, 291
 
@@ -47,6 +48,13 @@ class Served:
     directory: Path
     oracle: LLaDA
     engine: object
+
+
+def with_options(monkeypatch: pytest.MonkeyPatch, runner: Any, **options: Any) -> None:
+    """Let a runner read other ``RunnerOptions`` than it was started with."""
+    own = RunnerOptions.of_engine(runner.vllm_config)
+    known = runner.vllm_config.additional_config
+    monkeypatch.setitem(known, RUNNER_OPTIONS, own._replace(**options))
 
 
 def random_config(**options: object) -> LLaDAConfig:

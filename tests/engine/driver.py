@@ -19,8 +19,8 @@ class Driver:
     """Adds, steps and aborts by hand, and collects what a streaming client would see."""
 
     def __init__(self, served: Served) -> None:
-        self.engine: Any = served.engine
-        self.llm_engine: Any = self.engine.llm.llm_engine
+        engine: Any = served.engine
+        self.engine, self.llm_engine = engine, engine.llm.llm_engine
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str | None] = {}
         self.count = 0

@@ -19,15 +19,16 @@ from vllm.config import CompilationMode
 
 from tests.device import ON_CARD
 from tests.quantised import FORMATS, quantise
-from vllm_elastic.engine import compile_flags
-from vllm_elastic.engine.compile_flags import compiles
+from vllm_elastic.engine import optimisations
+from vllm_elastic.engine.optimisations import compiles
 from vllm_elastic.models.registry import FAMILIES
 from vllm_elastic.runner import runner as runner_module
 from vllm_elastic.runner.compiled_layer import CompiledLayer
-from vllm_elastic.runner.executor import COMPILES, CompiledExecutor, EagerExecutor
+from vllm_elastic.runner.executor import CompiledExecutor, EagerExecutor
+from vllm_elastic.runner.options import RunnerOptions
 
 from .checked_passes import CheckedExecutor, run_by
-from .conftest import Served, make_engine, poison
+from .conftest import Served, make_engine, poison, with_options
 from .driver import Driver
 from .random_families import save_family
 from .schedules import Schedule, play, schedules, the_same_always
@@ -284,7 +285,7 @@ def test_without_a_compiler_passes_are_eager(
         path.write_text(compiler)
         path.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing is compiled
-    monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
+    with_options(monkeypatch, runner, compiles=True)
     monkeypatch.setattr(runner, "_executor", runner._executor)
     monkeypatch.setattr(runner, "_compiling", None)
     with torch._inductor.config.patch({"cpp.cxx": (None, str(path))}):
@@ -301,10 +302,10 @@ def test_the_worker_compiles_where_flags_say_so(
 ) -> None:
     runner = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
     monkeypatch.setattr(runner, "_executor", runner._executor)
-    assert runner.vllm_config.additional_config[COMPILES] is False  # tests' engines are eager
+    assert not RunnerOptions.of_engine(runner.vllm_config).compiles  # tests' engines are eager
     assert runner.compile_layers() == 0.0
     assert isinstance(runner._executor, EagerExecutor)
-    monkeypatch.setitem(runner.vllm_config.additional_config, COMPILES, True)
+    with_options(monkeypatch, runner, compiles=True)
     monkeypatch.setattr(runner, "_compiling", None)
     runner.warming_up_model()  # vLLM's CPU worker, before it sizes the KV cache
     executor = runner._executor
@@ -346,14 +347,14 @@ def test_flags(
 ) -> None:
     """Who asked for nothing is told why; who switched it off is not."""
     lines: list[str] = []
-    monkeypatch.setattr(compile_flags.logger, "info", lambda line, *_: lines.append(line))
+    monkeypatch.setattr(optimisations.logger, "info", lambda line, *_: lines.append(line))
     assert compiles(config_of(**options)) is expected
     assert len(lines) == said
 
 
 def test_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = SimpleNamespace(is_cpu=lambda: False)
-    monkeypatch.setattr(compile_flags, "current_platform", platform)
+    monkeypatch.setattr(optimisations, "current_platform", platform)
     assert not compiles(config_of())
 
 

@@ -19,19 +19,15 @@ from vllm.v1.worker import gpu_worker
 from tests.device import ON_CARD
 from tests.live_bytes import LiveBytes
 from tests.recorded_graphs import RecordedGraphs
-from vllm_elastic.engine import graph_flags
-from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
+from vllm_elastic.engine import optimisations
+from vllm_elastic.engine.optimisations import graph_rows, whole_pass_rows
 from vllm_elastic.models import ranks
 from vllm_elastic.runner import cuda_graphs
 from vllm_elastic.runner import runner as runner_module
-from vllm_elastic.runner.executor import (
-    GRAPH_ROWS,
-    GRAPHED_PASSES,
-    GraphExecutor,
-    WholePassExecutor,
-)
+from vllm_elastic.runner.executor import GraphExecutor, WholePassExecutor
+from vllm_elastic.runner.options import RunnerOptions
 
-from .conftest import Served
+from .conftest import Served, with_options
 from .driver import Driver, prompt_of
 from .plain_attention import plain_attention
 
@@ -61,7 +57,7 @@ def config_of(**options: Any) -> Any:
 @pytest.fixture
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = SimpleNamespace(is_cuda=lambda: True)
-    monkeypatch.setattr(graph_flags, "current_platform", platform)
+    monkeypatch.setattr(optimisations, "current_platform", platform)
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
@@ -108,16 +104,16 @@ def test_flags_that_switch_graphs_off(options: dict[str, Any]) -> None:
 def test_whole_passes_are_captured_where_they_are_asked_for(
     mode: CUDAGraphMode | None, wanted: bool
 ) -> None:
-    found = graphed_passes(config_of(mode=mode), [8, 64, 256, 288, 512])
+    found = whole_pass_rows(config_of(mode=mode), [8, 64, 256, 288, 512])
     assert found == ([8, 64, 256] if wanted else [])
-    assert graphed_passes(config_of(mode=mode), []) == []
+    assert whole_pass_rows(config_of(mode=mode), []) == []
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("options", [{"ranks": 2}, {"adapters": object()}])
 def test_who_gets_none_is_told(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(graph_flags.logger, "info", lambda line, *_: said.append(line))
+    monkeypatch.setattr(optimisations.logger, "info", lambda line, *_: said.append(line))
     graph_rows(config_of())
     graph_rows(config_of(eager=True, **options))
     assert not said
@@ -129,7 +125,7 @@ def test_who_gets_none_is_told(options: dict[str, Any], monkeypatch: pytest.Monk
 def test_a_cpu_captures_nothing(serve: Callable[[str], Served]) -> None:
     assert graph_rows(config_of()) == []
     runner: Any = serve("gqa-tied").engine.runner  # type: ignore[attr-defined]
-    assert runner.vllm_config.additional_config[GRAPH_ROWS] == []
+    assert RunnerOptions.of_engine(runner.vllm_config).graph_rows == []
 
 
 def test_graphs_are_captured_in_the_profiling_run(
@@ -159,7 +155,7 @@ def test_graphs_are_captured_in_the_profiling_run(
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     for name in ("_executor", "_graphs"):
         monkeypatch.setattr(runner, name, getattr(runner, name))
-    monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8, 24])
+    with_options(monkeypatch, runner, graph_rows=[8, 24])
     runner.profile_run()
     assert isinstance(runner._executor, GraphExecutor) and len(captured) == 1
     assert gc.isenabled()
@@ -181,8 +177,7 @@ def graphed_runner(serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runner_module, "warm_up_passes", lambda *_: [])
     for name in ("_executor", "_graphs"):
         monkeypatch.setattr(runner, name, getattr(runner, name))
-    for name in (GRAPH_ROWS, GRAPHED_PASSES):
-        monkeypatch.setitem(runner.vllm_config.additional_config, name, [8, 24])
+    with_options(monkeypatch, runner, graph_rows=[8, 24], whole_pass_rows=[8, 24])
     return runner
 
 
@@ -257,7 +252,7 @@ def test_a_device_that_refuses_is_told_with_the_remedy(
     monkeypatch.setattr(runner_module, "CudaGraphs", Refused)
     monkeypatch.setattr(cuda_graphs, "free_bytes", lambda: 0)
     monkeypatch.setattr(runner, "_graphs", None)
-    monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, [8])
+    with_options(monkeypatch, runner, graph_rows=[8])
     with pytest.raises(RuntimeError, match="--enforce-eager"):
         runner.profile_run()
 
@@ -285,7 +280,7 @@ def test_vllm_sizes_the_cache_with_graphs_counted(
     monkeypatch.setattr(runner, "_executor", runner._executor)
     available = {}
     for rows in ([], counts):
-        monkeypatch.setitem(runner.vllm_config.additional_config, GRAPH_ROWS, rows)
+        with_options(monkeypatch, runner, graph_rows=rows)
         worker: Any = MagicMock(spec=gpu_worker.Worker)
         worker.vllm_config, worker.model_runner = runner.vllm_config, runner
         worker.cache_config = SimpleNamespace(

@@ -106,3 +106,46 @@ def test_log_says_where_each_value_comes_from(tmp_path: Path, messages: list[str
         "generation_config.json), max_new_tokens 256 (vllm_elastic's default), top_p 0.9 "
         "(--override-generation-config)"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "operators", "message"),
+    [
+        (60, {"max_new_tokens": 96}, ""),  # 3 blocks of 20 steps; of 256 positions it were 8
+        (
+            128,
+            {"max_new_tokens": 96},
+            "--override-generation-config: with max_new_tokens 96, .* multiple of the 3 blocks",
+        ),
+        (60, {}, "--elastic-config: with default_max_tokens 256, .* multiple of the 8 blocks"),
+    ],
+)
+def test_steps_are_held_against_the_canvas_that_a_plain_request_gets(
+    steps: int, operators: dict[str, Any], message: str
+) -> None:
+    """A start was refused for a canvas that nobody gets, or every plain request was."""
+    options: dict[str, Any] = {
+        "additional_config": {"elastic": {"steps": steps}},
+        "override_generation_config": operators,
+    }
+    if message:
+        with pytest.raises(ValueError, match=message):
+            make_config(**options)
+    else:
+        assert plain_request(processor_of(MODEL, **options)).max_tokens == 96
+
+
+def test_room_is_wanted_for_the_canvas_that_a_plain_request_gets(tmp_path: Path) -> None:
+    """``max_model_len`` is 512."""
+    too_long = {"additional_config": {"elastic": {"default_max_tokens": 600}}}
+    with pytest.raises(ValueError, match="--elastic-config: default_max_tokens 600 leaves no room"):
+        make_config(**too_long)
+    make_config(override_generation_config={"max_new_tokens": 96}, **too_long)
+    with pytest.raises(
+        ValueError, match="--override-generation-config: max_new_tokens 600 leaves no room"
+    ):
+        make_config(override_generation_config={"max_new_tokens": 600})
+    folder = model_with(tmp_path, max_new_tokens=600, do_sample=True)
+    make_config(folder)  # the model's own file does not say how long a canvas is
+    with pytest.raises(ValueError, match="--generation-config: max_new_tokens 600 leaves no room"):
+        make_config(generation_config=str(folder))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from tests.device import ON_CARD
 from tests.pretended_card import pretended_card
 from vllm_elastic.engine import engine_config
+from vllm_elastic.runner.options import RunnerOptions
 
 from .conftest import MASK, ORACLES_DEFAULTS, Served, make_engine, poison
 from .test_oracle import ask_oracle
@@ -39,14 +41,19 @@ def make_config(**options: Any) -> Any:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What engine_config logs; vLLM's loggers do not propagate to pytest's."""
+    """What is logged at start; vLLM's loggers do not propagate to pytest's."""
     lines: list[str] = []
-    logger = logging.getLogger("vllm.vllm_elastic.engine.engine_config")
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
+    loggers = [
+        logging.getLogger(f"vllm.vllm_elastic.engine.{name}")
+        for name in ("engine_config", "request_defaults")
+    ]
+    for logger in loggers:
+        logger.addHandler(handler)
     yield lines
-    logger.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +186,15 @@ def test_the_log_says_which_preset_and_policy_run(messages: list[str]) -> None:
     make_config(additional_config={"elastic": {"preset": "published", "gamma": 0.8}})
     (line,) = [m for m in messages if m.startswith("LLaDAModelLM is decoded with ")]
     assert line.endswith("preset published, policy elastic; set beside it: gamma=0.8")
+
+
+def test_what_the_runner_is_told_travels_with_the_configuration() -> None:
+    """vLLM sends it to workers, and hashes it as JSON for its fingerprint."""
+    config = make_config(enforce_eager=True)
+    sent = pickle.loads(pickle.dumps(config))
+    told = RunnerOptions.of_engine(sent)
+    assert told == RunnerOptions(graph_rows=[], whole_pass_rows=[], compiles=False)
+    assert sent.compute_hash() == config.compute_hash()
 
 
 def test_registering_twice_changes_nothing() -> None:

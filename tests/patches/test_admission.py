@@ -112,6 +112,23 @@ def test_rows_kept_for_measurements() -> None:
     # 8 layers track 8 rows: 4 + 8 queries, 8 old ones, 8 old inputs, 4 + 4 + 8 old keys.
     with pytest.raises(VLLMValidationError, match=r"may keep 44 rows .* room for 32\. Lower elast"):
         admit(processor, InputProcessor.process_inputs, prompt_length=20, max_tokens=20)
+    # What is named is what says how many positions a step predicts.
+    for knobs, named in (
+        ({"elastic_window": 5}, "elastic_window=5: .* Lower elastic_window, elastic_reach or"),
+        (
+            {"elastic_steps": 5, "elastic_block_length": 4},
+            "elastic_block_length=4: .* Lower elastic_block_length, elastic_reach or",
+        ),
+        ({"elastic_alg": "origin"}, "the engine's max_window=8: .* Lower elastic_reach or"),
+    ):
+        with pytest.raises(VLLMValidationError, match=f"^{named} elastic_track_num"):
+            admit(
+                processor,
+                InputProcessor.process_inputs,
+                prompt_length=40,
+                max_tokens=20 if "elastic_steps" in knobs else 8,
+                extra_args=knobs,
+            )
     # Of 8 positions no more than 32 rows can be kept.
     admit(processor, InputProcessor.process_inputs, prompt_length=4, max_tokens=4)
     for knobs in ({"elastic_policy": "elastic-block"}, {"elastic_policy": "none"}):

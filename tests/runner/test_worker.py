@@ -17,7 +17,7 @@ from vllm.v1.worker import gpu_worker
 
 from vllm_elastic.engine import worker as worker_module
 from vllm_elastic.engine.worker import ElasticWorker, set_environment
-from vllm_elastic.runner.executor import GRAPH_ROWS
+from vllm_elastic.runner.options import RUNNER_OPTIONS, RunnerOptions
 from vllm_elastic.runner.runner import ElasticRunner
 
 
@@ -68,7 +68,8 @@ def test_a_card_is_warmed_up(
     seen: list[str] = []
     monkeypatch.setattr(worker_module, "lock_workspace", lambda: seen.append("locked"))
     runner = SimpleNamespace(warm_up=lambda: seen.append("warmed up"), compile_layers=lambda: 2.5)
-    config = SimpleNamespace(additional_config={GRAPH_ROWS: graphs})
+    options = RunnerOptions(graph_rows=graphs, whole_pass_rows=[], compiles=False)
+    config = SimpleNamespace(additional_config={RUNNER_OPTIONS: options})
     worker: Any = SimpleNamespace(
         device=torch.device(device), model_runner=runner, vllm_config=config
     )

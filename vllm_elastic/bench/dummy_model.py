@@ -19,7 +19,7 @@ from vllm_elastic.bench.simulation.model_shape import ModelShape
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 
 WHOLE_PASSES = {"cudagraph_mode": "FULL_AND_PIECEWISE"}
-"""vLLM's ``--compilation-config`` for graphs of whole passes (``engine.graph_flags``)."""
+"""vLLM's ``--compilation-config`` for graphs of whole passes (``engine.optimisations``)."""
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:

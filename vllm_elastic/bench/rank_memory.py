@@ -150,7 +150,7 @@ def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
 
 def graph_bytes(setting: Setting) -> int:
     """Bytes that one rank's graphs hold; several ranks capture none unless the operator
-    asks for them (``engine.graph_flags``), which is not counted."""
+    asks for them (``engine.optimisations``), which is not counted."""
     if setting.ranks > 1:
         return 0
     queries = setting.whole_rows * setting.read_layers * setting.shape.width

@@ -183,7 +183,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def whole_passes() -> WholePasses:
     """Those that an engine has graphs of."""
-    from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
+    from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS
     from vllm_elastic.runner.graphed_pass import MOST_REQUESTS
 
     return WholePasses(MOST_ROWS_OF_A_WHOLE_PASS, MOST_REQUESTS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import elastic_config_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class StepLimits:
     @classmethod
     def of_engine(cls, vllm_config: Any) -> StepLimits:
         """The limits of an engine of this ``VllmConfig``."""
-        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        elastic = elastic_config_of(vllm_config)
         scheduler = vllm_config.scheduler_config
         return cls.of(
             scheduler.max_num_batched_tokens,

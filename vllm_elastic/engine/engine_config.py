@@ -13,17 +13,16 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
-from vllm_elastic.engine.compile_flags import compiles
+from vllm_elastic.config import ElasticConfig, elastic_config_of
+from vllm_elastic.decoding.schedule import growth_of
 from vllm_elastic.engine.flag_rules import refuse_flags
-from vllm_elastic.engine.graph_flags import graph_rows, graphed_passes
 from vllm_elastic.engine.image_renderer import render_images
+from vllm_elastic.engine.optimisations import runner_options
 from vllm_elastic.engine.request_defaults import set_request_defaults
 from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import FAMILIES, traits_of
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
-from vllm_elastic.runner.executor import COMPILES, GRAPH_ROWS, GRAPHED_PASSES
+from vllm_elastic.runner.options import RUNNER_OPTIONS
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, VllmConfig
@@ -34,7 +33,7 @@ _CPU_HEAD_SIZES = CPUAttentionBackend.get_supported_head_sizes()
 _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0].base
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")
-"""Of vLLM's attention backends for CUDA, those that serve; the last one is ours on xformers."""
+"""Attention backends for CUDA that serve; the last one is ours on xformers."""
 
 BLOCK_SIZE = 32
 """Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
@@ -57,10 +56,9 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             ValueError: a feature that needs left-to-right decoding or is not built yet; the
                 message names the flag and the remedy.
         """
-        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
+        elastic = elastic_config_of(vllm_config)
         refuse_flags(vllm_config)
         _refuse_unsupported(vllm_config, elastic)
-        _refuse_unusable_default(vllm_config, elastic)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         scheduler.scheduler_cls = SCHEDULER
@@ -85,13 +83,9 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
         # vLLM then refuses a backend that would ignore `causal=False`.
         vllm_config.attention_config.use_non_causal = True
-        counts = graph_rows(vllm_config)
-        vllm_config.additional_config = vllm_config.additional_config | {
-            GRAPH_ROWS: counts,
-            GRAPHED_PASSES: graphed_passes(vllm_config, counts),
-            COMPILES: compiles(vllm_config),
-        }
-        if counts:
+        options = runner_options(vllm_config)
+        vllm_config.additional_config = vllm_config.additional_config | {RUNNER_OPTIONS: options}
+        if counts := options.graph_rows:
             logger.info(
                 "CUDA graphs of each layer are captured for %d numbers of rows up to %d; vLLM's "
                 "own graphs and compilation are off",
@@ -107,7 +101,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
                 "the memory, and took the test model a third of the time",
                 str(model.dtype).removeprefix("torch."),
             )
-        set_request_defaults(vllm_config, elastic.default_max_tokens)
+        set_request_defaults(vllm_config, elastic)
         _find_ends(vllm_config)
         logger.info("%s is decoded with %s", model.architecture, elastic.summary())
 
@@ -120,11 +114,12 @@ def _multiplies_in_16_bits() -> bool:
 
 
 def _set_overlap(scheduler: SchedulerConfig) -> None:
-    """Only where it is asked for: two groups of requests read the weights twice, and whether a
-    busier host makes that good depends on the card."""
+    """Let steps overlap only where it is asked for: two groups of requests read the weights twice,
+    and whether a busier host makes that good depends on the card."""
+    scheduler.async_scheduling = bool(scheduler.async_scheduling)  # vLLM would take None for yes
     if not scheduler.async_scheduling:
-        scheduler.async_scheduling = False
-    elif current_platform.is_cpu():
+        return
+    if current_platform.is_cpu():
         logger.info("async scheduling is off: vLLM has none on CPUs")  # it sees to that itself
     else:
         logger.info(
@@ -162,38 +157,6 @@ def _find_ends(vllm_config: VllmConfig) -> None:
         config.eot_token_id = vocabulary.get(getattr(config, "end_of_turn", END_OF_TURN))
     stops = getattr(config, "stop_tokens", ())
     config.stop_ids = [vocabulary[token] for token in stops if token in vocabulary]
-
-
-def _refuse_unusable_default(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
-    """A canvas that a client did not ask for must not be the reason why it is refused."""
-    length, limit = elastic.default_max_tokens, vllm_config.model_config.max_model_len
-    if length >= limit and length != ElasticConfig().default_max_tokens:
-        raise ValueError(
-            f"--elastic-config: default_max_tokens {length} leaves no room for a prompt in "
-            f"max_model_len {limit}; lower it, or raise --max-model-len (vllm_elastic)."
-        )
-    operators = vllm_config.model_config.override_generation_config
-    canvas = operators.get("max_new_tokens", length)
-    if canvas >= limit:
-        logger.warning(
-            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
-            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
-            canvas,
-            limit,
-        )
-    try:
-        growth_of(elastic, traits_of(vllm_config.model_config.hf_config).grow_by)
-    except ValueError as error:
-        raise ValueError(f"--elastic-config: {error}") from None
-    if elastic.fixed_steps:
-        try:
-            make_schedule(elastic, length)
-            check_steps(elastic, length)
-        except ValueError as error:
-            raise ValueError(
-                f"--elastic-config: with default_max_tokens {length}, the max_tokens of a request "
-                f"that names none: {error}"
-            ) from None
 
 
 def _splits_tower(vllm_config: VllmConfig) -> bool:
@@ -282,3 +245,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, elastic: ElasticConfig) -> None
     for flag, (present, reason) in problems.items():
         if present:
             raise ValueError(f"{flag}: {reason} (vllm_elastic).")
+    try:
+        growth_of(elastic, traits_of(model.hf_config).grow_by)
+    except ValueError as error:
+        raise ValueError(f"--elastic-config: {error}") from None

@@ -10,7 +10,9 @@ from vllm_elastic.decoding.grammar import TokenBits
 
 
 class AnswerGrammar:
-    """``decoding.grammar.Grammar``. vLLM's scheduler moves it on by the tokens that it shows.
+    """A request's ``decoding.grammar.Grammar``.
+
+    vLLM's scheduler moves it on by the tokens that it shows.
 
     Args:
         vocab_size: the model's, as vLLM tells it to the library that compiles grammars.

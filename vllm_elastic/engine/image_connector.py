@@ -18,8 +18,8 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 NAME = "llada_v"
 
 MAX_PIXELS = 1 << 26
-"""Of an image, 200 MB once it is decoded; LLaDA-V looks at 5 million. vLLM's own limit, 179
-million, is one at which a file of a few kilobytes fills half a gigabyte."""
+"""The most that an image has, 200 MB once it is decoded; LLaDA-V looks at 5 million. vLLM's own
+limit, 179 million, is one at which a file of a few kilobytes fills half a gigabyte."""
 
 
 def choose_connector() -> None:
@@ -30,7 +30,7 @@ def choose_connector() -> None:
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
 class ImageConnector(MediaConnector):
-    """vLLM's, with a 400 for what is no image that can be had."""
+    """vLLM's connector, with a 400 for what is no image that can be had."""
 
     def load_from_url(self, url: str, media_io: MediaIO, **options: Any) -> Any:
         with _refusals(url):
@@ -43,8 +43,10 @@ class ImageConnector(MediaConnector):
 
 @contextmanager
 def _refusals(url: str) -> Iterator[None]:
-    """Raises:
-    VLLMValidationError: says what is wrong with the image, and what to send.
+    """What an image is refused with becomes a 400.
+
+    Raises:
+        VLLMValidationError: says what is wrong with the image, and what to send.
     """
     try:
         yield

@@ -89,7 +89,7 @@ def _counters() -> _Counters:
 
 
 def count_ended(record: EndedRequest) -> None:
-    """Add one request."""
+    """Add one request to the counters."""
     counters = _counters()
     labels = {
         "model_name": record["model_name"],

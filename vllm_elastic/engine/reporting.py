@@ -32,14 +32,14 @@ class RequestClock:
         return len(self._admitted_at)
 
     def admitted(self, request_id: str) -> None:
-        """Now; one that is admitted again keeps its first time."""
+        """Note that a request is admitted now; one admitted again keeps its first time."""
         self._admitted_at.setdefault(request_id, time.monotonic())
 
     def committed(self, request_id: str) -> None:
         self._first_commit_at.setdefault(request_id, time.monotonic())
 
     def seconds_to_commit(self, request_id: str) -> float | None:
-        """From admission to the first token; None: there is none yet."""
+        """Seconds from admission to the first token; None: there is none yet."""
         first = self._first_commit_at.get(request_id)
         return None if first is None else first - self._admitted_at[request_id]
 
@@ -57,9 +57,11 @@ def ended_request(
     first_commit_seconds: float | None,
     num_tokens: int,
 ) -> EndedRequest:
-    """Args:
-    denoising: its record has its seconds.
-    num_tokens: of the answer, without its end token.
+    """What a request cost, for the front end's counters.
+
+    Args:
+        denoising: its record has its seconds.
+        num_tokens: of the answer, without its end token.
     """
     record = denoising.record
     finished = request.status in (

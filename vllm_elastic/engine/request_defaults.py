@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.schedule import check_steps, make_schedule
 from vllm_elastic.engine.sampling_rules import RULES
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _TAKEN_BY_VLLM = (
 """Values of a generation config that become a request's: `ModelConfig.get_diff_sampling_param`."""
 
 
-def set_request_defaults(vllm_config: VllmConfig, default_max_tokens: int) -> None:
+def set_request_defaults(vllm_config: VllmConfig, elastic: ElasticConfig) -> None:
     """Make an operator's values, ours and the model's the engine's, in this order, and say so.
 
     LLaDA's authors decode greedily, and a client that names no length gets the default canvas,
@@ -34,12 +36,13 @@ def set_request_defaults(vllm_config: VllmConfig, default_max_tokens: int) -> No
     heed are passed over.
 
     Raises:
-        ValueError: an operator's value is one that a request could not send; names the flag.
+        ValueError: an operator's value is one that a request could not send, or a canvas that no
+            request could be given; names the flag.
     """
     model = vllm_config.model_config
     operators = dict(model.override_generation_config)
     _refuse(operators, _OVERRIDE)
-    ours = {"temperature": 0.0, "max_new_tokens": default_max_tokens}
+    ours = {"temperature": 0.0, "max_new_tokens": elastic.default_max_tokens}
     files = _from_file(model)
     if model.generation_config == "auto":
         layers = {_FILE: _without_refused(files), _OURS: ours, _OVERRIDE: operators}
@@ -49,17 +52,52 @@ def set_request_defaults(vllm_config: VllmConfig, default_max_tokens: int) -> No
         _refuse(files, "--generation-config")
         layers = {_OURS: ours, "--generation-config": files, _OVERRIDE: operators}
     model.override_generation_config = {k: v for own in layers.values() for k, v in own.items()}
-    # vLLM may check a configuration twice; only the first time the operator's are known as such.
-    if _CEILING not in vllm_config.additional_config:
-        ceiling = {_CEILING: operators.get("max_new_tokens")}  # an operator's default is one too
-        vllm_config.additional_config = ceiling | vllm_config.additional_config
-        _log(layers)
+    ceiling = {_CEILING: operators.get("max_new_tokens")}  # an operator's default is one too
+    vllm_config.additional_config = ceiling | vllm_config.additional_config
+    _log(layers)
+    source = next(own for own in reversed(layers) if "max_new_tokens" in layers[own])
+    _refuse_unusable_canvas(model, elastic, source)
 
 
 def max_tokens_ceiling(vllm_config: VllmConfig) -> int | None:
     """The operator's ``--override-generation-config '{"max_new_tokens": N}'``, or None."""
     ceiling: int | None = vllm_config.additional_config.get(_CEILING)
     return ceiling
+
+
+def _refuse_unusable_canvas(model: ModelConfig, elastic: ElasticConfig, source: str) -> None:
+    """A canvas that a client did not ask for must not be the reason why it is refused.
+
+    ``LLM.generate`` without ``SamplingParams`` asks for none, as a plain request over HTTP.
+
+    Args:
+        source: of ``max_new_tokens``.
+    """
+    canvas: int = model.override_generation_config["max_new_tokens"]
+    flag, name = source, "max_new_tokens"
+    if source == _OURS:
+        flag, name = "--elastic-config", "default_max_tokens"
+    if canvas >= model.max_model_len:
+        if name != "default_max_tokens" or canvas != ElasticConfig().default_max_tokens:
+            raise ValueError(
+                f"{flag}: {name} {canvas} leaves no room for a prompt in max_model_len "
+                f"{model.max_model_len}; lower it, or raise --max-model-len (vllm_elastic)."
+            )
+        logger.warning(
+            "a request over HTTP that names no max_tokens is refused: its canvas of %d leaves no "
+            "room for a prompt in max_model_len %d; set default_max_tokens with --elastic-config",
+            canvas,
+            model.max_model_len,
+        )
+    if elastic.fixed_steps:
+        try:
+            make_schedule(elastic, canvas)
+            check_steps(elastic, canvas)
+        except ValueError as error:
+            raise ValueError(
+                f"{flag}: with {name} {canvas}, the max_tokens of a request that names none: "
+                f"{error}"
+            ) from None
 
 
 def _from_file(model: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import elastic_config_of
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
@@ -62,9 +62,7 @@ class ElasticScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.elastic_config = ElasticConfig.from_dict(
-            self.vllm_config.additional_config.get("elastic")
-        )
+        self.elastic_config = elastic_config_of(self.vllm_config)
         self._traits = traits_of(self.vllm_config.model_config.hf_config)
         # Of requests that name no seed: vLLM promises the same answers of an engine of this seed.
         own = self.vllm_config.parallel_config.data_parallel_index
@@ -81,7 +79,7 @@ class ElasticScheduler(Scheduler):
 
     @property
     def limits(self) -> StepLimits:
-        """Of a step."""
+        """How much the requests of one step may take together."""
         return StepLimits.of(
             self.max_num_scheduled_tokens,
             self.max_num_running_reqs,
@@ -154,9 +152,7 @@ class ElasticScheduler(Scheduler):
                 watched.append((client, request_id, passes_to_show(denoising)))
         if shown:
             model_runner_output.logprobs = logprobs_lists(shown, len(results))
-        # vLLM ends these with FINISHED_ERROR and tells the client. Of its lists of such requests
-        # this one is a set in every release.
-        self.encoder_cache_mismatch_reqs.update(failed)
+        self._end_with_error(*failed)
         spans = {}
         if self._traces:
             spans = spans_of(model_runner_output.req_ids, self._denoising, self._clock)
@@ -218,12 +214,20 @@ class ElasticScheduler(Scheduler):
                     self._denoising[request.request_id] = self._begin(request)
                 except ValueError as error:  # admission has refused it, or knows other knobs
                     logger.error("%s; request %s is ended", error, request.request_id)
-                    self.encoder_cache_mismatch_reqs.add(request.request_id)
+                    self._end_with_error(request.request_id)
                     continue
             self._round_robin.add(request.request_id)
             adapters |= {self._adapter_of(request)} - {0}
         for request in reversed(unready):
             self.waiting.prepend_request(request)
+
+    def _end_with_error(self, *request_ids: str) -> None:
+        """Have vLLM end them with FINISHED_ERROR at its next update, which tells their clients.
+
+        Until then one whose ``_begin`` failed is running without a ``DenoisingRequest``.
+        """
+        # Of vLLM's lists of requests to end so, this one is a set in every release.
+        self.encoder_cache_mismatch_reqs.update(request_ids)
 
     def _has_its_grammar(self, request: Request) -> bool:
         """Whether nothing is being compiled for it any more; others need not wait for that."""
@@ -233,7 +237,7 @@ class ElasticScheduler(Scheduler):
         grammar = wanted.grammar  # asked once: a moment later it may be there
         if isinstance(grammar, Exception):
             logger.error("request %s: no grammar: %s", request.request_id, grammar)
-            self.encoder_cache_mismatch_reqs.add(request.request_id)  # see update_from_output
+            self._end_with_error(request.request_id)
             return False
         return grammar is not None
 
@@ -280,6 +284,7 @@ class ElasticScheduler(Scheduler):
         free = [
             r.request_id
             for r in self.running
+            # One that is about to be ended with an error has no `DenoisingRequest`.
             if r.request_id in self._denoising and r.request_id not in self._in_flight
         ]
         most = None

@@ -12,7 +12,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.worker.worker_base import CompilationTimes
 from vllm.v1.worker.workspace import lock_workspace
 
-from vllm_elastic.runner.executor import GRAPH_ROWS
+from vllm_elastic.runner.options import RunnerOptions
 from vllm_elastic.runner.runner import ElasticRunner
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -56,7 +56,7 @@ class ElasticWorker(_BaseWorker):
         compiling = self.model_runner.compile_layers()
         if self.device.type != "cpu":  # there kernels come compiled
             self.model_runner.warm_up()
-            if self.vllm_config.additional_config[GRAPH_ROWS]:
+            if RunnerOptions.of_engine(self.vllm_config).graph_rows:
                 # Scratch of vLLM's that grew now would leave graphs pointing at what was there.
                 lock_workspace()
             freeze_gc_heap()  # as vLLM's own does: weights and graphs are looked at no more

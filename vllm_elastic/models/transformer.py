@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import elastic_config_of
 from vllm_elastic.models.hidden_states import HiddenStateCache
 from vllm_elastic.models.layer_pass import Layer, LayerAsWritten, LayerAttention, NoCache, leading
 from vllm_elastic.models.layers import PreNormBlock
@@ -110,8 +110,7 @@ class DiffusionTransformer(nn.Module, SupportsLoRA):
             self.input_states = HiddenStateCache(
                 width, vllm_config, maybe_prefix(prefix, "hidden_states.0")
             )
-        elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
-        self.hidden_stride = elastic.hidden_stride
+        self.hidden_stride = elastic_config_of(vllm_config).hidden_stride
         self.hidden_states = nn.ModuleList(
             HiddenStateCache(width, vllm_config, maybe_prefix(prefix, f"hidden_states.{i}"))
             for i in range(self.hidden_stride, num_layers, self.hidden_stride)

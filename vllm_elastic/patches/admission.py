@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import ElasticConfig, elastic_config_of
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
@@ -24,11 +24,10 @@ from vllm_elastic.engine.sampling_rules import RULES
 from vllm_elastic.models.registry import traits_of
 from vllm_elastic.patches.max_tokens import take_note
 from vllm_elastic.patches.sent_parameters import forget_echo, misplaced_knobs, sent_as
+from vllm_elastic.patches.wrapping import wrap_once
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
-
-_WRAPPED = "_vllm_elastic_wrapped"
 
 
 def check_requests_at_admission() -> None:
@@ -36,37 +35,34 @@ def check_requests_at_admission() -> None:
 
     See patches/admission: vLLM has no hook that sees the prompt's length and can still refuse.
     """
-    if hasattr(InputProcessor.process_inputs, _WRAPPED):
-        return
-    process_inputs = InputProcessor.process_inputs
+    wrap_once(InputProcessor, "process_inputs", _checked)
 
-    @functools.wraps(process_inputs)
-    def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-        # (request_id, prompt, params, ...)
-        sent = kwargs.get("params", args[2] if len(args) > 2 else None)
-        ours = is_served_by_us(self.vllm_config)
-        if ours:
-            check_place_of_knobs(misplaced_knobs(sent))
-            check_bad_words(sent)  # before the tokenizer meets them
-        take_note(sent, self.vllm_config)
-        if ours:
-            forget_echo(sent)
-        request = process_inputs(self, *args, **kwargs)
-        params = request.sampling_params
-        if ours and params is not None:
-            end_at_stops(params, self.vllm_config)
-            check_prompt(request, self.vllm_config)
-            config = check_knobs(params, self.vllm_config)
-            check_sampling_params(params, sent_as(sent))
-            check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
-            check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
-            check_candidates(params, config, self.vllm_config)
-            check_grammar(params, config, sent_as(sent), self.vllm_config, self.tokenizer)
-            check_transport(request)
-        return request
 
-    setattr(checked, _WRAPPED, True)
-    InputProcessor.process_inputs = checked
+def _checked(
+    process_inputs: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any
+) -> Any:
+    # (request_id, prompt, params, ...)
+    sent = kwargs.get("params", args[2] if len(args) > 2 else None)
+    ours = is_served_by_us(self.vllm_config)
+    if ours:
+        check_place_of_knobs(misplaced_knobs(sent))
+        check_bad_words(sent)  # before the tokenizer meets them
+    take_note(sent, self.vllm_config)
+    if ours:
+        forget_echo(sent)
+    request = process_inputs(self, *args, **kwargs)
+    params = request.sampling_params
+    if ours and params is not None:
+        end_at_stops(params, self.vllm_config)
+        check_prompt(request, self.vllm_config)
+        config = check_knobs(params, self.vllm_config)
+        check_sampling_params(params, sent_as(sent))
+        check_canvas(len(request.prompt_token_ids), params, self.vllm_config)
+        check_saved_rows(len(request.prompt_token_ids), params, config, self.vllm_config)
+        check_candidates(params, config, self.vllm_config)
+        check_grammar(params, config, sent_as(sent), self.vllm_config, self.tokenizer)
+        check_transport(request)
+    return request
 
 
 def check_place_of_knobs(misplaced: Mapping[str, str]) -> None:
@@ -192,11 +188,15 @@ def check_saved_rows(
     most = make_policy(config).most_saved_rows(canvas, num_layers)
     limit = StepLimits.of_engine(vllm_config).saved_rows
     if most > limit:
+        knob = config.bounding_knob
+        sent = knob != "max_window"  # which is the engine's
+        bound = f"elastic_{knob}" if sent else f"the engine's {knob}"
+        lower = f"elastic_{knob}, " if sent else ""
         raise VLLMValidationError(
-            f"elastic_window={config.most_predicted}: with reach and track_num a step of policy "
+            f"{bound}={config.most_predicted}: with reach and track_num a step of policy "
             f"{config.policy} may keep {most} rows of this canvas for its measurements, and the "
-            f"engine has room for {limit}. Lower elastic_window, elastic_reach or "
-            "elastic_track_num, or raise max_window with --elastic-config.",
+            f"engine has room for {limit}. Lower {lower}elastic_reach or elastic_track_num, or "
+            "raise max_window with --elastic-config.",
             parameter="vllm_xargs",
         )
 
@@ -207,9 +207,8 @@ def check_knobs(params: SamplingParams, vllm_config: VllmConfig) -> ElasticConfi
     Raises:
         VLLMValidationError: names the knob and what is allowed.
     """
-    elastic = ElasticConfig.from_dict(vllm_config.additional_config.get("elastic"))
     try:
-        config = elastic.for_request(params.extra_args)
+        config = elastic_config_of(vllm_config).for_request(params.extra_args)
         make_schedule(config, params.max_tokens or 1)
         check_steps(config, params.max_tokens or 1)
         growth_of(config, traits_of(vllm_config.model_config.hf_config).grow_by)

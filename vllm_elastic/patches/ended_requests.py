@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm.outputs import CompletionOutput
@@ -13,8 +13,8 @@ from vllm.v1.metrics.stats import IterationStats, RequestStateStats, SchedulerSt
 
 from vllm_elastic.engine.attachments import ENDED, detach
 from vllm_elastic.engine.metrics import count_ended
+from vllm_elastic.patches.wrapping import wrap_once
 
-_WRAPPED = "_vllm_elastic_wrapped"
 _END_TOKEN = "_vllm_elastic_end_token"
 
 
@@ -24,54 +24,53 @@ def account_for_ended_requests() -> None:
     See patches/ended_requests: vLLM counts the end token as part of the answer, and its metrics
     have no room for another scheduler's counters.
     """
-    if hasattr(OutputProcessor.update_scheduler_stats, _WRAPPED):
-        return
-    update_scheduler_stats = OutputProcessor.update_scheduler_stats
-    update_stats_from_finished = OutputProcessor._update_stats_from_finished
-    new_completion_output = RequestState._new_completion_output
+    wrap_once(OutputProcessor, "update_scheduler_stats", _update)
+    wrap_once(OutputProcessor, "_update_stats_from_finished", _count_answer)
+    wrap_once(RequestState, "_new_completion_output", _without_end)
 
-    @functools.wraps(update_scheduler_stats)
-    def update(self: OutputProcessor, stats: SchedulerStats | None) -> None:
-        if stats is not None:
-            stats.kv_connector_stats, ended = detach(stats.kv_connector_stats, ENDED)
-            for request in ended or ():
-                count_ended(request)
-        update_scheduler_stats(self, stats)
 
-    @functools.wraps(update_stats_from_finished)
-    def count_answer(
-        self: OutputProcessor,
-        state: RequestState,
-        finish_reason: FinishReason | None,
-        iteration: IterationStats | None,
-    ) -> None:
-        # vLLM has counted what a stop string cut off since.
-        if iteration is not None and state.stats is not None and state.detokenizer is not None:
-            counted, left = state.stats.num_generation_tokens, state.detokenizer.num_output_tokens()
-            # An end token that is left out was not counted.
-            _count_fewer(max(counted - left, 0), state.stats, iteration)
-        update_stats_from_finished(self, state, finish_reason, iteration)
+def _update(
+    update_scheduler_stats: Callable[..., None],
+    self: OutputProcessor,
+    stats: SchedulerStats | None,
+) -> None:
+    if stats is not None:
+        stats.kv_connector_stats, ended = detach(stats.kv_connector_stats, ENDED)
+        for request in ended or ():
+            count_ended(request)
+    update_scheduler_stats(self, stats)
 
-    @functools.wraps(new_completion_output)
-    def without_end(
-        self: RequestState,
-        token_ids: list[int],
-        finish_reason: FinishReason | None,
-        stop_reason: int | str | None,
-    ) -> CompletionOutput:
-        output = new_completion_output(self, token_ids, finish_reason, stop_reason)
-        # A stop string in what was shown before has the last word; a number is a stop token.
-        by_token = finish_reason is not None and not isinstance(stop_reason, str)
-        ended = by_token and getattr(self, _END_TOKEN, False)
-        # vLLM's server sends no last chunk for an answer without any token.
-        if ended and self.detokenizer is not None and self.detokenizer.num_output_tokens() > 1:
-            drop_last_token(output)
-        return output
 
-    setattr(update, _WRAPPED, True)
-    OutputProcessor.update_scheduler_stats = update
-    OutputProcessor._update_stats_from_finished = count_answer
-    RequestState._new_completion_output = without_end
+def _count_answer(
+    update_stats_from_finished: Callable[..., None],
+    self: OutputProcessor,
+    state: RequestState,
+    finish_reason: FinishReason | None,
+    iteration: IterationStats | None,
+) -> None:
+    # vLLM has counted what a stop string cut off since.
+    if iteration is not None and state.stats is not None and state.detokenizer is not None:
+        counted, left = state.stats.num_generation_tokens, state.detokenizer.num_output_tokens()
+        # An end token that is left out was not counted.
+        _count_fewer(max(counted - left, 0), state.stats, iteration)
+    update_stats_from_finished(self, state, finish_reason, iteration)
+
+
+def _without_end(
+    new_completion_output: Callable[..., CompletionOutput],
+    self: RequestState,
+    token_ids: list[int],
+    finish_reason: FinishReason | None,
+    stop_reason: int | str | None,
+) -> CompletionOutput:
+    output = new_completion_output(self, token_ids, finish_reason, stop_reason)
+    # A stop string in what was shown before has the last word; a number is a stop token.
+    by_token = finish_reason is not None and not isinstance(stop_reason, str)
+    ended = by_token and getattr(self, _END_TOKEN, False)
+    # vLLM's server sends no last chunk for an answer without any token.
+    if ended and self.detokenizer is not None and self.detokenizer.num_output_tokens() > 1:
+        drop_last_token(output)
+    return output
 
 
 def drop_last_token(output: CompletionOutput) -> None:

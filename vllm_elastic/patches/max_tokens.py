@@ -9,7 +9,7 @@ See patches/max_tokens: vLLM's server lowers max_tokens to what fits, and to the
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -23,22 +23,20 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_elastic.engine.engine_config import is_served_by_us
 from vllm_elastic.engine.request_defaults import max_tokens_ceiling
+from vllm_elastic.patches.wrapping import wrap_once
 
-_WRAPPED = "_vllm_elastic_wrapped"
 _ASKED = "_vllm_elastic_max_tokens"
 _LOWERED = "_vllm_elastic_lowered_max_tokens"
 
 
 def take_max_tokens_literally() -> None:
     """Wrap what lies between a client's request and admission, once."""
-    if hasattr(OpenAIServingCompletion.create_completion, _WRAPPED):
-        return
     _note_max_tokens(CompletionRequest, "max_tokens")
     _note_max_tokens(ChatCompletionRequest, "max_completion_tokens", "max_tokens")
     _note_max_tokens(ResponsesRequest, "max_output_tokens")
     _refuse_beam_search(BeamSearchOnlineMixin, "engine_client")
     _refuse_beam_search(BeamSearchOfflineMixin, "llm_engine")
-    _fill_in_default_canvas()
+    wrap_once(OpenAIServingCompletion, "create_completion", _with_default_canvas)
 
 
 def take_note(params: Any, vllm_config: VllmConfig) -> None:
@@ -59,11 +57,11 @@ def take_note(params: Any, vllm_config: VllmConfig) -> None:
 
 
 def _note_max_tokens(request_class: Any, *names: str) -> None:
-    to_sampling_params = request_class.to_sampling_params
-
-    @functools.wraps(to_sampling_params)
     def noted(
-        self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None
+        to_sampling_params: Callable[..., Any],
+        self: Any,
+        max_tokens: int,
+        default_sampling_params: dict[str, Any] | None = None,
     ) -> Any:
         # vars: reading the deprecated one of two names as an attribute warns.
         sent = [value for name in names if (value := vars(self).get(name)) is not None]
@@ -76,32 +74,27 @@ def _note_max_tokens(request_class: Any, *names: str) -> None:
             setattr(params, _LOWERED, max_tokens)
         return params
 
-    request_class.to_sampling_params = noted
+    wrap_once(request_class, "to_sampling_params", noted)
 
 
-def _fill_in_default_canvas() -> None:
+async def _with_default_canvas(
+    create_completion: Callable[..., Awaitable[Any]],
+    self: OpenAIServingCompletion,
+    request: CompletionRequest,
+    raw_request: Any = None,
+) -> Any:
     """vLLM fills in 16 where a completion has no max_tokens; only the body still tells."""
-    create_completion = OpenAIServingCompletion.create_completion
-
-    @functools.wraps(create_completion)
-    async def with_default(
-        self: OpenAIServingCompletion, request: CompletionRequest, raw_request: Any = None
-    ) -> Any:
-        if raw_request is not None and is_served_by_us(self.engine_client.vllm_config):
-            body = await raw_request.json()  # read already, and kept
-            if body.get("max_tokens") is None:
-                request.max_tokens = self.default_sampling_params["max_tokens"]
-        return await create_completion(self, request, raw_request)
-
-    setattr(with_default, _WRAPPED, True)
-    OpenAIServingCompletion.create_completion = with_default
+    if raw_request is not None and is_served_by_us(self.engine_client.vllm_config):
+        body = await raw_request.json()  # read already, and kept
+        if body.get("max_tokens") is None:
+            request.max_tokens = self.default_sampling_params["max_tokens"]
+    return await create_completion(self, request, raw_request)
 
 
 def _refuse_beam_search(mixin: Any, engine: str) -> None:
-    beam_search = mixin.beam_search
-
-    @functools.wraps(beam_search)
-    def refused_for_llada(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def refused_for_llada(
+        beam_search: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if is_served_by_us(getattr(self, engine).vllm_config):
             raise VLLMValidationError(
                 "use_beam_search is not supported by vllm_elastic: beams grow from left to right, "
@@ -110,4 +103,4 @@ def _refuse_beam_search(mixin: Any, engine: str) -> None:
             )
         return beam_search(self, *args, **kwargs)
 
-    mixin.beam_search = refused_for_llada
+    wrap_once(mixin, "beam_search", refused_for_llada)

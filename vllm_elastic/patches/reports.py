@@ -6,7 +6,6 @@ See patches/reports: an output has no place for what another scheduler has to sa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +17,7 @@ from vllm_elastic.engine.attachments import ENDED, PASSES, SPAN, detach
 from vllm_elastic.patches.ended_requests import take_end_token
 from vllm_elastic.patches.traced_requests import keep_attributes
 from vllm_elastic.patches.watched_requests import show_passes
-
-_WRAPPED = "_vllm_elastic_reports"
+from vllm_elastic.patches.wrapping import wrap_once
 
 Reader = Callable[[RequestState, Any, EngineCoreOutput, IterationStats | None], None]
 """Called before vLLM looks at the output, with the request that it is of and what is reported."""
@@ -33,30 +31,24 @@ _READERS: Mapping[str, Reader] = {
 
 def read_reports() -> None:
     """Wrap the front end's output processing, once. Other models' outputs carry no report."""
-    if hasattr(OutputProcessor.process_outputs, _WRAPPED):
-        return
-    process_outputs = OutputProcessor.process_outputs
+    wrap_once(OutputProcessor, "process_outputs", _process)
 
-    @functools.wraps(process_outputs)
-    def process(
-        self: OutputProcessor,
-        engine_core_outputs: list[EngineCoreOutput],
-        engine_core_timestamp: float | None = None,
-        iteration_stats: IterationStats | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        outputs = [
-            output
-            for output in engine_core_outputs
-            if not _read(self, output, iteration_stats) or _says_more(output)
-        ]
-        return process_outputs(
-            self, outputs, engine_core_timestamp, iteration_stats, *args, **kwargs
-        )
 
-    setattr(process, _WRAPPED, True)
-    OutputProcessor.process_outputs = process
+def _process(
+    process_outputs: Callable[..., Any],
+    self: OutputProcessor,
+    engine_core_outputs: list[EngineCoreOutput],
+    engine_core_timestamp: float | None = None,
+    iteration_stats: IterationStats | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    outputs = [
+        output
+        for output in engine_core_outputs
+        if not _read(self, output, iteration_stats) or _says_more(output)
+    ]
+    return process_outputs(self, outputs, engine_core_timestamp, iteration_stats, *args, **kwargs)
 
 
 def _read(

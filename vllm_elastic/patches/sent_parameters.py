@@ -10,8 +10,7 @@ and passes over fields that it does not know.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -20,20 +19,18 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_elastic.config import REQUEST_PREFIX
+from vllm_elastic.patches.wrapping import wrap_once
 
-_WRAPPED = "_vllm_elastic_sent_wrapped"
 _SENT = "_vllm_elastic_sent"
 _MISPLACED = "_vllm_elastic_misplaced"
 _PYTHONS = ("extra_body", "extra_args")
-"""Where Python has knobs (the openai package, ``SamplingParams``); unknown fields of a body."""
+"""What has knobs in Python (openai's package, ``SamplingParams``); vLLM knows no such fields."""
 
 
 def note_what_was_sent() -> None:
     """Wrap the conversions of requests over HTTP, once."""
-    if hasattr(ChatCompletionRequest.to_sampling_params, _WRAPPED):
-        return
     for request_class in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        _note(request_class)
+        wrap_once(request_class, "to_sampling_params", _noted)
 
 
 def sent_as(params: Any) -> dict[str, str]:
@@ -54,21 +51,14 @@ def forget_echo(params: Any) -> None:
         params.prompt_logprobs = None
 
 
-def _note(request_class: Any) -> None:
-    to_sampling_params = request_class.to_sampling_params
-
-    @functools.wraps(to_sampling_params)
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            params = to_sampling_params(self, *args, **kwargs)
-        except VLLMValidationError as error:
-            raise _with_remedy(error, self) from None
-        setattr(params, _SENT, _sent(self))
-        setattr(params, _MISPLACED, _misplaced(getattr(self, "model_extra", None) or {}))
-        return params
-
-    setattr(noted, _WRAPPED, True)
-    request_class.to_sampling_params = noted
+def _noted(to_sampling_params: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        params = to_sampling_params(request, *args, **kwargs)
+    except VLLMValidationError as error:
+        raise _with_remedy(error, request) from None
+    setattr(params, _SENT, _sent(request))
+    setattr(params, _MISPLACED, _misplaced(getattr(request, "model_extra", None) or {}))
+    return params
 
 
 def _with_remedy(error: VLLMValidationError, request: Any) -> VLLMValidationError:
@@ -84,7 +74,7 @@ def _with_remedy(error: VLLMValidationError, request: Any) -> VLLMValidationErro
 
 
 def _misplaced(unknown: Mapping[str, Any]) -> dict[str, str]:
-    """Of the fields of a body that vLLM does not know."""
+    """The misplaced knobs among the fields of a body that vLLM does not know."""
     found = dict.fromkeys(_knobs(unknown), "beside vllm_xargs")
     for field in _PYTHONS:
         within = unknown.get(field)

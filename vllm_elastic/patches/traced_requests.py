@@ -6,7 +6,7 @@ See patches/traced_requests: vLLM makes the span where no other scheduler's coun
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +14,8 @@ from vllm.v1.engine import EngineCoreOutput, output_processor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_elastic.engine.span import Attributes
+from vllm_elastic.patches.wrapping import wrap_once
 
-_WRAPPED = "_vllm_elastic_traced"
 _SPAN = "_vllm_elastic_span"
 
 _beside: ContextVar[Attributes | None] = ContextVar("attributes of this span", default=None)
@@ -23,29 +23,32 @@ _beside: ContextVar[Attributes | None] = ContextVar("attributes of this span", d
 
 def trace_denoising() -> None:
     """Wrap the front end's making of spans, once."""
-    if hasattr(OutputProcessor.do_tracing, _WRAPPED):
-        return
-    do_tracing = OutputProcessor.do_tracing
-    instrument_manual = output_processor.instrument_manual
+    wrap_once(OutputProcessor, "do_tracing", _trace)
+    wrap_once(output_processor, "instrument_manual", _with_attributes)
 
-    @functools.wraps(do_tracing)
-    def trace(
-        self: OutputProcessor, output: EngineCoreOutput, state: RequestState, *args: Any
-    ) -> None:
-        token = _beside.set(getattr(state, _SPAN, None))
-        try:
-            do_tracing(self, output, state, *args)
-        finally:
-            _beside.reset(token)
 
-    @functools.wraps(instrument_manual)
-    def with_attributes(*args: Any, attributes: Attributes | None = None, **kwargs: Any) -> Any:
-        both = {**(attributes or {}), **(_beside.get() or {})}
-        return instrument_manual(*args, attributes=both, **kwargs)
+def _trace(
+    do_tracing: Callable[..., None],
+    self: OutputProcessor,
+    output: EngineCoreOutput,
+    state: RequestState,
+    *args: Any,
+) -> None:
+    token = _beside.set(getattr(state, _SPAN, None))
+    try:
+        do_tracing(self, output, state, *args)
+    finally:
+        _beside.reset(token)
 
-    setattr(trace, _WRAPPED, True)
-    OutputProcessor.do_tracing = trace
-    output_processor.instrument_manual = with_attributes
+
+def _with_attributes(
+    instrument_manual: Callable[..., Any],
+    *args: Any,
+    attributes: Attributes | None = None,
+    **kwargs: Any,
+) -> Any:
+    both = {**(attributes or {}), **(_beside.get() or {})}
+    return instrument_manual(*args, attributes=both, **kwargs)
 
 
 def keep_attributes(state: RequestState, attributes: Attributes, *_: Any) -> None:

@@ -7,10 +7,9 @@ See patches/watched_requests: a stream shows the finished left end of an answer 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,12 +18,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_elastic.config import REQUEST_PREFIX
+from vllm_elastic.patches.wrapping import wrap_once
 
-_WRAPPED = "_vllm_elastic_watched"
 _WATCHER = "_vllm_elastic_watcher"
 
 _watcher: ContextVar[asyncio.Queue[Any] | None] = ContextVar("who watches", default=None)
-"""Of the stream that is being pulled: vLLM makes a stream's requests when it is pulled first."""
+"""Queue of the stream that is being pulled; vLLM makes a stream's requests at its first pull."""
 
 
 def show_passes_of_watched_requests() -> None:
@@ -33,41 +32,42 @@ def show_passes_of_watched_requests() -> None:
     Clients choose their requests' ids, and two may choose the same: so a request keeps who watches
     it, and no id is asked for.
     """
-    stream_generator = OpenAIServingChat.chat_completion_stream_generator
-    if hasattr(stream_generator, _WRAPPED):
-        return
-    add_request = OutputProcessor.add_request
+    wrap_once(OpenAIServingChat, "chat_completion_stream_generator", _stream)
+    wrap_once(OutputProcessor, "add_request", _add)
 
-    @functools.wraps(stream_generator)
-    def stream(
-        self: OpenAIServingChat,
-        request: Any,
-        result_generator: Any,
-        request_id: str,
-        model_name: str,
-        conversation: Any,
-        tokenizer: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> AsyncIterator[str]:
-        chunks = stream_generator(
-            self, request, result_generator, request_id, model_name, conversation, tokenizer,
-            *args, **kwargs,
-        )  # fmt: skip
-        watched = (request.vllm_xargs or {}).get(f"{REQUEST_PREFIX}watch")
-        # Other endpoints' servings inherit the chat's, and make events of their own of its chunks.
-        if not watched or type(self) is not OpenAIServingChat:
-            return chunks
-        return _with_passes(chunks, request_id, model_name, tokenizer)
 
-    @functools.wraps(add_request)
-    def add(self: OutputProcessor, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        add_request(self, request, *args, **kwargs)
-        setattr(self.request_states[request.request_id], _WATCHER, _watcher.get())
+def _stream(
+    stream_generator: Callable[..., AsyncIterator[str]],
+    self: OpenAIServingChat,
+    request: Any,
+    result_generator: Any,
+    request_id: str,
+    model_name: str,
+    conversation: Any,
+    tokenizer: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> AsyncIterator[str]:
+    chunks = stream_generator(
+        self, request, result_generator, request_id, model_name, conversation, tokenizer,
+        *args, **kwargs,
+    )  # fmt: skip
+    watched = (request.vllm_xargs or {}).get(f"{REQUEST_PREFIX}watch")
+    # Other endpoints' servings inherit the chat's, and make events of their own of its chunks.
+    if not watched or type(self) is not OpenAIServingChat:
+        return chunks
+    return _with_passes(chunks, request_id, model_name, tokenizer)
 
-    setattr(stream, _WRAPPED, True)
-    OutputProcessor.add_request = add
-    OpenAIServingChat.chat_completion_stream_generator = stream
+
+def _add(
+    add_request: Callable[..., None],
+    self: OutputProcessor,
+    request: EngineCoreRequest,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    add_request(self, request, *args, **kwargs)
+    setattr(self.request_states[request.request_id], _WATCHER, _watcher.get())
 
 
 def show_passes(state: RequestState, passes: list[dict[str, Any]], *_: Any) -> None:

@@ -17,15 +17,6 @@ from vllm_elastic.runner.graphed_block import GraphedBlock, Graphs, StaticRows
 from vllm_elastic.runner.graphed_pass import GraphedPasses
 from vllm_elastic.runner.statistics.pass_statistics import PassStatistics
 
-GRAPH_ROWS = "elastic_graph_rows"
-"""Where vLLM's ``additional_config`` has the numbers of rows that graphs of layers are for."""
-
-GRAPHED_PASSES = "elastic_graphed_passes"
-"""Where it has those of them that graphs of whole passes are for, too."""
-
-COMPILES = "elastic_compiles"
-"""Where it has whether layers are compiled."""
-
 
 class PassExecutor(Protocol):
     """Runs passes.

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import elastic_config_of
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
@@ -39,9 +39,6 @@ from vllm_elastic.runner.cache_view import CacheView
 from vllm_elastic.runner.cuda_graphs import CudaGraphs, capturing
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.executor import (
-    COMPILES,
-    GRAPH_ROWS,
-    GRAPHED_PASSES,
     CompiledExecutor,
     EagerExecutor,
     GraphExecutor,
@@ -58,6 +55,7 @@ from vllm_elastic.runner.graphed_pass import (
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
+from vllm_elastic.runner.options import RunnerOptions
 from vllm_elastic.runner.quantised_products import check_products
 from vllm_elastic.runner.row_order import RowOrder
 from vllm_elastic.runner.statistics import attention_sums
@@ -122,8 +120,7 @@ class ElasticRunner:
         Layers' graphs read no KV cache, so they are captured here already: what they take is
         measured. Whole passes' do: for them there is as much room as these suggest.
         """
-        counts: list[int] = self.vllm_config.additional_config[GRAPH_ROWS]
-        whole: list[int] = self.vllm_config.additional_config[GRAPHED_PASSES]
+        counts, whole, _ = RunnerOptions.of_engine(self.vllm_config)
         num_bytes = 0
         if counts:
             # What vLLM's experts keep grows in it: a graph would go on pointing at what was there.
@@ -131,7 +128,7 @@ class ElasticRunner:
             num_bytes = bytes_of_passes(self._capture_graphs(counts), len(counts), len(whole))
         if whole:
             last = self.traits.num_layers - 1
-            elastic = ElasticConfig.from_dict(self.vllm_config.additional_config.get("elastic"))
+            elastic = elastic_config_of(self.vllm_config)
             read_layers = range(last, -1, -elastic.attention_stride)
             self._all_queries = AllQueries(self.model, whole[-1], read_layers)
         of_passes = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -253,7 +250,7 @@ class ElasticRunner:
             seconds that it took; 0 where flags switch it off, and where it failed.
         """
         if self._compiling is None:
-            wanted = self.vllm_config.additional_config[COMPILES]
+            wanted = RunnerOptions.of_engine(self.vllm_config).compiles
             self._compiling = self._compile_layers() if wanted else 0.0
         return self._compiling
 
@@ -281,7 +278,7 @@ class ElasticRunner:
         for plans in warm_up_passes(self.traits, canvas, self.max_chunk_rows, block_size):
             self.run(plans)
         logger.info("warm-up passes took %.1f s", time.perf_counter() - started)
-        counts: list[int] = self.vllm_config.additional_config[GRAPHED_PASSES]
+        counts = RunnerOptions.of_engine(self.vllm_config).whole_pass_rows
         if counts:
             self._capture_passes(counts)
 
