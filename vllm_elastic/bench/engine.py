@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vllm_elastic.bench.rank_memory import position_bytes
 from vllm_elastic.bench.simulation.model_shape import ModelShape
-from vllm_elastic.config import REQUEST_PREFIX, ElasticConfig
+from vllm_elastic.config import BLOCK_SIZE, REQUEST_PREFIX, ElasticConfig
 from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
@@ -35,8 +35,6 @@ def cache_bytes(shape: ModelShape, canvas: int, seats: int, hidden_stride: int =
 
     None on a GPU: vLLM sizes it there, as it does for a server.
     """
-    from vllm_elastic.engine.engine_config import BLOCK_SIZE
-
     if on_gpu():
         return None
     blocks = seats * -(-canvas // BLOCK_SIZE) + 1  # vLLM keeps one for itself

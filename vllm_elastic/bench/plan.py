@@ -23,7 +23,7 @@ from vllm_elastic.bench.rank_memory import (
     remedies,
 )
 from vllm_elastic.bench.simulation.model_shape import ModelShape
-from vllm_elastic.config import ConfigError, ElasticConfig
+from vllm_elastic.config import BLOCK_SIZE, ConfigError, ElasticConfig
 
 LLADA_8B = "llada-8b"
 LLADA_V = "llada-v"
@@ -281,7 +281,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     """
     config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
-    from vllm_elastic.engine.engine_config import BLOCK_SIZE
     from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS, most_rows
     from vllm_elastic.models.llada_config import undivided_by
     from vllm_elastic.models.rows import bucket

@@ -20,7 +20,7 @@ from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
 from vllm_elastic.bench.simulation.replica import Replica
-from vllm_elastic.config import ElasticConfig
+from vllm_elastic.config import BLOCK_SIZE, ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 
 BATCH_SIZES = (1, 16, 256)
@@ -94,7 +94,13 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="graphs of whole passes, as with cudagraph_mode FULL",
     )
-    model.add_argument("--block-size", type=positive, default=16, help="positions of a KV block")
+    model.add_argument(
+        "--block-size",
+        type=positive,
+        default=BLOCK_SIZE,
+        metavar="N",
+        help="positions of a KV block (default: %(default)s, the engine's)",
+    )
     device = parser.add_argument_group("device (predictions, untested)")
     device.add_argument("--device", choices=list(DEVICES), default="h100")
     device.add_argument("--tflops", type=float, help="dense bfloat16")
@@ -224,7 +230,8 @@ def capacity_of(
     window_rows = min(row_budget, batch_size * recording.window)
     free = device.memory * args.memory_utilization - shape.weight_bytes
     free -= max(shape.layer_bytes(row_budget, row_budget), shape.logits_bytes(window_rows))
-    blocks = int(free // (args.block_size * shape.position_bytes))
+    # vLLM keeps one KV block for itself.
+    blocks = int(free // (args.block_size * shape.position_bytes)) - 1
     longest = max(request.canvas for request in recording.requests)
     max_window = max(recording.window, ElasticConfig().max_window)
     limits = StepLimits.of(row_budget, batch_size, recording.window, max_window, longest)
