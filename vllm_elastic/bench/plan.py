@@ -320,7 +320,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     graph_rows = 0 if args.enforce_eager else graph_rows
     base = Setting(
         shape=ModelShape.of(config, BYTES_PER_NUMBER[args.dtype]),
-        kv_heads=config.num_key_value_heads,
         ranks=1,
         memory=args.memory,
         utilization=args.gpu_memory_utilization,
@@ -333,7 +332,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         block_size=BLOCK_SIZE,
         graph_rows=graph_rows,
         whole_rows=min(graph_rows, MOST_ROWS_OF_A_WHOLE_PASS) if args.whole_passes else 0,
-        read_layers=-(-config.num_hidden_layers // ElasticConfig().attention_stride),
         weight_bits=args.weight_bits,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

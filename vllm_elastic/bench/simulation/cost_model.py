@@ -131,9 +131,8 @@ class CostModel:
             # Keys where they are, in their own type: read from memory once, though they are looked
             # at twice, and once more for some tested rows. What each KV head's program finds of a
             # position is written, read and added up.
-            kv_heads = shape.key_width * shape.heads // shape.width
             read = (keys + work[..., columns.tested_keys]) * shape.key_width * size
-            return 2 * operations / self._rate, read + 12 * kv_heads * keys
+            return 2 * operations / self._rate, read + 12 * shape.kv_heads * keys
         # Keys are gathered, then copied to float32, then read; scores are written, go through a
         # softmax and are summed.
         gathered = keys * shape.key_width * (3 * size + 8)
