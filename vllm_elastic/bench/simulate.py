@@ -189,7 +189,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_passes() -> WholePasses:
-    """Those that an engine has graphs of."""
+    """The whole passes that an engine has graphs of."""
     from vllm_elastic.engine.graph_flags import MOST_ROWS_OF_A_WHOLE_PASS
     from vllm_elastic.runner.graphed_pass import MOST_REQUESTS
 
@@ -263,7 +263,7 @@ def capacity_of(
 
 
 def canvases_that_fit(recording: Recording, capacity: Capacity) -> int:
-    """Of the mean size."""
+    """How many canvases of the mean size fit."""
     sizes = [capacity.blocks_of(request.canvas) for request in recording.requests]
     return int(capacity.blocks * len(sizes) / sum(sizes))
 
@@ -275,7 +275,7 @@ def simulate(
     replicas: int,
     args: argparse.Namespace,
 ) -> Outcome:
-    """One setting, in a closed loop or with arrivals."""
+    """Simulate one setting, in a closed loop or with arrivals."""
 
     def make_replica() -> Replica:
         return Replica(recording, cost, capacity)

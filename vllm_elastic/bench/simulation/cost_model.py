@@ -32,7 +32,7 @@ class WholePasses:
 
 @dataclass(frozen=True, slots=True)
 class HostSeconds:
-    """Of a step, [...] each.
+    """The host's time for a step, [...] each.
 
     Attributes:
         planning: before it. launching: while the device works on it. delaying: by which its work

@@ -45,7 +45,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any, bytes_per_number: int = 2) -> ModelShape:
-        """Of a family's configuration, a transformers ``PretrainedConfig``."""
+        """The sizes in a family's configuration, a transformers ``PretrainedConfig``."""
         images = {}
         if hasattr(config, "image_rules"):
             rules = config.image_rules()
@@ -85,27 +85,29 @@ class ModelShape:
 
     @property
     def projection_parameters(self) -> int:
-        """Of one layer's queries, keys and values."""
+        """The parameters of one layer's queries, keys and values."""
         return self.width * (self.width + 2 * self.key_width)
 
     @property
     def shared_rest_parameters(self) -> int:
-        """Of one layer's attention output and MLP, or all experts: what ranks share."""
+        """The parameters of one layer's attention output and MLP, or all experts: what ranks
+        share."""
         return self.width * (self.width + 3 * self.mlp * (self.experts or 1))
 
     @property
     def whole_parameters(self) -> int:
-        """Of one layer's norms and of what chooses experts: what every rank has."""
+        """The parameters of one layer's norms and of what chooses experts: what every rank has."""
         return 2 * self.width + 2 * self.head_dim * self.head_norms + self.width * self.experts
 
     def layer_parameters(self, ranks: int) -> int:
-        """Of one layer on one of so many ranks."""
+        """The parameters of one layer on one of so many ranks."""
         made = self.width // ranks + 2 * self.kv_heads_of_rank(ranks) * self.head_dim
         own = self.width * made + made * self.qkv_bias
         return own + self.shared_rest_parameters // ranks + self.whole_parameters
 
     def parameters_read(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Of one layer's products for so many rows, at least one; experts are taken evenly."""
+        """The parameters that one layer's products read for so many rows, at least one; experts
+        are taken evenly."""
         taken = np.ones_like(rows)
         if self.experts:
             taken = self.experts * (1 - (1 - self.experts_per_row / self.experts) ** rows)
@@ -127,11 +129,15 @@ class ModelShape:
         return 2 * (self.projection_parameters * projected + rest * finished)
 
     def attention_operations(self, attended: Numbers) -> Numbers:
-        """Of scores and weighted values; ``attended``: rows times keys, summed over layers."""
+        """Floating-point operations of scores and weighted values.
+
+        Args:
+            attended: rows times keys, summed over layers.
+        """
         return 4 * self.width * attended
 
     def head_operations(self, window_rows: Numbers) -> Numbers:
-        """Of the logits of so many rows."""
+        """Floating-point operations of the logits of so many rows."""
         return 2 * self.head_parameters * window_rows
 
     @property
