@@ -40,6 +40,9 @@ STATISTICS = ("released", "paper")
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 """Names of Dream's samplers, as its generation code has them."""
 
+BLOCK_SIZE = 32
+"""Positions of a KV block, unless --block-size says otherwise. CPU kernels want multiples of 32."""
+
 _MOST = 1 << 20
 
 

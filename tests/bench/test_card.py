@@ -175,7 +175,7 @@ def test_a_refresh_behind_the_last_layer_is_refused() -> None:
         args.function(args)
 
 
-SHAPE = ModelShape(width=3, key_width=3, layers=2, heads=1, mlp=5, vocabulary=7)
+SHAPE = ModelShape(width=3, layers=2, heads=1, kv_heads=1, mlp=5, vocabulary=7)
 MAKER = PlanMaker(canvas=4, window=2, refresh_from=1, vocabulary=7, block_size=32)
 PROJECT, FINISH = 3 * 9, 9 + 3 * 15  # weights of a layer's two parts; the head has 3 * 7
 LAYER_KEYS = 2 * 3  # key and value of a position

@@ -329,7 +329,7 @@ def test_step_is_what_the_trial_run_holds(
 
     changes, bounds = PHASES[phase]
     logits, attention = 1 << bounds.get("logits", 16), 1 << bounds.get("attention", 12)
-    assert head.LOGITS_AT_ONCE == model_shape.LOGITS_AT_ONCE == candidates._NUMBERS_AT_ONCE[0]
+    assert candidates._NUMBERS_AT_ONCE[0] == head.LOGITS_AT_ONCE
     for module in (head, model_shape):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
     monkeypatch.setattr(candidates, "_NUMBERS_AT_ONCE", (logits, logits))

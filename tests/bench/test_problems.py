@@ -150,6 +150,28 @@ def test_tune_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["row-layers"][0] == pytest.approx(0.4) and found["row-layers"][1]["window"] == 32
 
 
+def test_tune_by_seconds_is_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an engine's first run takes longer would make every setting look cheap."""
+
+    class ColdAtFirst(FakeEngine):
+        def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            clock.append(clock[-1] + (5.0 if clock[1:] else 100.0))
+            return super().run(requests)
+
+    clock = [0.0]
+    monkeypatch.setattr(tune, "served_model", ColdAtFirst)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: clock[-1])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    words = ["tune", "--model", "m", "--prompts", str(prompts), "--policies", "interval"]
+    args = make_parser().parse_args([*words, "--cost", "seconds"])
+    args.function(args)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| interval")]
+    assert shown and all(line.split(" | ")[4] == "1.000" for line in shown)
+
+
 @pytest.mark.parametrize("baseline", [True, False])
 def test_compare(baseline: bool) -> None:
     policies = ["none", "elastic"] if baseline else ["elastic"]

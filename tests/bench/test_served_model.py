@@ -36,7 +36,7 @@ def long(tmp_path: Path) -> Path:
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config | {"max_sequence_length": LENGTH}))
     shape = ModelShape.of(served_model._model_config(folder, "auto").hf_config)
-    assert LENGTH * shape.position_bytes > 1 << 30
+    assert LENGTH * (shape.keys_values_bytes() + shape.hidden_bytes(1)) > 1 << 30
     return folder
 
 
@@ -167,7 +167,7 @@ def test_vllm_sizes_the_cache_of_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_small_model_has_the_cache_that_it_had() -> None:
-    assert cache_bytes(ModelShape(width=64, key_width=64, layers=2, heads=2), 64, 1) == 64 << 20
+    assert cache_bytes(ModelShape(width=64, layers=2, heads=2, kv_heads=2), 64, 1) == 64 << 20
 
 
 def test_words_for_a_model_without_a_tokenizer(

@@ -37,9 +37,7 @@ from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import POLICIES
 
 LAYERS = 8
-SMALL = ModelShape(
-    width=4, key_width=2, layers=2, heads=2, mlp=6, vocabulary=10, bytes_per_number=2
-)
+SMALL = ModelShape(width=4, layers=2, heads=2, kv_heads=1, mlp=6, vocabulary=10, bytes_per_number=2)
 SLOW_HOST = Device("test", 100, 50, 1000, 0, step_seconds=1, layer_seconds=0.5, pass_seconds=0.25)
 NO_WHOLE_PASSES = WholePasses()
 
@@ -76,9 +74,10 @@ def records(count: int, policy: str = "elastic") -> list[dict[str, Any]]:
 
 
 def one_pass(**changes: Any) -> dict[str, Any]:
-    entry = {"kind": "window", "rows": 5, "segments": [[0, 3], [1, 2]], "window": 2}
+    """Its numbers of rows are such that none fill up."""
+    entry = {"kind": "window", "rows": 40, "segments": [[0, 24], [1, 16]], "window": 16}
     entry |= {"queries": 0, "attention_stride": 1, "tested": 0, "saved_rows": 0, **changes}
-    return {"policy": "none", "layers": 2, "canvas": 5, "token_ids": [1], "steps": [entry]}
+    return {"policy": "none", "layers": 2, "canvas": 40, "token_ids": [1], "steps": [entry]}
 
 
 def seconds_of(
@@ -100,14 +99,15 @@ def of_a_step(cost: CostModel, work: Any) -> tuple[Any, Any]:
 
 
 def test_costs_by_hand_compute_bound() -> None:
-    """Layer 0 has 3 rows, layer 1 has 5 and finishes 2; T = 5; 32 and 88 parameters, head 40."""
+    """Layer 0 has 24 rows, layer 1 has 40 and finishes 16; T = 40; 32 and 88 parameters, head
+    40."""
     parts, host = seconds_of(SLOW_HOST, one_pass())
-    # (2 * 32 * 3 + 2 * 88 * 3) + (2 * 32 * 5 + 2 * 88 * 2) operations at 100 a second
-    assert parts["products"] == pytest.approx([7.20 + 6.72, 0])
-    assert parts["attention"] == pytest.approx([(4 * 4 * 3 * 5 + 4 * 4 * 2 * 5) / 100, 0])
+    # (2 * 32 * 24 + 2 * 88 * 24) + (2 * 32 * 40 + 2 * 88 * 16) operations at 100 a second
+    assert parts["products"] == pytest.approx([57.60 + 53.76, 0])
+    assert parts["attention"] == pytest.approx([(4 * 4 * 24 * 40 + 4 * 4 * 16 * 40) / 100, 0])
     # keys, values and hidden state, 2 + 2 + 4 numbers of 2 bytes, at 1000 bytes a second
-    assert parts["cache writes"] == pytest.approx([0, 8 * 16 / 1000])
-    assert parts["candidates"] == pytest.approx([2 * 40 * 2 / 100, 0])
+    assert parts["cache writes"] == pytest.approx([0, 64 * 16 / 1000])
+    assert parts["candidates"] == pytest.approx([2 * 40 * 16 / 100, 0])
     assert parts["statistics"] == [0, 0]
     assert host == pytest.approx(1 + 2 * 0.5 + 0.25)
 
@@ -117,41 +117,64 @@ def test_costs_by_hand_bandwidth_bound() -> None:
     device = replace(SLOW_HOST, flops=1e9, bandwidth=10)
     parts, host = seconds_of(device, one_pass(), one_pass())
     assert parts["products"] == pytest.approx([0, 2 * 120 * 2 / 10])
-    assert parts["attention"] == pytest.approx([0, 2 * (2 * 2 * 2 * 5) * 2 / 10])
-    # the head's 40 weights, and 4 rows of 10 logits: written, read twice, 2 bytes each
-    assert parts["candidates"] == pytest.approx([0, (80 + 4 * 10 * 6) / 10])
+    assert parts["attention"] == pytest.approx([0, 2 * (2 * 2 * 2 * 40) * 2 / 10])
+    # the head's 40 weights, and 32 rows of 10 logits: written, read twice, 2 bytes each
+    assert parts["candidates"] == pytest.approx([0, (80 + 32 * 10 * 6) / 10])
     assert host == pytest.approx(1 + 2 * 0.5 + 2 * 0.25)
+
+
+def test_rows_that_fill_up_by_hand() -> None:
+    """3 rows in layer 0, 5 in layer 1 and 2 in the window are 8 each in products, cache writes and
+    the head. In a whole pass's graph they attend, too."""
+    few = one_pass(rows=5, segments=[[0, 3], [1, 2]], window=2)
+    parts, host = seconds_of(SLOW_HOST, few)
+    assert parts["products"] == pytest.approx([2 * 2 * 120 * 8 / 100, 0])
+    assert parts["attention"] == pytest.approx([4 * 4 * (3 + 2) * 40 / 100, 0])
+    assert parts["cache writes"] == pytest.approx([0, (8 + 8) * 16 / 1000])
+    assert parts["candidates"] == pytest.approx([2 * 40 * 8 / 100, 0])
+    assert host == pytest.approx(1 + 2 * 0.5 + 0.25)
+    # Logits of 8 rows are written, and those of 2 are read twice.
+    parts, _ = seconds_of(replace(SLOW_HOST, flops=1e9, bandwidth=10), few)
+    assert parts["candidates"] == pytest.approx([0, (80 + (8 + 2 * 2) * 10 * 2) / 10])
+    # Beyond 64 rows a step is filled up to a multiple of 16.
+    parts, _ = seconds_of(SLOW_HOST, one_pass(rows=65, segments=[[0, 65]], window=8))
+    assert parts["products"] == pytest.approx([(2 * 2 * 32 * 80 + 2 * 88 * (80 + 8)) / 100, 0])
+    whole = WholePasses(rows=8, requests=2)
+    first = one_pass(rows=5, segments=[[0, 5]], window=2)
+    parts, _ = seconds_of(SLOW_HOST, first, whole_passes=whole)
+    assert parts["products"] == pytest.approx([2 * 2 * 120 * 8 / 100, 0])
+    assert parts["attention"] == pytest.approx([2 * 4 * 4 * 8 * 40 / 100, 0])
 
 
 def test_costs_of_statistics_by_hand() -> None:
     device = replace(SLOW_HOST, statistics_seconds=0.125)
     parts, host = seconds_of(device, one_pass(queries=3, tested=1))
-    # (3 + 1) queries, 5 keys, 2 layers: 2 * 4 operations each at 50 a second
-    assert parts["statistics"] == pytest.approx([2 * 4 * 40 / 50, 0])
-    # the tested row's old query is projected once more in each layer
-    assert parts["products"] == pytest.approx([13.92 + 2 * 2 * 32 / 100, 0])
+    # (3 + 1) queries, 40 keys, 2 layers: 2 * 4 operations each at 50 a second
+    assert parts["statistics"] == pytest.approx([2 * 4 * 320 / 50, 0])
+    # the tested row's old query is projected once more in each layer, and 7 rows with it
+    assert parts["products"] == pytest.approx([111.36 + 2 * 2 * 8 * 32 / 100, 0])
     assert host == pytest.approx(2.25 + 0.125)
     parts, _ = seconds_of(replace(device, bandwidth=10), one_pass(queries=3, tested=1))
-    assert parts["statistics"] == pytest.approx([0, (10 * 2 * 14 + 40 * 2 * 16) / 10])
+    assert parts["statistics"] == pytest.approx([0, (80 * 2 * 14 + 320 * 2 * 16) / 10])
 
 
 def test_costs_of_statistics_by_kernels_by_hand() -> None:
-    """5 keys of 2 numbers in 2 layers are read in their own type, a canvas again for 32 tests."""
+    """40 keys of 2 numbers in 2 layers are read in their own type, a canvas again for 32 tests."""
     device = replace(SLOW_HOST, flops=1e9, bandwidth=10, paged_statistics=True)
     for tested, looks in ((0, 1), (1, 2), (32, 2), (33, 3)):
         parts, _ = seconds_of(device, one_pass(queries=3, tested=tested))
         # 4 bytes of a position and KV head, of which there is one: written, read and added up
-        assert parts["statistics"] == pytest.approx([0, (looks * 10 * 2 * 2 + 10 * 12) / 10])
+        assert parts["statistics"] == pytest.approx([0, (looks * 80 * 2 * 2 + 80 * 12) / 10])
     parts, _ = seconds_of(replace(device, flops=100, bandwidth=1e9), one_pass(queries=3))
-    # 3 queries look at 5 keys twice in 2 layers
-    assert parts["statistics"] == pytest.approx([2 * 2 * 4 * 30 / 100, 0])
+    # 3 queries look at 40 keys twice in 2 layers
+    assert parts["statistics"] == pytest.approx([2 * 2 * 4 * 240 / 100, 0])
 
 
 def test_a_layer_without_rows_costs_nothing() -> None:
     device = replace(SLOW_HOST, flops=1e9, bandwidth=10)
-    parts, host = seconds_of(device, one_pass(segments=[[1, 5]]))
+    parts, host = seconds_of(device, one_pass(segments=[[1, 40]]))
     assert parts["products"] == pytest.approx([0, 120 * 2 / 10])
-    assert parts["attention"] == pytest.approx([0, 40 / 10])
+    assert parts["attention"] == pytest.approx([0, 320 / 10])
     assert host == pytest.approx(1 + 0.5 + 0.25)
 
 
@@ -164,24 +187,24 @@ def test_launches_hide_behind_the_device_on_a_gpu_only() -> None:
 
 
 def test_costs_of_a_whole_pass_by_hand() -> None:
-    """One launch, some of the laying out saved, all 5 rows finished where eagerly 2 are."""
+    """One launch, some of the laying out saved, all 40 rows finished where eagerly 16 are."""
     device = replace(SLOW_HOST, whole_pass_saves=0.125)
-    whole = WholePasses(rows=5, requests=1)
-    first = one_pass(segments=[[0, 5]])
+    whole = WholePasses(rows=40, requests=1)
+    first = one_pass(segments=[[0, 40]])
     parts, host = seconds_of(device, first, whole_passes=whole)
     assert host == pytest.approx(1 + 0.5 + 0.25 - 0.125)
-    assert parts["products"] == pytest.approx([2 * 2 * 120 * 5 / 100, 0])
-    assert parts["attention"] == pytest.approx([2 * 4 * 4 * 5 * 5 / 100, 0])
+    assert parts["products"] == pytest.approx([2 * 2 * 120 * 40 / 100, 0])
+    assert parts["attention"] == pytest.approx([2 * 4 * 4 * 40 * 40 / 100, 0])
     assert parts["candidates"] == seconds_of(device, first)[0]["candidates"]
     later = one_pass()
     for passes, limits in (
         ([later], whole),  # rows join at layer 1
-        ([first, first], WholePasses(rows=10, requests=1)),
-        ([first, first], WholePasses(rows=9, requests=2)),
+        ([first, first], WholePasses(rows=80, requests=1)),
+        ([first, first], WholePasses(rows=79, requests=2)),
     ):
         eager = seconds_of(device, *passes)
         assert seconds_of(device, *passes, whole_passes=limits) == eager
-    both = seconds_of(device, first, first, whole_passes=WholePasses(rows=10, requests=2))
+    both = seconds_of(device, first, first, whole_passes=WholePasses(rows=80, requests=2))
     assert both[1] == pytest.approx(1 + 0.5 + 2 * 0.25 - 0.125)
 
 
@@ -196,19 +219,13 @@ def test_efficiency_and_factors_scale_the_device_only() -> None:
     assert scaled["products"] == whole["products"]
 
 
-def test_llada_8b_sizes() -> None:
-    shape = ModelShape()
-    assert shape.weight_bytes == 2 * 8_015_581_184
-    assert shape.position_bytes == 778_240  # docs/design.md, Memory
-
-
 def test_shape_of_a_config(tmp_path: Path) -> None:
     config = {"d_model": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 2}
     config |= {"mlp_hidden_size": 512, "vocab_size": 334, "embedding_size": 384}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config | {"architectures": ["LLaDAModelLM"]}))
     shape = shape_of(path, bytes_per_number=4)
-    assert shape == ModelShape(192, 64, 8, 6, 512, 384, False, 4) == shape_of(tmp_path, 4)
+    assert shape == ModelShape(192, 8, 6, 2, 512, 384, False, 4) == shape_of(tmp_path, 4)
     path.write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="those that are served are LLaDAModelLM"):
         shape_of(path)
@@ -216,7 +233,7 @@ def test_shape_of_a_config(tmp_path: Path) -> None:
 
 def test_experts_cost_what_rows_take_of_them() -> None:
     """A row takes two of eight experts: two MLPs to compute, and to read those that any takes."""
-    dense = ModelShape(width=64, key_width=64, layers=1, heads=4, mlp=16, vocabulary=10)
+    dense = ModelShape(width=64, layers=1, heads=4, kv_heads=4, mlp=16, vocabulary=10)
     sparse = replace(dense, experts=8, experts_per_row=2)
     expert, choosing = 3 * 64 * 16, 64 * 8
     assert sparse.product_operations(0, 5) - dense.product_operations(0, 5) == 2 * 5 * (
@@ -325,7 +342,7 @@ def test_a_host_that_is_slower_than_the_device() -> None:
 
 def six_passes(device_seconds: float, in_flight: int) -> tuple[float, float]:
     """Until all are done, and how many of these seconds the host adds."""
-    record = one_pass(segments=[[0, 5]])
+    record = one_pass(segments=[[0, 40]])
     record["steps"] *= 3
     recording = Recording("test", [record, record], 2)
     cost = MagicMock(spec=CostModel, columns=recording.columns)
@@ -333,8 +350,8 @@ def six_passes(device_seconds: float, in_flight: int) -> tuple[float, float]:
     parts[0, 0] = device_seconds
     host = [np.array(each) for each in (3.0, 0.5, 0.0, 2.0)]
     cost.step_seconds.return_value = parts, HostSeconds(*host)
-    replica = Replica(recording, cost, Capacity(2, 100, 4, few_rows(5), in_flight))
-    with patch.object(overlap, "GROUP_ROWS", 5):
+    replica = Replica(recording, cost, Capacity(2, 100, 4, few_rows(40), in_flight))
+    with patch.object(overlap, "GROUP_ROWS", 40):
         seconds = run_closed(replica, recording.requests)
     return seconds, replica.busy.host
 
@@ -355,10 +372,12 @@ def test_batch_of_one_takes_the_sum_of_its_passes() -> None:
 
 
 def test_batching_shares_overheads_and_weights() -> None:
+    """Arithmetic is not shared, and more rows are filled up by more."""
     recording = Recording("test", records(16), 8)
+    cost = CostModel(replace(SMALL, layers=8), replace(SLOW_HOST, flops=1e9))
     times = [
         run_closed(
-            make_replica(recording, Capacity(seats, 400, 4, few_rows(1000))),
+            Replica(recording, cost, Capacity(seats, 400, 4, few_rows(1000))),
             recording.requests,
         )
         for seats in (1, 4, 16)
@@ -554,6 +573,13 @@ def test_command_line(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> None:
     """A device without overheads and with twice the rates is twice as fast, exactly."""
     rates = []
+    longest = max(record["canvas"] for record in records(10))
+    words = ["--model", "llada-8b", "--memory", 40, "--max-num-seqs", 8, "--canvas", longest]
+    planned = tmp_path / "plan.json"
+    args = make_parser().parse_args(["plan", *map(str, words), "--json", str(planned)])
+    args.function(args)
+    (rank,) = json.loads(planned.read_text())["ranks"]
+    blocks = rank["positions"] // 32
     for scale in (1, 2):
         out = tmp_path / "out.json"
         simulate(
@@ -566,10 +592,9 @@ def test_command_line_overrides_the_device(run_file: Path, tmp_path: Path) -> No
         (row,) = json.loads(out.read_text())
         rates.append(row["tokens_per_second"])
         assert row["shares"]["host"] == pytest.approx(0, abs=1e-9)
-        # 0.9 * 40 GiB less the weights and a layer's tensors of 8192 rows, in blocks of 16
-        free = 0.9 * 40 * 2**30 - 2 * 8_015_581_184 - 8192 * (4 * 4096 + 3 * 12288) * 2
-        sizes = [-(-record["canvas"] // 16) for record in records(10)]
-        assert row["canvases_that_fit"] == free // (16 * 778_240) * 10 // sum(sizes)
+        # blocks of 32 positions, of which vLLM keeps one, as `bench plan` has them
+        sizes = [-(-record["canvas"] // 32) for record in records(10)]
+        assert row["canvases_that_fit"] == blocks * 10 // sum(sizes)
     assert rates[1] == pytest.approx(2 * rates[0])
 
 

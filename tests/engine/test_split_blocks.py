@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from vllm_elastic.config import BLOCK_SIZE
+
 # Imported before the kernels are told something else: it reads what they really want.
-from vllm_elastic.engine.engine_config import BLOCK_SIZE
+from vllm_elastic.engine import engine_config  # noqa: F401
 from vllm_elastic.reference import LLaDA
 
 from .agreement import agrees

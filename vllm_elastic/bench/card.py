@@ -173,7 +173,7 @@ def row_of(
 
 
 def _of_a_step(engine: BenchEngine, plans: list[PassPlan]) -> list[PassPlan]:
-    """As many of them as the scheduler would put into one step."""
+    """The plans that the scheduler would put into one step."""
     turns, by_id = RoundRobin(), {plan.request_id: plan for plan in plans}
     for request_id in by_id:
         turns.add(request_id)
@@ -181,7 +181,7 @@ def _of_a_step(engine: BenchEngine, plans: list[PassPlan]) -> list[PassPlan]:
 
 
 def _timed(runner: Any, groups: list[Group], repeats: int) -> list[list[PassTime]]:
-    """Of each group, one after the other, over and over; the first time is a warm-up."""
+    """The times of each group's pass, group after group, over and over; the first is a warm-up."""
     found: dict[int, list[PassTime]] = defaultdict(list)
     own, ways = runner._executor, executors(runner)
     try:
@@ -195,7 +195,7 @@ def _timed(runner: Any, groups: list[Group], repeats: int) -> list[list[PassTime
 
 
 def _shares(runner: Any, group: Group, scheduling: float) -> dict[str, float]:
-    """Of a step, with each part waited for: together they take longer than the step does."""
+    """Each part's share of a step in which every part is waited for, so that it takes longer."""
     import torch
 
     own = runner._executor

@@ -139,7 +139,7 @@ class Oracle:
         self._elastic["reach"] = config["reach"] or 0
 
     def settings(self, count: int) -> dict[str, Runner]:
-        """Both of ``ORACLES`` on the first ``count`` problems."""
+        """The two ``ORACLES``, each on the first ``count`` problems."""
         from vllm_elastic.reference import DecodingOptions, ElasticOptions, decode, elastic_cache
 
         none = DecodingOptions(**self._shared)

@@ -51,9 +51,9 @@ def shape_of_sizes(args: argparse.Namespace) -> ModelShape:
     """What ``add_sizes`` was given."""
     return ModelShape(
         width=args.width,
-        key_width=args.width,
         layers=args.layers,
         heads=args.heads,
+        kv_heads=args.heads,
         mlp=args.mlp,
         vocabulary=args.vocabulary,
         bytes_per_number=BYTES_PER_NUMBER[args.dtype],

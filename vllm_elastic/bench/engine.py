@@ -13,9 +13,8 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from vllm_elastic.bench.rank_memory import position_bytes
 from vllm_elastic.bench.simulation.model_shape import ModelShape
-from vllm_elastic.config import REQUEST_PREFIX, ElasticConfig
+from vllm_elastic.config import BLOCK_SIZE, REQUEST_PREFIX, ElasticConfig
 from vllm_elastic.decoding.record import DecodingRecord
 
 DEFAULT_ROW_BUDGET = 8192
@@ -35,13 +34,10 @@ def cache_bytes(shape: ModelShape, canvas: int, seats: int, hidden_stride: int =
 
     None on a GPU: vLLM sizes it there, as it does for a server.
     """
-    from vllm_elastic.engine.engine_config import BLOCK_SIZE
-
     if on_gpu():
         return None
     blocks = seats * -(-canvas // BLOCK_SIZE) + 1  # vLLM keeps one for itself
-    kv_heads = shape.key_width * shape.heads // shape.width
-    position = sum(position_bytes(shape, kv_heads, 1, hidden_stride))
+    position = shape.keys_values_bytes() + shape.hidden_bytes(hidden_stride)
     return max(DEFAULT_KV_CACHE_BYTES, blocks * BLOCK_SIZE * position)
 
 

@@ -32,7 +32,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def _driver() -> str | None:
-    """Of the first card; torch does not know it."""
+    """The driver of the first card; torch does not know it."""
     ask = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()

@@ -43,7 +43,7 @@ class PlanMaker:
         return -(-self.canvas // self.block_size)
 
     def plan(self, kind: str, index: int) -> PassPlan:
-        """Of request ``index``, which has KV blocks of its own; ``kind``: of ``KINDS``."""
+        """The plan of request ``index``, which has KV blocks of its own; ``kind``: of ``KINDS``."""
         everyone = np.arange(self.canvas, dtype=np.int32)
         masked = everyone >= self.canvas // 2
         window = everyone[masked][: self.window]

@@ -75,13 +75,14 @@ def bytes_moved(shape: ModelShape, plans: Sequence[PassPlan]) -> int:
 
 
 def _rows(shape: ModelShape, plan: PassPlan) -> list[int]:
-    """Of every layer."""
+    """A plan's rows in every layer."""
     layers = range(shape.layers)
     return [sum(len(s.positions) for s in plan.segments if s.join_layer <= n) for n in layers]
 
 
 def measured_rates(dtype: str, device: str) -> Rates:
-    """Of this process, here and now: the fastest of several, as a floor has to lie below."""
+    """The rates of this process, here and now: the fastest of several, as a floor has to lie
+    below."""
     import torch
 
     from vllm_elastic.bench.pass_time import clock

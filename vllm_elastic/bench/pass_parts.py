@@ -15,7 +15,7 @@ PARTS = ("products", "attention", "cache writes", "statistics", "head", "batch",
 
 
 def places() -> dict[str, list[tuple[Any, str]]]:
-    """Of each part the functions whose time it is: where they are, and their names there."""
+    """The functions whose time each part is: where they are, and their names there."""
     from vllm_elastic.models import layer_pass
     from vllm_elastic.models.hidden_states import HiddenStateCache
     from vllm_elastic.runner import runner

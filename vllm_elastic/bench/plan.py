@@ -23,7 +23,7 @@ from vllm_elastic.bench.rank_memory import (
     remedies,
 )
 from vllm_elastic.bench.simulation.model_shape import ModelShape
-from vllm_elastic.config import ConfigError, ElasticConfig
+from vllm_elastic.config import BLOCK_SIZE, ConfigError, ElasticConfig
 
 LLADA_8B = "llada-8b"
 LLADA_V = "llada-v"
@@ -281,7 +281,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     """
     config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
-    from vllm_elastic.engine.engine_config import BLOCK_SIZE
     from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS, most_rows
     from vllm_elastic.models.llada_config import undivided_by
     from vllm_elastic.models.rows import bucket
@@ -321,7 +320,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     graph_rows = 0 if args.enforce_eager else graph_rows
     base = Setting(
         shape=ModelShape.of(config, BYTES_PER_NUMBER[args.dtype]),
-        kv_heads=config.num_key_value_heads,
         ranks=1,
         memory=args.memory,
         utilization=args.gpu_memory_utilization,
@@ -334,7 +332,6 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
         block_size=BLOCK_SIZE,
         graph_rows=graph_rows,
         whole_rows=min(graph_rows, MOST_ROWS_OF_A_WHOLE_PASS) if args.whole_passes else 0,
-        read_layers=-(-config.num_hidden_layers // ElasticConfig().attention_stride),
         weight_bits=args.weight_bits,
     )
     return [replace(base, ranks=ranks) for ranks in args.tp], shareable

@@ -139,7 +139,7 @@ def parts_of_a_pass(axes: Any, rows: Rows) -> None:
 
 
 def _step_to_floor(row: dict[str, Any]) -> float:
-    """Of the pass and of what the host adds."""
+    """A step's time relative to the floor: the pass, and what the host adds."""
     step = row["milliseconds"] + row["gap_milliseconds"]
     return float(row["times_floor"] * step / row["milliseconds"])
 

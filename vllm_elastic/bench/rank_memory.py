@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_elastic.bench.simulation.model_shape import ModelShape
+from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.models.rows import bucket
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
@@ -26,7 +27,6 @@ class Setting:
         shape: the whole model's sizes, and its bytes a number.
         weight_bits: of a weight of the layers' products, its share of scales included; None: as
             of any other number.
-        kv_heads: of the whole model.
         ranks: that share the model; they divide it evenly.
         memory: bytes of a rank's device. utilization: share of it that vLLM may use.
         hidden_stride: the input of every n-th layer is kept.
@@ -35,12 +35,10 @@ class Setting:
             predicts where it does not say otherwise. max_window: that any may predict.
         block_size: positions of a KV block.
         graph_rows: the most rows that a CUDA graph works on; 0: there are none.
-        whole_rows: the same of graphs of whole passes. read_layers: layers whose attention the
-            server's own knobs read: of these a whole pass's graph keeps the queries.
+        whole_rows: the same of graphs of whole passes.
     """
 
     shape: ModelShape
-    kv_heads: int
     ranks: int
     memory: int
     utilization: float
@@ -53,13 +51,17 @@ class Setting:
     block_size: int
     graph_rows: int
     whole_rows: int = 0
-    read_layers: int = 0
     weight_bits: float | None = None
 
     @property
     def blocks_of_canvas(self) -> int:
         """KV blocks that a full canvas takes."""
         return -(-self.canvas // self.block_size)
+
+    @property
+    def limits(self) -> StepLimits:
+        """The limits of a step."""
+        return StepLimits.of(self.row_budget, self.seats, self.window, self.max_window, self.canvas)
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,18 @@ def rank_memory(setting: Setting) -> RankMemory:
     weights, step = weight_bytes(setting), step_bytes(setting)
     graphs = graph_bytes(setting)
     left = int(setting.memory * setting.utilization) - weights - step - graphs
-    parts = position_bytes(shape, setting.kv_heads, ranks, setting.hidden_stride)
+    keys_values = shape.keys_values_bytes(ranks)
+    hidden_states = shape.hidden_bytes(setting.hidden_stride, ranks)
     # vLLM keeps one KV block for itself.
-    blocks = max(0, left // (setting.block_size * sum(parts)) - 1)
+    blocks = max(0, left // (setting.block_size * (keys_values + hidden_states)) - 1)
     return RankMemory(
         ranks=ranks,
         weights=weights,
         step=step,
         graphs=graphs,
         left=left,
-        keys_values_of_position=parts[0],
-        hidden_states_of_position=parts[1],
+        keys_values_of_position=keys_values,
+        hidden_states_of_position=hidden_states,
         positions=blocks * setting.block_size,
         canvases=blocks // setting.blocks_of_canvas,
     )
@@ -124,28 +127,11 @@ def weight_bytes(setting: Setting) -> int:
     from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
 
     shape, ranks = setting.shape, setting.ranks
-    layer = shape.layer_parameters(_key_width(shape, setting.kv_heads, ranks), ranks)
     rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
-    products = shape.layers * (layer - shape.whole_parameters)
+    products = shape.layers * (shape.layer_parameters(ranks) - shape.whole_parameters)
     rest = shape.layers * shape.whole_parameters + (rows + 1) * shape.width
     bits = 8 * shape.bytes_per_number if setting.weight_bits is None else setting.weight_bits
     return shape.bytes_per_number * (rest + shape.image_parameters) + round(products * bits / 8)
-
-
-def position_bytes(
-    shape: ModelShape, kv_heads: int, ranks: int, hidden_stride: int
-) -> tuple[int, int]:
-    """Bytes of keys and values, and of hidden states, that a rank keeps of a canvas position."""
-    # A rank's heads and columns are a shape of their own. `ModelShape` adds up both parts, so the
-    # other one is made empty; with n layers it counts the input of n - 1.
-    keys_values = replace(shape, width=0, key_width=_key_width(shape, kv_heads, ranks))
-    stored = len(range(hidden_stride, shape.layers, hidden_stride))
-    hidden = replace(shape, width=shape.width // ranks, key_width=0, layers=stored + 1)
-    return keys_values.position_bytes, hidden.position_bytes
-
-
-def _key_width(shape: ModelShape, kv_heads: int, ranks: int) -> int:
-    return max(1, kv_heads // ranks) * (shape.width // shape.heads)
 
 
 def graph_bytes(setting: Setting) -> int:
@@ -153,29 +139,27 @@ def graph_bytes(setting: Setting) -> int:
     asks for them (``engine.optimisations``), which is not counted."""
     if setting.ranks > 1:
         return 0
-    queries = setting.whole_rows * setting.read_layers * setting.shape.width
-    of_passes = queries * setting.shape.bytes_per_number
-    return setting.shape.graph_bytes(setting.graph_rows) + of_passes
+    shape = setting.shape
+    # A whole pass's graph keeps the queries of the layers whose attention the server's knobs read.
+    read_layers = -(-shape.layers // ElasticConfig().attention_stride)
+    of_passes = setting.whole_rows * read_layers * shape.width * shape.bytes_per_number
+    return shape.graph_bytes(setting.graph_rows) + of_passes
 
 
 def step_bytes(setting: Setting) -> int:
     """Bytes of a step on one rank: what the trial run at start holds at its peak."""
-    rows = setting.row_budget
-    key_width = _key_width(setting.shape, setting.kv_heads, setting.ranks)
-    shape = replace(setting.shape, key_width=key_width)
-    limits = StepLimits.of(rows, setting.seats, setting.window, setting.max_window, setting.canvas)
-    heads, kv_heads = shape.heads // setting.ranks, max(1, setting.kv_heads // setting.ranks)
-    head_dim = shape.width // shape.heads
+    shape, rows, saved_rows = setting.shape, setting.row_budget, setting.limits.saved_rows
+    heads, kv_heads = shape.heads // setting.ranks, shape.kv_heads_of_rank(setting.ranks)
     lasting = saved_bytes(
-        limits.saved_rows, shape.layers, heads, head_dim, shape.width, shape.bytes_per_number
+        saved_rows, shape.layers, heads, shape.head_dim, shape.width, shape.bytes_per_number
     ) + totals_bytes(setting.seats, setting.canvas, shape.layers)
     asked = max(rows, setting.canvas)
     computed = bucket(asked)
-    tested = bucket(asked + min(asked, limits.saved_rows // 4)) - computed
+    tested = bucket(asked + min(asked, saved_rows // 4)) - computed
     in_pass = max(
         shape.layer_bytes(computed, rows if asked > rows else computed, tested, setting.ranks),
         shape.logits_bytes(asked),
-        reading_bytes(setting.canvas, heads, kv_heads, head_dim),
+        reading_bytes(setting.canvas, heads, kv_heads, shape.head_dim),
     )
     return max(lasting + in_pass, shape.image_bytes)
 

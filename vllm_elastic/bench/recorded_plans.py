@@ -92,7 +92,8 @@ def _measure(
     window: Positions,
     masked: np.ndarray,
 ) -> Measure | None:
-    """As many rows as were measured; what the record does not say is the policy's default."""
+    """What a pass measures: as many rows as were recorded; what the record does not say is the
+    policy's default."""
     if not entry["queries"]:
         return None
     knobs = ElasticConfig(policy=policy)

@@ -242,7 +242,8 @@ def replay(
 
 
 def _busy_until(moment: float) -> None:
-    """As Python that works on something else: the device goes on, this thread does not."""
+    """Wait as Python does that works on something else: the device goes on, this thread does
+    not."""
     while time.perf_counter() < moment:
         pass
 

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_elastic.bench.arguments import positive
 from vllm_elastic.bench.engine import DEFAULT_ROW_BUDGET
 from vllm_elastic.bench.model_config import shape_of
+from vllm_elastic.bench.rank_memory import GIB, Setting, rank_memory
 from vllm_elastic.bench.simulation.batch import Capacity
 from vllm_elastic.bench.simulation.cluster import ROUTERS, Outcome, closed_loop, open_loop
 from vllm_elastic.bench.simulation.cost_model import CostModel, WholePasses
@@ -20,8 +21,8 @@ from vllm_elastic.bench.simulation.device import DEVICES, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import KINDS, Recording
 from vllm_elastic.bench.simulation.replica import Replica
-from vllm_elastic.config import ElasticConfig
-from vllm_elastic.decoding.limits import StepLimits
+from vllm_elastic.config import BLOCK_SIZE, ElasticConfig
+from vllm_elastic.models.rows import bucket
 
 BATCH_SIZES = (1, 16, 256)
 
@@ -94,7 +95,13 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="graphs of whole passes, as with cudagraph_mode FULL",
     )
-    model.add_argument("--block-size", type=positive, default=16, help="positions of a KV block")
+    model.add_argument(
+        "--block-size",
+        type=positive,
+        default=BLOCK_SIZE,
+        metavar="N",
+        help="positions of a KV block (default: %(default)s, the engine's)",
+    )
     device = parser.add_argument_group("device (predictions, untested)")
     device.add_argument("--device", choices=list(DEVICES), default="h100")
     device.add_argument("--tflops", type=float, help="dense bfloat16")
@@ -182,7 +189,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_passes() -> WholePasses:
-    """Those that an engine has graphs of."""
+    """The whole passes that an engine has graphs of."""
     from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS
     from vllm_elastic.runner.graphed_pass import MOST_REQUESTS
 
@@ -215,32 +222,48 @@ def capacity_of(
     batch_size: int,
     args: argparse.Namespace,
 ) -> Capacity:
-    """What fits beside the weights and a step's activations.
+    """What fits, as ``bench plan`` works it out.
 
     Raises:
         SystemExit: the weights do not fit, or some recorded canvas does not; says by how much.
     """
+    from vllm_elastic.engine.optimisations import most_rows  # imports vLLM: seconds
+
     row_budget = max(args.max_num_batched_tokens, batch_size)  # vLLM wants a row a request
-    window_rows = min(row_budget, batch_size * recording.window)
-    free = device.memory * args.memory_utilization - shape.weight_bytes
-    free -= max(shape.layer_bytes(row_budget, row_budget), shape.logits_bytes(window_rows))
-    blocks = int(free // (args.block_size * shape.position_bytes))
     longest = max(request.canvas for request in recording.requests)
-    max_window = max(recording.window, ElasticConfig().max_window)
-    limits = StepLimits.of(row_budget, batch_size, recording.window, max_window, longest)
-    in_flight = 2 if args.async_scheduling else 1
-    capacity = Capacity(batch_size, blocks, args.block_size, limits, in_flight)
-    if capacity.blocks_of(longest) > blocks:
+    setting = Setting(
+        shape=shape,
+        ranks=1,
+        memory=int(device.memory),
+        utilization=args.memory_utilization,
+        hidden_stride=ElasticConfig().hidden_stride,
+        canvas=longest,
+        row_budget=row_budget,
+        seats=batch_size,
+        window=recording.window,
+        max_window=max(recording.window, ElasticConfig().max_window),
+        block_size=args.block_size,
+        graph_rows=bucket(most_rows(None, row_budget)),
+        whole_rows=whole_passes().rows if args.whole_passes else 0,
+    )
+    found = rank_memory(setting)
+    if not found.canvases:
         raise SystemExit(
-            f"{device.name}: {free / 2**30:.1f} GiB are left for canvases at batch size "
+            f"{device.name}: {found.left / GIB:.1f} GiB are left for canvases at batch size "
             f"{batch_size}; one of {longest} positions takes "
-            f"{longest * shape.position_bytes / 2**30:.1f} GiB"
+            f"{longest * found.position / GIB:.1f} GiB"
         )
-    return capacity
+    return Capacity(
+        seats=batch_size,
+        blocks=found.positions // args.block_size,
+        block_size=args.block_size,
+        limits=setting.limits,
+        in_flight=2 if args.async_scheduling else 1,
+    )
 
 
 def canvases_that_fit(recording: Recording, capacity: Capacity) -> int:
-    """Of the mean size."""
+    """How many canvases of the mean size fit."""
     sizes = [capacity.blocks_of(request.canvas) for request in recording.requests]
     return int(capacity.blocks * len(sizes) / sum(sizes))
 
@@ -252,7 +275,7 @@ def simulate(
     replicas: int,
     args: argparse.Namespace,
 ) -> Outcome:
-    """One setting, in a closed loop or with arrivals."""
+    """Simulate one setting, in a closed loop or with arrivals."""
 
     def make_replica() -> Replica:
         return Replica(recording, cost, capacity)

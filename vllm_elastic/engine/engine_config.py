@@ -13,7 +13,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_elastic.config import ElasticConfig, elastic_config_of
+from vllm_elastic.config import BLOCK_SIZE, ElasticConfig, elastic_config_of
 from vllm_elastic.decoding.schedule import growth_of
 from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.image_renderer import render_images
@@ -34,10 +34,6 @@ _CPU_BLOCK_SIZE: int = CPUAttentionBackend.get_supported_kernel_block_sizes()[0]
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")
 """Attention backends for CUDA that serve; the last one is ours on xformers."""
-
-BLOCK_SIZE = 32
-"""Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
-a multiple of 32."""
 
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
 

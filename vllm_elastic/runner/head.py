@@ -27,11 +27,8 @@ from vllm_elastic.runner.candidates import (
 from vllm_elastic.runner.constraints import Constraints
 from vllm_elastic.runner.draws import Draws, is_drawn
 from vllm_elastic.runner.ragged import bounds, joined
+from vllm_elastic.runner.statistics.memory import LOGITS_AT_ONCE
 from vllm_elastic.runner.upload import Upload
-
-LOGITS_AT_ONCE = 1 << 25
-"""Logits that exist at a time (``bench plan`` counts on it): however wide the windows are and
-however many requests share a pass, the head takes no more memory than this many."""
 
 
 @dataclass(slots=True)

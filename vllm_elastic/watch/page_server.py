@@ -23,12 +23,12 @@ from vllm_elastic.presets import DEFAULT_PRESET, PRESETS
 
 HANDED_ON = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
 MOST_BYTES = 1 << 20
-"""Of a question."""
+"""The longest question that is handed on."""
 
 READ_BYTES = 1 << 16
 
 SECONDS_TO_ANSWER = 5
-"""That a server is given to list its models when the page starts."""
+"""How long a server may take to list its models when the page starts."""
 
 
 class PageServer(ThreadingHTTPServer):
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _question(self) -> bytes | None:
-        """Its body; None where that was refused.
+        """The body of a question; None where that was refused.
 
         A page of another site sends JSON only after it has asked whether it may.
         """

@@ -170,7 +170,7 @@ def _median_seconds(function: Callable[[], Any], repeats: int, clock: Callable[[
 
 
 def capacity_of(engine: BenchEngine) -> Capacity:
-    """The engine's, for its largest batch."""
+    """The engine's capacity, for its largest batch."""
     scheduler = engine.scheduler
     return Capacity(
         seats=scheduler.max_num_active_reqs,

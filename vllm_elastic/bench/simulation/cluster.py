@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one replica, mean."""
+        """The mean of the replicas."""
         rates = [t / s for t, s in zip(self.tokens, self.seconds, strict=True) if s]
         return float(np.mean(rates)) if rates else 0.0
 

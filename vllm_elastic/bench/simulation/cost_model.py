@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,11 @@ import numpy.typing as npt
 from vllm_elastic.bench.simulation.device import PARTS, Device
 from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.bench.simulation.recording import Columns, Floats
+from vllm_elastic.models.rows import bucket
 
 Bools = npt.NDArray[np.bool_]
+
+_filled_up = np.vectorize(functools.cache(bucket), otypes=[np.float64])
 
 BOUNDS = ("compute", "bandwidth")
 
@@ -28,7 +32,7 @@ class WholePasses:
 
 @dataclass(frozen=True, slots=True)
 class HostSeconds:
-    """Of a step, [...] each.
+    """The host's time for a step, [...] each.
 
     Attributes:
         planning: before it. launching: while the device works on it. delaying: by which its work
@@ -46,7 +50,8 @@ class CostModel:
 
     Every part takes the longer of its operations over the device's rate and its bytes over the
     bandwidth; parts follow one another. A layer's weights are read once by all of a step's rows,
-    a canvas's keys and values once a layer by each of its passes.
+    a canvas's keys and values once a layer by each of its passes. Products, cache writes and the
+    head's logits are of the rows that a step is filled up to (``models.rows.bucket``).
     """
 
     def __init__(
@@ -72,8 +77,10 @@ class CostModel:
         """
         shape, columns = self.shape, self.columns
         size, width = shape.bytes_per_number, shape.width
-        rows, keys = work[..., columns.rows], work[..., columns.keys]
-        window = work[..., columns.window]
+        active, keys = work[..., columns.rows], work[..., columns.keys]
+        rows, projected = _filled_up(active), _filled_up(work[..., columns.projected])
+        own_window = work[..., columns.window]
+        window = _filled_up(own_window)
         # The last layer makes keys and values of all rows, but finishes the window's only; in a
         # whole pass's graph all of them.
         whole = self.is_whole(work)
@@ -81,6 +88,8 @@ class CostModel:
         finished[..., -1] = np.where(whole, rows[..., -1], window)
         attended = work[..., columns.attended].copy()
         attended[..., -1] = np.where(whole, attended[..., -1], work[..., columns.window_attended])
+        # What fills up attends in a graph only: to the last canvas, here to one of the mean length.
+        attended *= np.where(whole[..., None], rows / np.maximum(active, 1), 1)
         weights = shape.parameters_read(finished) * size * (rows > 0)
         seconds = np.zeros((*work.shape[:-1], len(PARTS), len(BOUNDS)))
 
@@ -92,7 +101,7 @@ class CostModel:
 
         put(
             "products",
-            shape.product_operations(work[..., columns.projected], finished) / self._rate,
+            shape.product_operations(projected, finished) / self._rate,
             weights / self._bandwidth,
         )
         put(
@@ -102,8 +111,8 @@ class CostModel:
         )
         written = (2 * shape.key_width + width) * size * rows
         put("cache writes", np.zeros_like(rows), written / self._bandwidth)
-        # Logits are written once and read twice (runner/candidate_kernel.py).
-        logits = window * shape.vocabulary * 3 * size
+        # Logits are written once and the window's read twice (runner/candidate_kernel.py).
+        logits = (window + 2 * own_window) * shape.vocabulary * size
         put(
             "candidates",
             (shape.head_operations(window) / self._rate)[..., None],
@@ -122,9 +131,8 @@ class CostModel:
             # Keys where they are, in their own type: read from memory once, though they are looked
             # at twice, and once more for some tested rows. What each KV head's program finds of a
             # position is written, read and added up.
-            kv_heads = shape.key_width * shape.heads // shape.width
             read = (keys + work[..., columns.tested_keys]) * shape.key_width * size
-            return 2 * operations / self._rate, read + 12 * kv_heads * keys
+            return 2 * operations / self._rate, read + 12 * shape.kv_heads * keys
         # Keys are gathered, then copied to float32, then read; scores are written, go through a
         # softmax and are summed.
         gathered = keys * shape.key_width * (3 * size + 8)

@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-LOGITS_AT_ONCE = 1 << 25
-"""Logits that exist at a time, and numbers of 8 bytes made of them (``runner/head.py``,
-``runner/candidates.py``)."""
+from vllm_elastic.runner.statistics.memory import LOGITS_AT_ONCE
 
 Numbers = TypeVar("Numbers", int, float, npt.NDArray[np.float64])
 
@@ -21,7 +19,7 @@ class ModelShape:
     """A model's sizes; the defaults are LLaDA-8B's in bfloat16.
 
     Attributes:
-        width: d_model; key_width: n_kv_heads times the entries of a head.
+        width: d_model. heads: of queries; kv_heads: of keys and values.
         mlp: of the MLP, or of an expert; vocabulary: rows of the embedding and of the head.
         bytes_per_number: of weights, keys, values and hidden states.
         image_parameters: of what makes rows of images. image_rows: that the largest image has
@@ -31,9 +29,9 @@ class ModelShape:
     """
 
     width: int = 4096
-    key_width: int = 4096
     layers: int = 32
     heads: int = 32
+    kv_heads: int = 32
     mlp: int = 12288
     vocabulary: int = 126464
     tied: bool = False
@@ -45,15 +43,9 @@ class ModelShape:
     experts: int = 0
     experts_per_row: int = 0
 
-    @property
-    def stored_inputs(self) -> int:
-        """Layers whose input is kept: all but layer 0, and that too where images enter there."""
-        return self.layers - 1 + bool(self.image_rows)
-
     @classmethod
     def of(cls, config: Any, bytes_per_number: int = 2) -> ModelShape:
-        """Of a family's configuration, a transformers ``PretrainedConfig``."""
-        width, heads = config.hidden_size, config.num_attention_heads
+        """The sizes in a family's configuration, a transformers ``PretrainedConfig``."""
         images = {}
         if hasattr(config, "image_rules"):
             rules = config.image_rules()
@@ -62,10 +54,10 @@ class ModelShape:
                 "image_rows": rules.most_tiles * rules.patches**2,
             }
         return cls(
-            width=width,
-            key_width=width // heads * config.num_key_value_heads,
+            width=config.hidden_size,
             layers=config.num_hidden_layers,
-            heads=heads,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
             mlp=config.intermediate_size,
             vocabulary=config.embedding_size,
             tied=config.tie_word_embeddings,
@@ -78,29 +70,44 @@ class ModelShape:
         )
 
     @property
+    def head_dim(self) -> int:
+        """Entries of a head."""
+        return self.width // self.heads
+
+    @property
+    def key_width(self) -> int:
+        """Entries of a position's keys in one layer, of all KV heads."""
+        return self.kv_heads * self.head_dim
+
+    def kv_heads_of_rank(self, ranks: int) -> int:
+        """KV heads that one of so many ranks has: each is whole, on several where they are few."""
+        return max(1, self.kv_heads // ranks)
+
+    @property
     def projection_parameters(self) -> int:
-        """Of one layer's queries, keys and values."""
+        """The parameters of one layer's queries, keys and values."""
         return self.width * (self.width + 2 * self.key_width)
 
     @property
     def shared_rest_parameters(self) -> int:
-        """Of one layer's attention output and MLP, or all experts: what ranks share."""
+        """The parameters of one layer's attention output and MLP, or all experts: what ranks
+        share."""
         return self.width * (self.width + 3 * self.mlp * (self.experts or 1))
 
     @property
     def whole_parameters(self) -> int:
-        """Of one layer's norms and of what chooses experts: what every rank has."""
-        head = self.width // self.heads
-        return 2 * self.width + 2 * head * self.head_norms + self.width * self.experts
+        """The parameters of one layer's norms and of what chooses experts: what every rank has."""
+        return 2 * self.width + 2 * self.head_dim * self.head_norms + self.width * self.experts
 
-    def layer_parameters(self, key_width: int, ranks: int = 1) -> int:
-        """Of one layer on one of so many ranks, each of which has keys of this width."""
-        made = self.width // ranks + 2 * key_width
+    def layer_parameters(self, ranks: int) -> int:
+        """The parameters of one layer on one of so many ranks."""
+        made = self.width // ranks + 2 * self.kv_heads_of_rank(ranks) * self.head_dim
         own = self.width * made + made * self.qkv_bias
         return own + self.shared_rest_parameters // ranks + self.whole_parameters
 
     def parameters_read(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Of one layer's products for so many rows, at least one; experts are taken evenly."""
+        """The parameters that one layer's products read for so many rows, at least one; experts
+        are taken evenly."""
         taken = np.ones_like(rows)
         if self.experts:
             taken = self.experts * (1 - (1 - self.experts_per_row / self.experts) ** rows)
@@ -122,30 +129,32 @@ class ModelShape:
         return 2 * (self.projection_parameters * projected + rest * finished)
 
     def attention_operations(self, attended: Numbers) -> Numbers:
-        """Of scores and weighted values; ``attended``: rows times keys, summed over layers."""
+        """Floating-point operations of scores and weighted values.
+
+        Args:
+            attended: rows times keys, summed over layers.
+        """
         return 4 * self.width * attended
 
     def head_operations(self, window_rows: Numbers) -> Numbers:
-        """Of the logits of so many rows."""
+        """Floating-point operations of the logits of so many rows."""
         return 2 * self.head_parameters * window_rows
-
-    @property
-    def weight_bytes(self) -> int:
-        """All weights; norms included."""
-        layer = self.layer_parameters(self.key_width)
-        ends = self.head_parameters * (1 if self.tied else 2) + self.width
-        return self.bytes_per_number * (self.layers * layer + ends + self.image_parameters)
 
     @property
     def image_bytes(self) -> int:
         """What the largest image needs while its rows are made: all of them, twice."""
         return 2 * self.bytes_per_number * self.image_rows * self.width
 
-    @property
-    def position_bytes(self) -> int:
-        """Keys, values and hidden states of one canvas position (docs/design.md, Memory)."""
-        keys_values = self.layers * 2 * self.key_width
-        return self.bytes_per_number * (keys_values + self.stored_inputs * self.width)
+    def keys_values_bytes(self, ranks: int = 1) -> int:
+        """What a rank keeps of a canvas position's keys and values (docs/design.md, Memory)."""
+        entries = self.kv_heads_of_rank(ranks) * self.head_dim
+        return self.bytes_per_number * self.layers * 2 * entries
+
+    def hidden_bytes(self, stride: int, ranks: int = 1) -> int:
+        """What a rank keeps of a canvas position's hidden states: its columns of the input of every
+        ``stride``-th layer, and of layer 0's where images enter there."""
+        stored = len(range(stride, self.layers, stride)) + bool(self.image_rows)
+        return self.bytes_per_number * stored * (self.width // ranks)
 
     def layer_bytes(self, rows: int, chunk_rows: int, tested_rows: int = 0, ranks: int = 1) -> int:
         """What a layer needs of a rank beside weights and cache, at its peak.
@@ -160,7 +169,7 @@ class ModelShape:
         """
         projected, whole = rows + tested_rows, rows <= chunk_rows
         chunk, last_chunk = min(rows, chunk_rows), chunk_rows + tested_rows
-        qkv = self.width // ranks + 2 * self.key_width
+        qkv = self.width // ranks + 2 * self.kv_heads_of_rank(ranks) * self.head_dim
         if whole:
             project = rows * self.width + projected * (2 * self.width + qkv)
             finish = rows * (self.width + self.width // ranks)

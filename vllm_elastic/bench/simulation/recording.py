@@ -71,7 +71,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def policies_of(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Of a file's requests, by name."""
+    """The policies of a file's requests, by name."""
     return sorted({record["policy"] for record in records})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measurements take at most, by sizes: the trial run allocates it, ``bench plan`` adds it.
+"""What logits and measurements take at most: the trial run allocates it, ``bench plan`` adds it.
 
 Imports no torch.
 """
@@ -9,6 +9,10 @@ from __future__ import annotations
 MOST_NUMBERS_AT_ONCE = 1 << 26
 """Numbers of 4 bytes that are at hand at a time: what the kernels write (on CPUs: attention rows of
 one plan, which are cut into tiles of no more), hidden states of probes."""
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that exist at a time, and numbers of 8 bytes made of them: however wide the windows are
+and however many requests share a pass, the head takes no more memory than for this many."""
 
 SUMS_AT_ONCE = 1 << 24
 """Sums of drift tests that wait to be added up over ranks, in numbers of 4 bytes."""
