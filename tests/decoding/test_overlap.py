@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from vllm_elastic.decoding.overlap import GROUP_ROWS, PassesInFlight, most_in_next
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 
 NOTHING = np.empty(0, dtype=np.int32)
 
 
 def plan(request_id: str, rows: int = 1) -> PassPlan:
     segment = Segment(0, np.arange(rows, dtype=np.int32))
-    return PassPlan(request_id, "window", 0, [segment], NOTHING, NOTHING)
+    return PassPlan(request_id, PassKind.WINDOW, 0, [segment], NOTHING, NOTHING)
 
 
 def plans(count: int, rows: int, first: int = 0) -> list[PassPlan]:

@@ -176,8 +176,8 @@ class _Play:
         before = scheduler.max_num_scheduled_tokens, scheduler.max_num_active_reqs
         chunk, new_canvas = runner.max_chunk_rows, scheduler._begin
 
-        def keep(request: Any) -> Any:
-            canvas = new_canvas(request)
+        def keep(request: Any, block_ids: Any) -> Any:
+            canvas = new_canvas(request, block_ids)
             self.canvases[request.request_id.split("-")[0]] = canvas
             return canvas
 

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -22,7 +21,7 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
-from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
+from vllm_elastic.decoding.plan import BlockIds, Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
@@ -70,7 +69,6 @@ class ElasticScheduler(Scheduler):
         own = self.vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._denoising: dict[str, DenoisingRequest] = {}  # what runs
-        self._block_ids: dict[str, npt.NDArray[np.int32]] = {}  # of who holds KV blocks
         self._round_robin = RoundRobin()
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
         self._in_flight = PassesInFlight()
@@ -195,8 +193,8 @@ class ElasticScheduler(Scheduler):
             )
             if blocks is None:
                 break
-            (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-            self._block_ids[request.request_id] = np.array(block_ids, dtype=np.int32)
+            (own_blocks,) = self.kv_cache_manager.get_block_ids(request.request_id)
+            block_ids = np.array(own_blocks, dtype=np.int32)
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
             resumed = request.status == RequestStatus.PREEMPTED
@@ -212,10 +210,10 @@ class ElasticScheduler(Scheduler):
             self._clock.admitted(request.request_id)
             self.running.append(request)
             if resumed:
-                self._denoising[request.request_id].restart()
+                self._denoising[request.request_id].restart(block_ids)
             else:
                 try:
-                    self._denoising[request.request_id] = self._begin(request)
+                    self._denoising[request.request_id] = self._begin(request, block_ids)
                 except ValueError as error:  # admission has refused it, or knows other knobs
                     logger.error("%s; request %s is ended", error, request.request_id)
                     self.encoder_cache_mismatch_reqs.add(request.request_id)
@@ -242,7 +240,7 @@ class ElasticScheduler(Scheduler):
         own = self._adapter_of(request)
         return not own or own in in_use or len(in_use) < self.lora_config.max_loras
 
-    def _begin(self, request: Request) -> DenoisingRequest:
+    def _begin(self, request: Request, block_ids: BlockIds) -> DenoisingRequest:
         params = request.sampling_params
         assert params is not None and request.prompt_token_ids is not None
         end_token_ids = end_token_ids_of(params)
@@ -257,6 +255,8 @@ class ElasticScheduler(Scheduler):
             # token.
             end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
+            block_ids=block_ids,
+            adapter=request.lora_request,
             stored_inputs=_image_positions(request),
             sampling=sampling_of(
                 params,
@@ -288,12 +288,10 @@ class ElasticScheduler(Scheduler):
         taken = self._round_robin.take(free, self._plan_of, self.limits, most)
         if self.lora_config is not None:  # neighbours with one adapter are multiplied at once
             taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))
-        for request_id, plan in taken:
+        plans = [plan for _, plan in taken]
+        for plan in plans:
             self._in_flight.add(plan)
-            # A canvas that grows has blocks for all that it may grow to.
-            plan.block_ids = self._block_ids[request_id][: -(-len(plan.tokens) // self.block_size)]
-            plan.adapter = self.requests[request_id].lora_request
-        return [plan for _, plan in taken]
+        return plans
 
     @staticmethod
     def _adapter_of(request: Request) -> int:
@@ -320,14 +318,12 @@ class ElasticScheduler(Scheduler):
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         self._in_flight.drop(request.request_id)
-        del self._block_ids[request.request_id]
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         denoising = self._denoising.pop(request.request_id, None)
-        self._block_ids.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
         self._in_flight.drop(request.request_id)
         first_commit = self._clock.seconds_to_commit(request.request_id)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
 from vllm_elastic.decoding.measurement import BlockProbe, Measured, MeasuredProbes
-from vllm_elastic.decoding.plan import PassPlan, StepState
+from vllm_elastic.decoding.plan import PassPlan, Segment, compute_everything
 from vllm_elastic.decoding.policies.base import RefreshPolicy, Stale
 
 if TYPE_CHECKING:
@@ -94,17 +94,21 @@ class ElasticBlock(RefreshPolicy):
         self._refreshed_at[chosen] = step
 
     def measure(
-        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+        self,
+        request: DenoisingRequest,
+        segments: list[Segment],
+        window_rows: Positions,
+        rows: Positions,
     ) -> BlockProbe | None:
-        if state is not StepState.FIRST_PASS:  # the step's first pass has measured
+        if request.replays:  # the step's first pass has measured
             return None
-        everything = plan.computes_everything
+        everything = compute_everything(segments, request.canvas.length)
         if not (self._measures or everything):
             return None
         # What the next step computes in any case is not looked after by blocks.
         watched = np.zeros(request.canvas.length, dtype=np.bool_)
         watched[: request.looked_after] = True
-        watched.put(plan.window_rows if everything else rows, False)
+        watched.put(window_rows if everything else rows, False)
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
             watched=watched,
