@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.by_rank import by_rank
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commits import by_rank
 from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.random_numbers import uniform
 

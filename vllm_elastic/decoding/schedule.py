@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.by_rank import by_rank
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commits import by_rank, make_commit_rule
+from vllm_elastic.decoding.commits import make_commit_rule
 from vllm_elastic.decoding.dream_steps import DreamSteps
 from vllm_elastic.decoding.grammar import Grammar
 from vllm_elastic.decoding.predictions import Predictions

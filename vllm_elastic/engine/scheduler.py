@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
-from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
 from vllm_elastic.decoding.plan import BlockIds, Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
@@ -38,6 +38,7 @@ from vllm_elastic.engine.reporting import (
 )
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.limits import limits_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
 
@@ -56,6 +57,7 @@ class ElasticScheduler(Scheduler):
     writes them in a later pass, and a device runs passes in order.
 
     Attributes:
+        limits: what the requests of one step may take together.
         records: finished requests' records, kept only with ``record`` in the config.
     """
 
@@ -70,23 +72,14 @@ class ElasticScheduler(Scheduler):
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._denoising: dict[str, DenoisingRequest] = {}  # what runs
         self._round_robin = RoundRobin()
+        # --max-num-scheduled-tokens, where there is one, is the smaller of the two row budgets.
+        self.limits = replace(limits_of(self.vllm_config), rows=self.max_num_scheduled_tokens)
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
         self._in_flight = PassesInFlight()
         self._clock = RequestClock()
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
         self._traces = self.vllm_config.observability_config.otlp_traces_endpoint is not None
-
-    @property
-    def limits(self) -> StepLimits:
-        """Of a step."""
-        return StepLimits.of(
-            self.max_num_scheduled_tokens,
-            self.max_num_running_reqs,
-            self.elastic_config.window,
-            self.elastic_config.max_window,
-            self.max_model_len,
-        )
 
     # One step: admit, plan, and take the results.
 
