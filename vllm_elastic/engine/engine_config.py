@@ -37,8 +37,7 @@ _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")
 """Of vLLM's attention backends for CUDA, those that serve; the last one is ours on xformers."""
 
 BLOCK_SIZE = 32
-"""Positions a KV block, unless --block-size says otherwise: the unit of validity; CPU kernels want
-a multiple of 32."""
+"""Positions a KV block, unless --block-size says otherwise; CPU kernels want a multiple of 32."""
 
 SCHEDULER = "vllm_elastic.engine.scheduler.ElasticScheduler"
 
