@@ -49,7 +49,7 @@ class DreamSteps:
         self._seed = seed
 
     def window(self, canvas: Canvas) -> Positions:
-        """All masks."""
+        """The positions of all masks."""
         return canvas.first_masked(canvas.length)
 
     def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:

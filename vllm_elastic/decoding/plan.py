@@ -57,7 +57,7 @@ class Logprobs:
     ranks: npt.NDArray[np.int32]
 
     def take(self, indices: npt.NDArray[np.intp]) -> Logprobs:
-        """Those of a selection of the tokens."""
+        """The log probabilities of a selection of the tokens."""
         return Logprobs(self.token_ids[indices], self.logprobs[indices], self.ranks[indices])
 
 

@@ -173,8 +173,8 @@ class DenoisingRequest:
         return [slice(max(0, p - reach), p + reach + 1) for p in self.just_committed.tolist()]
 
     @property
-    def looked_after(self) -> int:
-        """Bound of the positions that are kept up to date: with an early exit, where the answer
+    def refresh_end(self) -> int:
+        """Exclusive bound of the positions that are refreshed: with an early exit, where the answer
         ends. What was computed of those behind it stays as it is, and is attended to."""
         return self.canvas.end if self.policy.early_exit else self.canvas.length
 
@@ -227,7 +227,7 @@ class DenoisingRequest:
         """Those rows, ascending, and all that is stale."""
         join = self.validity.join_layers()
         if not self.validity.all_stale:
-            join[self.looked_after :] = self.num_layers
+            join[self.refresh_end :] = self.num_layers
         # A replay repeats its step's rows too, but only from where the first block is stale.
         start = int(join.min()) if self.replays else 0
         join[rows] = np.minimum(join[rows], start)

@@ -19,7 +19,7 @@ from vllm_elastic.decoding.random_numbers import uniform
 
 
 class Schedule(Protocol):
-    """One request's: asked once before each denoising step and once after it."""
+    """One request's schedule: asked once before each denoising step and once after it."""
 
     def window(self, canvas: Canvas) -> Positions:
         """The masked positions that the next step predicts, at least one."""
@@ -32,7 +32,7 @@ class Schedule(Protocol):
 
 
 class SlidingWindow:
-    """Elastic-Cache's: the first ``window`` masks; commit by a rule or by rank."""
+    """Elastic-Cache's schedule: the first ``window`` masks; commit by a rule or by rank."""
 
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class SlidingWindow:
 
 
 class TextBlocks(SlidingWindow):
-    """Semi-autoregressive: all masks of the first unfinished text block; commit as above."""
+    """Semi-autoregressive: all masks of the first unfinished text block; the same commits."""
 
     def window(self, canvas: Canvas) -> Positions:
         start, stop = text_block(canvas, self._config.block_length)
@@ -56,7 +56,7 @@ class TextBlocks(SlidingWindow):
 
 
 class FixedSteps(TextBlocks):
-    """LLaDA's own: a fixed number of denoising steps, shared evenly by the text blocks.
+    """LLaDA's own schedule: a fixed number of denoising steps, shared evenly by the text blocks.
 
     Each step commits its share of the block's masks, the most probable ones
     (``low_confidence``), or random ones. The first steps of a block take the rest of an uneven

@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
-from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
+from vllm_elastic.decoding.overlap import PlansInFlight, next_group_size
 from vllm_elastic.decoding.plan import BlockIds, Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
@@ -52,7 +52,7 @@ class ElasticScheduler(Scheduler):
     (``max_num_batched_tokens``) runs alone, in row chunks.
 
     With ``--async-scheduling`` vLLM asks for a step while another one runs
-    (``EngineCore.step_with_batch_queue``). It is of other requests (``PassesInFlight``), or empty.
+    (``EngineCore.step_with_batch_queue``). It is of other requests (``PlansInFlight``), or empty.
     KV blocks of a request that ends or starts over meanwhile are free at once: whose they are next
     writes them in a later pass, and a device runs passes in order.
 
@@ -75,7 +75,7 @@ class ElasticScheduler(Scheduler):
         # --max-num-scheduled-tokens, where there is one, is the smaller of the two row budgets.
         self.limits = replace(limits_of(self.vllm_config), rows=self.max_num_scheduled_tokens)
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
-        self._in_flight = PassesInFlight()
+        self._in_flight = PlansInFlight()
         self._clock = RequestClock()
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
@@ -277,7 +277,7 @@ class ElasticScheduler(Scheduler):
         ]
         most = None
         if self._overlaps:
-            most = most_in_next([self._plan_of(each) for each in free], len(self._in_flight))
+            most = next_group_size([self._plan_of(each) for each in free], len(self._in_flight))
         taken = self._round_robin.take(free, self._plan_of, self.limits, most)
         if self.lora_config is not None:  # neighbours with one adapter are multiplied at once
             taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))

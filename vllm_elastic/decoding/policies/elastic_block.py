@@ -63,11 +63,11 @@ class ElasticBlock(RefreshPolicy):
         self._measures = step - self._measured_at >= self.config.measure_every
         self._probes = NO_POSITIONS
         if self._measures:  # the answer may have ended since they were chosen
-            self._probes = self._next_probes[self._next_probes < request.looked_after]
+            self._probes = self._next_probes[self._next_probes < request.refresh_end]
 
     def rows(self, request: DenoisingRequest, window_rows: Positions) -> Positions:
         near = request.near_commits()
-        return merged(request.looked_after, window_rows, self._probes, *near)
+        return merged(request.refresh_end, window_rows, self._probes, *near)
 
     def spend_spare_rows(self, request: DenoisingRequest, rows: Positions) -> None:
         """The costliest blocks are stale, as many as the coming pass has room for."""
@@ -76,7 +76,7 @@ class ElasticBlock(RefreshPolicy):
         step = request.record.denoising_steps
         computed = request.validity.join_layers() < request.num_layers
         computed[rows] = True
-        computed = computed[: request.looked_after]
+        computed = computed[: request.refresh_end]
         cost = self._history.attention * self._history.drift(step)
         ranked = np.argsort(-cost, kind="stable")
         ranked = ranked[cost[ranked] > 0]
@@ -99,9 +99,9 @@ class ElasticBlock(RefreshPolicy):
         everything = compute_everything(segments, request.canvas.length)
         if not (self._measures or everything):
             return None
-        # What the next step computes in any case is not looked after by blocks.
+        # What the next step computes in any case is not watched by blocks.
         watched = np.zeros(request.canvas.length, dtype=np.bool_)
-        watched[: request.looked_after] = True
+        watched[: request.refresh_end] = True
         watched.put(window_rows if everything else rows, False)
         return BlockProbe(
             probes=NO_POSITIONS if everything else self._probes,
