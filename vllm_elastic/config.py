@@ -289,7 +289,8 @@ class ElasticConfig:
     granularity: int | None = _knob(
         32,
         _or_null(_integer(1, _MOST)),
-        "of `elastic-block`: positions a block has; null: the KV block",
+        "positions of a block, which `elastic-block` refreshes as a whole; null: as many as a "
+        "KV block has",
     )
     tokens_per_step: int | None = _knob(
         None,

@@ -42,7 +42,7 @@ DEFAULT_PRESET = "block"
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         DEFAULT_PRESET: Preset(
-            "what the bare command runs: only those KV blocks are refreshed whose drift the "
+            "what the bare command runs: only those blocks are refreshed whose drift the "
             "window's attention would feel",
             {},
         ),

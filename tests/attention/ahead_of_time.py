@@ -23,7 +23,7 @@ from triton.runtime import JITFunction, driver
 
 from tests.attention.paged_pass import PagedPass, Plan, Shape
 from vllm_elastic.attention.paged_statistics import PAPER, RELEASED, warm_up
-from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.plan import PassKind, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.candidate_kernel import most_probable_by_kernel
 from vllm_elastic.runner.draws import Draws
@@ -83,7 +83,7 @@ def candidates(num_rows: int, dtype: torch.dtype) -> None:
     logits = torch.zeros(num_rows, 126464, dtype=dtype)
     token_ids, probabilities = most_probable_by_kernel(logits)
     window = np.arange(num_rows, dtype=np.int32)
-    plan = PassPlan("", "window", 0, [], window, window, sampling=Sampling(temperature=1.0))
+    plan = PassPlan("", PassKind.WINDOW, 0, [], window, window, sampling=Sampling(temperature=1.0))
     upload = Upload(torch.device("cpu"))
     for first in (0, 16):  # window rows before these
         draws = Draws([plan], [slice(first, first + num_rows)], upload)

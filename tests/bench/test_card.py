@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,8 +210,8 @@ def test_bytes() -> None:
     of_refresh = (4 + 4) * LAYER_KEYS + 4 * 3
     assert moved(MAKER.plan("refresh", 0)) == layer + head + of_refresh
     # Two rows from the embedding, and one that joins: its input is read, theirs is written.
-    joining = MAKER.plan("window", 0)
-    joining.segments = [Segment(0, np.array([2, 3])), Segment(1, np.array([0]))]
+    segments = [Segment(0, np.array([2, 3])), Segment(1, np.array([0]))]
+    joining = replace(MAKER.plan("window", 0), segments=segments)
     of_joining = (4 + 2 + 4 + 3) * LAYER_KEYS + (2 + 1) * 3
     assert moved(joining) == 2 * layer + head + of_joining
     assert moved(joining, MAKER.plan("refresh", 1)) == (2 * layer + head + of_joining + of_refresh)

@@ -23,7 +23,7 @@ from vllm_elastic.decoding.measurement import (
     MeasuredDrift,
     MeasuredProbes,
 )
-from vllm_elastic.decoding.plan import PassPlan, PassResult
+from vllm_elastic.decoding.plan import NO_BLOCKS, PassPlan, PassResult
 from vllm_elastic.decoding.policies import POLICIES
 from vllm_elastic.decoding.request import DenoisingRequest
 from vllm_elastic.decoding.traits import DecodingTraits
@@ -245,7 +245,7 @@ def drive(scenario: Scenario) -> Trace:
         restarted = False
         for _ in range(2):  # before and after planning
             if rng.random() < scenario.restart_rate:
-                request.restart()
+                request.restart(NO_BLOCKS)
                 trace.num_restarts += 1
                 restarted = True
             plan = request.plan()

@@ -6,15 +6,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_elastic.decoding.overlap import GROUP_ROWS, PassesInFlight, most_in_next
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.overlap import GROUP_ROWS, PlansInFlight, next_group_size
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 
 NOTHING = np.empty(0, dtype=np.int32)
 
 
 def plan(request_id: str, rows: int = 1) -> PassPlan:
     segment = Segment(0, np.arange(rows, dtype=np.int32))
-    return PassPlan(request_id, "window", 0, [segment], NOTHING, NOTHING)
+    return PassPlan(request_id, PassKind.WINDOW, 0, [segment], NOTHING, NOTHING)
 
 
 def plans(count: int, rows: int, first: int = 0) -> list[PassPlan]:
@@ -40,7 +40,7 @@ def plans(count: int, rows: int, first: int = 0) -> list[PassPlan]:
     ],
 )
 def test_groups(flying: int, free: int, rows: int, most: int) -> None:
-    assert most_in_next(plans(free, rows), flying) == most
+    assert next_group_size(plans(free, rows), flying) == most
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def test_groups(flying: int, free: int, rows: int, most: int) -> None:
 )
 def test_groups_of_unequal_passes(flying: int, rows: list[int], most: int) -> None:
     free = [plan(str(number), count) for number, count in enumerate(rows)]
-    assert most_in_next(free, flying) == most
+    assert next_group_size(free, flying) == most
 
 
 def test_unequal_groups_grow_equal() -> None:
     """After one was left with 3 of 16 it would stay so, and the host have 13 to do at a time."""
-    in_flight, groups = PassesInFlight(), [plans(13, GROUP_ROWS)]
+    in_flight, groups = PlansInFlight(), [plans(13, GROUP_ROWS)]
     for each in groups[0]:
         in_flight.add(each)
     free = plans(3, GROUP_ROWS, 13)
     for _ in range(3):
-        groups.append(free[: most_in_next(free, len(in_flight))])
+        groups.append(free[: next_group_size(free, len(in_flight))])
         free = free[len(groups[-1]) :]
         for each in groups[-1]:
             in_flight.add(each)
@@ -80,7 +80,7 @@ def test_unequal_groups_grow_equal() -> None:
 
 def test_a_result_counts_once_and_for_its_own_plan() -> None:
     """A pass over KV blocks that were taken away since would be committed."""
-    in_flight = PassesInFlight()
+    in_flight = PlansInFlight()
     old, new, other = plan("a"), plan("a"), plan("b")
     in_flight.add(old)
     in_flight.add(other)

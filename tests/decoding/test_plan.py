@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_elastic.decoding.plan import PassPlan, segments_by_join_layer
+from vllm_elastic.decoding.plan import PassKind, PassPlan, segments_by_join_layer
 
 JOIN_LAYERS = st.integers(1, 5).flatmap(
     lambda layers: st.tuples(
@@ -20,7 +20,7 @@ def plan_of(join_layers: list[int], num_layers: int) -> PassPlan:
     segments = segments_by_join_layer(np.array(join_layers, dtype=np.int16), num_layers)
     return PassPlan(
         request_id="r",
-        kind="window",
+        kind=PassKind.WINDOW,
         denoising_step=0,
         segments=segments,
         tokens=np.zeros(len(join_layers), dtype=np.int32),

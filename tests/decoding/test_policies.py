@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.decoding.fake_model import END_TOKENS, CheckedCache, Scenario, drive, quiet
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.block_history import attention_of_blocks
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift, MeasuredProbes
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.decoding.policies import POLICIES, RefreshPolicy, make_policy
-from vllm_elastic.decoding.policies.elastic_block import attention_of_blocks
 from vllm_elastic.decoding.request import DenoisingRequest
 
 

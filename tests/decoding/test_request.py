@@ -26,7 +26,7 @@ from tests.decoding.fake_model import (
 )
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, MeasuredDrift
-from vllm_elastic.decoding.plan import PassResult
+from vllm_elastic.decoding.plan import NO_BLOCKS, PassResult
 from vllm_elastic.decoding.request import NotFiniteError
 
 drives = settings(max_examples=200, deadline=None)
@@ -404,7 +404,7 @@ def test_planning_again_after_a_restart_gives_the_same_step(scenario: Scenario) 
     while not request.canvas.done:
         plan = request.plan()
         twin = copy.deepcopy(request)
-        twin.restart()
+        twin.restart(NO_BLOCKS)
         again = twin.plan()
         assert again.window.tolist() == plan.window.tolist()
         assert again.tokens.tolist() == plan.tokens.tolist()
@@ -450,12 +450,28 @@ def test_restart_between_a_window_pass_and_its_replay() -> None:
     assert request.plan().kind == "window"
     assert request.finish_pass(model.run(request.plan())) == []
     assert request.plan().kind == "replay"
-    request.restart()
+    request.restart(NO_BLOCKS)
     plan = request.plan()
     assert (plan.kind, plan.start_layer, plan.num_rows) == ("full", 0, scenario.length)
     assert plan.tested.size == 0
     request.finish_pass(model.run(plan))
     assert request.plan().kind == "window"
+
+
+def test_a_plan_has_the_kv_blocks_of_the_canvas_that_is_there() -> None:
+    """A pass would write blocks that are another request's, or lack some of its own."""
+    scenario = quiet({"grow_by": 8}, prompt_length=5, max_tokens=24, block_size=4)
+    request = scenario.make_request()
+    model, lengths = FakeModel(scenario, np.random.default_rng(0)), set()
+    while not request.canvas.done:
+        first = 10 * len(lengths)  # others, each time the canvas has grown
+        request.restart(np.arange(first, first + 8, dtype=np.int32))
+        plan = request.plan()
+        lengths.add(len(plan.tokens))
+        num_blocks = {13: 4, 21: 6, 29: 8}[len(plan.tokens)]
+        assert plan.block_ids.tolist() == list(range(first, first + num_blocks))
+        request.finish_pass(model.run(plan))
+    assert len(lengths) == 3
 
 
 def test_gamma_above_one_replays_every_step_but_the_first() -> None:

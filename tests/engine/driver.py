@@ -87,7 +87,6 @@ def assert_nothing_left(driver: Driver) -> None:
     assert scheduler.kv_cache_manager.usage == 0
     assert not scheduler.requests and not scheduler.running and not scheduler.waiting
     assert not scheduler._denoising and not len(scheduler._clock)
-    assert not scheduler._block_ids
     assert not len(scheduler._round_robin)
     assert not len(scheduler._in_flight)
     scheduler.records.clear()

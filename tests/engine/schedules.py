@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import Phase, settings
@@ -173,20 +173,21 @@ class _Play:
     def limits(self, row_budget: int, places: int) -> Iterator[None]:
         """Small steps; and keeps the canvases, which the scheduler drops when a request ends."""
         scheduler, runner = self.driver.engine.scheduler, self.driver.engine.runner
-        before = scheduler.max_num_scheduled_tokens, scheduler.max_num_active_reqs
+        before = scheduler.limits, scheduler.max_num_active_reqs
         chunk, new_canvas = runner.max_chunk_rows, scheduler._begin
 
-        def keep(request: Any) -> Any:
-            canvas = new_canvas(request)
+        def keep(request: Any, block_ids: Any) -> Any:
+            canvas = new_canvas(request, block_ids)
             self.canvases[request.request_id.split("-")[0]] = canvas
             return canvas
 
-        scheduler.max_num_scheduled_tokens = runner.max_chunk_rows = row_budget
+        scheduler.limits = replace(scheduler.limits, rows=row_budget)
+        runner.max_chunk_rows = row_budget
         scheduler.max_num_active_reqs, scheduler._begin = places, keep
         try:
             yield
         finally:
-            scheduler.max_num_scheduled_tokens, scheduler.max_num_active_reqs = before
+            scheduler.limits, scheduler.max_num_active_reqs = before
             runner.max_chunk_rows = chunk
             del scheduler._begin
 

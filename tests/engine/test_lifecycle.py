@@ -92,7 +92,7 @@ def test_abort_at_every_stage_frees_everything(driver: Driver) -> None:
 def test_row_budget_and_waiting_bound(driver: Driver) -> None:
     """No step exceeds the budget but with one request alone; nobody waits longer than promised."""
     scheduler = driver.engine.scheduler
-    budget, scheduler.max_num_scheduled_tokens = scheduler.max_num_scheduled_tokens, 96
+    limits, scheduler.limits = scheduler.limits, dataclasses.replace(scheduler.limits, rows=96)
     try:
         for i in range(12):
             driver.add(prompt_of(10 + 9 * i, i), 20, policy=("none", "elastic")[i % 2])
@@ -110,7 +110,7 @@ def test_row_budget_and_waiting_bound(driver: Driver) -> None:
                 waited[name] = 0 if name in served else waited.get(name, 0) + 1
                 assert waited[name] <= 12
     finally:
-        scheduler.max_num_scheduled_tokens = budget
+        scheduler.limits = limits
     assert_nothing_left(driver)
 
 

@@ -26,7 +26,7 @@ def engine(serve: Callable[[str], Served]) -> Iterator[Any]:
     """An engine that records rows; its limits are put back."""
     engine: Any = serve("gqa-tied").engine
     scheduler = engine.scheduler
-    names = ("elastic_config", "max_num_active_reqs", "max_num_scheduled_tokens")
+    names = ("elastic_config", "max_num_active_reqs", "limits")
     saved = {name: getattr(scheduler, name) for name in names}
     scheduler.elastic_config = replace(scheduler.elastic_config, record_rows=True)
     yield engine
@@ -44,7 +44,7 @@ def test_steps_are_the_engines(
     policy: str, seats: int, row_budget: int, blocks: int, engine: Any
 ) -> None:
     scheduler = engine.scheduler
-    scheduler.max_num_scheduled_tokens = row_budget
+    scheduler.limits = replace(scheduler.limits, rows=row_budget)
     pool = scheduler.kv_cache_manager.block_pool
     taken = pool.get_new_blocks(max(0, pool.get_num_free_blocks() - blocks))
     capacity = replace(capacity_of(engine), blocks=pool.get_num_free_blocks())

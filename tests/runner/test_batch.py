@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.device import DEVICE
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 from vllm_elastic.models.rows import PassRows, bucket
 from vllm_elastic.runner.batch import PassLayout
 from vllm_elastic.runner.row_order import NO_ROWS, RowOrder
@@ -39,7 +39,7 @@ def plan(first_block: int, length: int, segments: dict[int, list[int]], window: 
     blocks = -(-length // BLOCK)
     return PassPlan(
         "",
-        "window",
+        PassKind.WINDOW,
         0,
         rows,
         np.arange(length, dtype=np.int32) + 100 * first_block,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.device import DEVICE
-from vllm_elastic.decoding.plan import Logprobs, PassPlan
+from vllm_elastic.decoding.plan import Logprobs, PassKind, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.runner import head as module
@@ -37,7 +38,7 @@ FILLING = 3
 
 def plan(first: int, count: int, sampling: Sampling | None) -> PassPlan:
     window = np.arange(first, first + count, dtype=np.int32)
-    return PassPlan("", "window", 2, [], np.zeros(99, np.int32), window, sampling=sampling)
+    return PassPlan("", PassKind.WINDOW, 2, [], np.zeros(99, np.int32), window, sampling=sampling)
 
 
 def predicted(
@@ -139,7 +140,7 @@ def test_a_grammar_binds_the_first_row_of_its_request(rows_at_once: int) -> None
     bits = np.packbits(may, axis=1, bitorder="little").view(np.int32)
     plans = [plan(10 * i, count, None) for i, count in enumerate(counts)]
     for index in bound:
-        plans[index].allowed = bits[index]
+        plans[index] = replace(plans[index], allowed=bits[index])
     ends = np.cumsum(counts).tolist()
     slices = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
     upload = Upload(DEVICE)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from tests import triton_interpreter  # noqa: F401
 from tests.device import DEVICE
-from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.plan import PassKind, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.candidates import as_dream, sampled
 from vllm_elastic.runner.draws import Draws
@@ -46,7 +46,7 @@ def plans_of(wishes: list[Sampling | None], width: int = 3) -> list[PassPlan]:
     plans = []
     for index, sampling in enumerate(wishes):
         window = np.arange(5 * index, 5 * index + width, dtype=np.int32)
-        plan = PassPlan("", "window", index, [], window, window, sampling=sampling)
+        plan = PassPlan("", PassKind.WINDOW, index, [], window, window, sampling=sampling)
         plans.append(plan)
     return plans
 

@@ -14,7 +14,7 @@ from tests.device import DEVICE
 from vllm_elastic.attention import naive
 from vllm_elastic.decoding.canvas import NO_POSITIONS
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure, MeasuredProbes
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 from vllm_elastic.runner.download import Download
 from vllm_elastic.runner.statistics.blocks import BlockTotals
 from vllm_elastic.runner.statistics.drift import DriftTotals
@@ -29,7 +29,7 @@ def own(length: int, measure: Measure, start: int = 0) -> Any:
     everyone = np.arange(length, dtype=np.int32)
     segments = [Segment(start, everyone)]
     tokens = np.zeros(length, np.int32)
-    plan = PassPlan("", "window", 0, segments, tokens, everyone[:2], measure=measure)
+    plan = PassPlan("", PassKind.WINDOW, 0, segments, tokens, everyone[:2], measure=measure)
     return SimpleNamespace(plan=plan, measure=measure, tested=plan.tested)
 
 

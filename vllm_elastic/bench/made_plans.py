@@ -10,7 +10,7 @@ import numpy as np
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 
 TRACKED = 4  # tracked and just committed rows beside the window
 
@@ -42,37 +42,37 @@ class PlanMaker:
     def blocks_of_canvas(self) -> int:
         return -(-self.canvas // self.block_size)
 
-    def plan(self, kind: str, index: int) -> PassPlan:
-        """The plan of request ``index``, which has KV blocks of its own; ``kind``: of ``KINDS``."""
+    def plan(self, name: str, index: int) -> PassPlan:
+        """The plan of request ``index``, which has KV blocks of its own; ``name``: of ``KINDS``."""
+        kind, _, policy = name.partition(", ")
         everyone = np.arange(self.canvas, dtype=np.int32)
         masked = everyone >= self.canvas // 2
         window = everyone[masked][: self.window]
         stride = max(1, self.canvas // 2 // TRACKED)
         tracked = everyone[: self.canvas // 2 : stride][:TRACKED]
         segment = {
-            "full": Segment(0, everyone),
-            "refresh": Segment(self.refresh_from, everyone),
-        }.get(kind, Segment(0, np.union1d(window, tracked).astype(np.int32)))
+            PassKind.FULL: Segment(0, everyone),
+            PassKind.REFRESH: Segment(self.refresh_from, everyone),
+        }.get(PassKind(kind), Segment(0, np.union1d(window, tracked).astype(np.int32)))
         generator = np.random.default_rng(index)
         tokens = generator.integers(0, self.vocabulary - 2, self.canvas, dtype=np.int32)
         tokens[masked] = self.vocabulary - 1
         first = 1 + index * self.blocks_of_canvas
         return PassPlan(
             request_id=str(index),
-            kind=kind,
+            kind=PassKind(kind),
             denoising_step=0,
             segments=[segment],
             tokens=tokens,
             window=window,
-            measure=self._measure(kind, tracked, segment.positions, ~masked),
+            measure=self._measure(policy, tracked, segment.positions, ~masked),
             num_written=self.canvas,  # not a request's first pass
             block_ids=np.arange(first, first + self.blocks_of_canvas, dtype=np.int32),
         )
 
     def _measure(
-        self, kind: str, tracked: np.ndarray, computed: np.ndarray, trackable: np.ndarray
+        self, policy: str, tracked: np.ndarray, computed: np.ndarray, trackable: np.ndarray
     ) -> Measure | None:
-        policy = kind.removeprefix("window, ")
         if policy == "elastic":
             return DriftTest(
                 tested=tracked if tracked.size else NO_POSITIONS,

@@ -282,8 +282,8 @@ def _settings(args: argparse.Namespace, fail: Fail) -> tuple[list[Setting], Call
     config = _read_model(args.model, fail)
     # Imports vLLM, which takes seconds: not before the model is understood.
     from vllm_elastic.engine.optimisations import MOST_ROWS_OF_A_WHOLE_PASS, most_rows
-    from vllm_elastic.models.llada_config import undivided_by
     from vllm_elastic.models.rows import bucket
+    from vllm_elastic.models.shares import undivided_by
 
     def shareable(ranks: int) -> bool:
         return not undivided_by(config, ranks)

@@ -14,6 +14,7 @@ from vllm_elastic.bench.simulation.model_shape import ModelShape
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.models.rows import bucket
+from vllm_elastic.models.shares import padded_rows
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
 
 GIB = 1 << 30
@@ -124,8 +125,6 @@ def weight_bytes(setting: Setting) -> int:
     on every rank, as it is with ``--mm-encoder-tp-mode data``. In a quantised checkpoint
     embedding, head, norms and what chooses experts are as ever.
     """
-    from vllm_elastic.models.llada_config import padded_rows  # imports transformers: seconds
-
     shape, ranks = setting.shape, setting.ranks
     rows = padded_rows(shape.vocabulary) // ranks * (1 if shape.tied else 2)
     products = shape.layers * (shape.layer_parameters(ranks) - shape.whole_parameters)

@@ -17,7 +17,7 @@ from vllm_elastic.bench.simulation.recording import at_depth
 from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 
 
 def plans_of(record: dict[str, Any], layers: int, vocabulary: int) -> list[PassPlan]:
@@ -40,7 +40,7 @@ def plans_of(record: dict[str, Any], layers: int, vocabulary: int) -> list[PassP
         plans.append(
             PassPlan(
                 request_id="",
-                kind=entry["kind"],
+                kind=PassKind(entry["kind"]),
                 denoising_step=entry["denoising_step"],
                 segments=segments,
                 tokens=np.where(masked, np.int32(vocabulary - 1), tokens),

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="a page that replays what `run --canvas` recorded, settings side by side",
-        description="One HTML page, without network: canvases, KV blocks and work of every pass. "
+        description="One HTML page, without network: canvases, blocks and work of every pass. "
         "Records of the same id are shown together, each under its `setting`, or the name of its "
         "file. The last setting is what the answers of the others are compared with.",
     )

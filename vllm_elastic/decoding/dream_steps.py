@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.by_rank import by_rank
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commits import by_rank
 from vllm_elastic.decoding.predictions import Predictions
 from vllm_elastic.decoding.random_numbers import uniform
 
@@ -49,7 +49,7 @@ class DreamSteps:
         self._seed = seed
 
     def window(self, canvas: Canvas) -> Positions:
-        """All masks."""
+        """The positions of all masks."""
         return canvas.first_masked(canvas.length)
 
     def choose(self, canvas: Canvas, predictions: Predictions, step: int) -> npt.NDArray[np.intp]:

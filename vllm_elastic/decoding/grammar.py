@@ -13,7 +13,7 @@ TokenBits = npt.NDArray[np.int32]
 
 
 class Grammar(Protocol):
-    """Of one request, as of the tokens that were shown so far: whoever shows them moves it on."""
+    """One request's grammar, as of the tokens shown so far: whoever shows them moves it on."""
 
     def allowed(self) -> TokenBits:
         """Which tokens may come next."""

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from vllm_elastic.config import elastic_config_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +22,8 @@ class StepLimits:
     saved_rows: int
 
     @classmethod
-    def of_engine(cls, vllm_config: Any) -> StepLimits:
-        """The limits of an engine of this ``VllmConfig``."""
-        elastic = elastic_config_of(vllm_config)
-        scheduler = vllm_config.scheduler_config
-        return cls.of(
-            scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
-            elastic.window,
-            elastic.max_window,
-            vllm_config.model_config.max_model_len,
-        )
-
-    @classmethod
     def of(cls, rows: int, seats: int, window: int, max_window: int, canvas: int) -> StepLimits:
-        """The same from the numbers.
+        """The limits of an engine.
 
         Args:
             rows: a step's row budget; seats: requests that run at a time.

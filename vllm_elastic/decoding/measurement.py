@@ -16,7 +16,7 @@ from vllm_elastic.decoding.canvas import Positions
 
 @dataclass(frozen=True, slots=True)
 class DriftTest:
-    """Elastic-Cache's (arXiv 2510.14973): has attention drifted, and what is most attended now?
+    """Elastic-Cache's test (arXiv 2510.14973): has attention drifted, what is most attended now?
 
     Attributes:
         tested: rows of the first segment whose attention is compared before and after the pass.
@@ -50,7 +50,7 @@ class MeasuredDrift:
 
 @dataclass(frozen=True, slots=True)
 class BlockProbe:
-    """``elastic-block``'s: the attention that positions are paid, and how far probes have drifted.
+    """What ``elastic-block`` asks: what attention positions are paid, how far probes have drifted.
 
     Attributes:
         probes: rows of the first segment whose stored hidden states are compared with the new.

@@ -23,7 +23,7 @@ plans in the meantime does not make good.
 """
 
 
-class PassesInFlight:
+class PlansInFlight:
     """The plans whose results are still to come: at most one of a request."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class PassesInFlight:
         self._plans.pop(request_id, None)
 
 
-def most_in_next(free: Sequence[HasRows], num_in_flight: int) -> int:
+def next_group_size(free: Sequence[HasRows], num_in_flight: int) -> int:
     """How many of the requests that are in no pass may be in the next one.
 
     Half of all that run, rounded up, so that groups that arrivals and ends have made unequal

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import StrEnum, auto
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,20 @@ from vllm_elastic.decoding.grammar import TokenBits
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure, Measured
 from vllm_elastic.decoding.sampling import Sampling
 
+BlockIds = npt.NDArray[np.int32]
+"""vLLM's KV blocks of a request, in the order of the positions that they hold."""
 
-class StepState(Enum):
-    """What the next pass of a denoising step is for."""
+NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
 
-    FIRST_PASS = auto()  # predict, and measure how stale the cache is
-    REPLAY = auto()  # the same once more, with what was found stale recomputed
+
+class PassKind(StrEnum):
+    """What the record and the metrics call a pass."""
+
+    FIRST = auto()  # a request's first: the whole canvas from the embedding on
+    FULL = auto()  # the whole canvas once more
+    WINDOW = auto()  # nothing is stale: the rows that the policy names, from layer 0 on
+    REFRESH = auto()  # these, and stale blocks
+    REPLAY = auto()  # a step once more, with what its first pass found stale
 
 
 @dataclass(slots=True)
@@ -49,17 +57,15 @@ class Logprobs:
     ranks: npt.NDArray[np.int32]
 
     def take(self, indices: npt.NDArray[np.intp]) -> Logprobs:
-        """The same of a selection of the tokens."""
+        """The log probabilities of a selection of the tokens."""
         return Logprobs(self.token_ids[indices], self.logprobs[indices], self.ranks[indices])
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PassPlan:
     """One request's part in a forward pass.
 
     Attributes:
-        kind: ``first``, ``full``, ``window``, ``refresh`` or ``replay``: what the record calls
-            this pass.
         segments: ascending join layer; layer l works on the segments with join_layer <= l.
         tokens: int32 [T], the canvas.
         window: positions whose candidates are wanted.
@@ -68,14 +74,14 @@ class PassPlan:
         sampling: what the request wants of its candidates; None: the most probable token.
         stored_inputs: positions whose input of layer 0 is stored, not their token's embedding.
         allowed: what the window's first position may be, by the request's grammar; None: anything.
-        adapter: of the request (LoRA), filled in by whoever knows it; None: it has none.
+        adapter: the request's (LoRA); None: it has none.
         num_written: positions whose KV blocks earlier passes have written; what those behind hold
             is another request's.
-        block_ids: int32, the request's KV blocks, filled in by whoever owns them.
+        block_ids: int32, the KV blocks of these T positions.
     """
 
     request_id: str
-    kind: str
+    kind: PassKind
     denoising_step: int
     segments: list[Segment]
     tokens: npt.NDArray[np.int32]
@@ -87,12 +93,12 @@ class PassPlan:
     allowed: TokenBits | None = None
     adapter: Any = None
     num_written: int = 0
-    block_ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    block_ids: BlockIds = field(default_factory=lambda: NO_BLOCKS)
 
     @property
     def window_rows(self) -> Positions:
         """Rows that the window's candidates are read from; their attention is the window's."""
-        return self.window - np.int32(self.logits_shift) if self.logits_shift else self.window
+        return rows_of_window(self.window, self.logits_shift)
 
     @property
     def num_rows(self) -> int:
@@ -105,7 +111,7 @@ class PassPlan:
     @property
     def computes_everything(self) -> bool:
         """Whether every position is computed from the embedding on."""
-        return self.start_layer == 0 and len(self.segments[0].positions) == len(self.tokens)
+        return compute_everything(self.segments, len(self.tokens))
 
     @property
     def tested(self) -> Positions:
@@ -165,6 +171,16 @@ class PassResult:
     logprobs: Logprobs | None = None
     measured: Measured | None = None
     fault: str | None = None
+
+
+def rows_of_window(window: Positions, logits_shift: int) -> Positions:
+    """Rows that the candidates of these positions are read from."""
+    return window - np.int32(logits_shift) if logits_shift else window
+
+
+def compute_everything(segments: list[Segment], length: int) -> bool:
+    """Whether they compute every position of a canvas of this length from the embedding on."""
+    return segments[0].join_layer == 0 and len(segments[0].positions) == length
 
 
 def segments_by_join_layer(join_layers: npt.NDArray[np.int16], num_layers: int) -> list[Segment]:

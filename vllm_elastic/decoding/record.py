@@ -80,7 +80,7 @@ class DecodingRecord:
             canvas: from ``canvas_of_pass``, with ``keep_canvas``.
         """
         self.passes += 1
-        self.kinds[plan.kind] += 1
+        self.kinds[plan.kind.value] += 1  # plain strings: JSON and msgpack take them as they are
         self.row_layers += plan.row_layers(num_layers)
         if committed is not None:
             self.denoising_steps += 1
@@ -89,7 +89,7 @@ class DecodingRecord:
         if self.keep_steps or self.hand_on:
             entry: dict[str, Any] = {
                 "denoising_step": plan.denoising_step,
-                "kind": plan.kind,
+                "kind": plan.kind.value,
                 "start_layer": plan.start_layer,
                 "rows": plan.num_rows,
                 "committed": committed or [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +14,14 @@ from vllm_elastic.decoding.canvas import NO_POSITIONS, Canvas, Positions, merged
 from vllm_elastic.decoding.grammar import Grammar
 from vllm_elastic.decoding.measurement import MeasuredDrift
 from vllm_elastic.decoding.plan import (
+    NO_BLOCKS,
+    BlockIds,
     Logprobs,
+    PassKind,
     PassPlan,
     PassResult,
     Segment,
-    StepState,
+    rows_of_window,
     segments_by_join_layer,
 )
 from vllm_elastic.decoding.policies import make_policy
@@ -43,14 +47,23 @@ class DenoisingRequest:
     that did not fit a batch is simply asked for again.
 
     Args:
+        end_token_ids: tokens that end the answer.
+        block_size: positions of a KV block.
+        block_ids: KV blocks for all that the canvas may grow to.
+        adapter: the request's (LoRA), which its plans carry; None: it has none.
         stored_inputs: positions of the prompt whose input of layer 0 is no token's embedding.
         grammar: the answer has to follow it; None: any answer will do.
+
+    Raises:
+        ValueError: knobs that do not go together, or not with ``max_tokens``; names them.
 
     Attributes:
         refresh: ``replay`` or ``next``.
         reach: neighbours on either side of a commit that ``near_commits`` takes in.
         just_committed: positions committed in the previous step, ascending.
         appended: positions that the canvas has grown by since; no pass has computed them.
+        replays: the next pass is its step's second one: the same once more, with what was found
+            stale recomputed.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class DenoisingRequest:
         *,
         end_token_ids: frozenset[int],
         block_size: int,
+        block_ids: BlockIds = NO_BLOCKS,
+        adapter: Any = None,
         sampling: Sampling | None = None,
         stored_inputs: Positions = NO_POSITIONS,
         grammar: Grammar | None = None,
@@ -105,16 +120,20 @@ class DenoisingRequest:
         self.sampling = sampling
         self._logprobs: dict[int, Logprobs] = {}  # by position, until the token is shown
         self._plan: PassPlan | None = None
-        self._state = StepState.FIRST_PASS
+        self.replays = False
+        self._block_size = block_size
+        self._block_ids = block_ids
+        self._adapter = adapter
         self._stored_inputs = stored_inputs
         self._num_written = 0  # positions whose KV blocks a pass has written
 
-    def restart(self) -> None:
-        """The KV blocks were taken away: keep what is committed, recompute the canvas."""
+    def restart(self, block_ids: BlockIds) -> None:
+        """The KV blocks were taken away: keep what is committed, recompute the canvas in others."""
         self.validity.invalidate(0)
         self.just_committed = self.appended = NO_POSITIONS
         self._plan = None
-        self._state = StepState.FIRST_PASS
+        self.replays = False
+        self._block_ids = block_ids
         self._num_written = 0
 
     def plan(self) -> PassPlan:
@@ -138,10 +157,10 @@ class DenoisingRequest:
         found_stale = self._judge(plan, result)
         self.policy.pass_done(self, plan, result.measured)
         if found_stale and self.refresh == "replay":
-            self._state = StepState.REPLAY
+            self.replays = True
             self._add_to_record(plan, result, None)
             return []
-        self._state = StepState.FIRST_PASS  # of the next step
+        self.replays = False
         self._commit(plan, result)
         return self.canvas.take_finished()
 
@@ -154,8 +173,8 @@ class DenoisingRequest:
         return [slice(max(0, p - reach), p + reach + 1) for p in self.just_committed.tolist()]
 
     @property
-    def looked_after(self) -> int:
-        """Bound of the positions that are kept up to date: with an early exit, where the answer
+    def refresh_end(self) -> int:
+        """Exclusive bound of the positions that are refreshed: with an early exit, where the answer
         ends. What was computed of those behind it stays as it is, and is attended to."""
         return self.canvas.end if self.policy.early_exit else self.canvas.length
 
@@ -175,54 +194,57 @@ class DenoisingRequest:
     # One pass: what it computes, what it says of the cache, what it decides.
 
     def _make_plan(self) -> PassPlan:
-        if self._state is StepState.FIRST_PASS:
+        if not self.replays:
             self.policy.begin_step(self)
-        plan = PassPlan(
+        window = self.schedule.window(self.canvas)
+        window_rows = rows_of_window(window, self.traits.logits_shift)
+        rows = self.policy.rows(self, window_rows)
+        if self.appended.size:
+            rows = merged(self.canvas.length, rows, self.appended)
+        if not self.replays:
+            self.policy.spend_spare_rows(self, rows)
+        kind = self._kind_of_pass()
+        # Nothing is stale in a window pass.
+        segments = [Segment(0, rows)] if kind is PassKind.WINDOW else self._segments(rows)
+        return PassPlan(
             request_id=self.request_id,
-            kind="",
+            kind=kind,
             denoising_step=self.record.denoising_steps,
-            segments=[],
+            segments=segments,
             tokens=self.canvas.tokens.copy(),
-            window=self.schedule.window(self.canvas),
+            window=window,
             logits_shift=self.traits.logits_shift,
+            measure=self.policy.measure(self, segments, window_rows, rows),
             sampling=self.sampling,
             stored_inputs=self._stored_inputs,
             allowed=None if self.grammar is None else self.grammar.allowed(),
+            adapter=self._adapter,
             num_written=self._num_written,
+            block_ids=self._block_ids[: -(-self.canvas.length // self._block_size)],
         )
-        rows = self.policy.rows(self, plan.window_rows)
-        if self.appended.size:
-            rows = merged(self.canvas.length, rows, self.appended)
-        if self._state is StepState.FIRST_PASS:
-            self.policy.spend_spare_rows(self, rows)
-        plan.kind = self._kind_of_pass()
-        # Nothing is stale in a window pass.
-        plan.segments = [Segment(0, rows)] if plan.kind == "window" else self._segments(rows)
-        plan.measure = self.policy.measure(self, plan, self._state, rows)
-        return plan
 
     def _segments(self, rows: Positions) -> list[Segment]:
         """Those rows, ascending, and all that is stale."""
         join = self.validity.join_layers()
         if not self.validity.all_stale:
-            join[self.looked_after :] = self.num_layers
+            join[self.refresh_end :] = self.num_layers
         # A replay repeats its step's rows too, but only from where the first block is stale.
-        start = int(join.min()) if self._state is StepState.REPLAY else 0
+        start = int(join.min()) if self.replays else 0
         join[rows] = np.minimum(join[rows], start)
         return segments_by_join_layer(join, self.num_layers)
 
-    def _kind_of_pass(self) -> str:
-        if self._state is StepState.REPLAY:
-            return "replay"
+    def _kind_of_pass(self) -> PassKind:
+        if self.replays:
+            return PassKind.REPLAY
         if self.validity.all_valid:
-            return "window"
+            return PassKind.WINDOW
         if self.validity.all_stale:
-            return "first" if self.record.passes == 0 else "full"
-        return "refresh"
+            return PassKind.FIRST if self.record.passes == 0 else PassKind.FULL
+        return PassKind.REFRESH
 
     def _judge(self, plan: PassPlan, result: PassResult) -> bool:
         """Let the policy mark what a step's first pass found stale; whether it found anything."""
-        if self._state is not StepState.FIRST_PASS or result.measured is None:
+        if self.replays or result.measured is None:
             return False
         stale = self.policy.judge(self, plan, result.measured)
         if stale is not None:

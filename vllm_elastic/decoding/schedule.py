@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_elastic.config import ElasticConfig
+from vllm_elastic.decoding.by_rank import by_rank
 from vllm_elastic.decoding.canvas import Canvas, Positions
-from vllm_elastic.decoding.commits import by_rank, make_commit_rule
+from vllm_elastic.decoding.commits import make_commit_rule
 from vllm_elastic.decoding.dream_steps import DreamSteps
 from vllm_elastic.decoding.grammar import Grammar
 from vllm_elastic.decoding.predictions import Predictions
@@ -18,7 +19,7 @@ from vllm_elastic.decoding.random_numbers import uniform
 
 
 class Schedule(Protocol):
-    """One request's: asked once before each denoising step and once after it."""
+    """One request's schedule: asked once before each denoising step and once after it."""
 
     def window(self, canvas: Canvas) -> Positions:
         """The masked positions that the next step predicts, at least one."""
@@ -31,7 +32,7 @@ class Schedule(Protocol):
 
 
 class SlidingWindow:
-    """Elastic-Cache's: the first ``window`` masks; commit by a rule or by rank."""
+    """Elastic-Cache's schedule: the first ``window`` masks; commit by a rule or by rank."""
 
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
@@ -47,7 +48,7 @@ class SlidingWindow:
 
 
 class TextBlocks(SlidingWindow):
-    """Semi-autoregressive: all masks of the first unfinished text block; commit as above."""
+    """Semi-autoregressive: all masks of the first unfinished text block; the same commits."""
 
     def window(self, canvas: Canvas) -> Positions:
         start, stop = text_block(canvas, self._config.block_length)
@@ -55,7 +56,7 @@ class TextBlocks(SlidingWindow):
 
 
 class FixedSteps(TextBlocks):
-    """LLaDA's own: a fixed number of denoising steps, shared evenly by the text blocks.
+    """LLaDA's own schedule: a fixed number of denoising steps, shared evenly by the text blocks.
 
     Each step commits its share of the block's masks, the most probable ones
     (``low_confidence``), or random ones. The first steps of a block take the rest of an uneven

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which layer on each KV block of a canvas is stale."""
+"""From which layer on each block of a canvas is stale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 
 class BlockValidity:
-    """Per KV block the first layer whose keys, values and input are stale; L means valid.
+    """Per block the first layer whose keys, values and input are stale; L means valid.
+
+    Blocks are cut from the canvas, whatever positions a KV block of vLLM's has.
 
     A block that is stale from layer j holds usable hidden states at the *input* of layer j (j = 0:
     the embedding), so its rows can join a pass there.

@@ -19,8 +19,8 @@ from vllm_elastic.engine.flag_rules import refuse_flags
 from vllm_elastic.engine.image_renderer import render_images
 from vllm_elastic.engine.optimisations import runner_options
 from vllm_elastic.engine.request_defaults import set_request_defaults
-from vllm_elastic.models.llada_config import undivided_by
 from vllm_elastic.models.registry import FAMILIES, traits_of
+from vllm_elastic.models.shares import undivided_by
 from vllm_elastic.runner.batch import ONE_BATCH_AT_A_TIME
 from vllm_elastic.runner.options import RUNNER_OPTIONS
 

@@ -228,7 +228,8 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "--block-size",
         "ours",
-        "the unit of validity, 32 positions by default; on a CPU a multiple of 32",
+        "positions of a KV block, 32 by default; on a CPU a multiple of 32. What is refreshed as a "
+        "whole has `granularity` positions",
     ),
     Group("--seed", "ours", "seeds of requests that name none, drawn in the order of admission"),
     Group(

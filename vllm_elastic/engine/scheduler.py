@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -20,9 +20,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_elastic.config import elastic_config_of
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions
-from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.overlap import PassesInFlight, most_in_next
-from vllm_elastic.decoding.plan import Logprobs, PassPlan, PassResult
+from vllm_elastic.decoding.overlap import PlansInFlight, next_group_size
+from vllm_elastic.decoding.plan import BlockIds, Logprobs, PassPlan, PassResult
 from vllm_elastic.decoding.record import DecodingRecord
 from vllm_elastic.decoding.request import DenoisingRequest, NotFiniteError
 from vllm_elastic.decoding.round_robin import RoundRobin
@@ -39,6 +38,7 @@ from vllm_elastic.engine.reporting import (
 )
 from vllm_elastic.engine.sampling import end_token_ids_of, sampling_of
 from vllm_elastic.models.registry import traits_of
+from vllm_elastic.runner.limits import limits_of
 
 logger = init_logger("vllm.vllm_elastic.scheduler")
 
@@ -52,11 +52,12 @@ class ElasticScheduler(Scheduler):
     (``max_num_batched_tokens``) runs alone, in row chunks.
 
     With ``--async-scheduling`` vLLM asks for a step while another one runs
-    (``EngineCore.step_with_batch_queue``). It is of other requests (``PassesInFlight``), or empty.
+    (``EngineCore.step_with_batch_queue``). It is of other requests (``PlansInFlight``), or empty.
     KV blocks of a request that ends or starts over meanwhile are free at once: whose they are next
     writes them in a later pass, and a device runs passes in order.
 
     Attributes:
+        limits: what the requests of one step may take together.
         records: finished requests' records, kept only with ``record`` in the config.
     """
 
@@ -68,25 +69,15 @@ class ElasticScheduler(Scheduler):
         own = self.vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(f"{self.vllm_config.model_config.seed} {own}")
         self._denoising: dict[str, DenoisingRequest] = {}  # what runs
-        self._block_ids: dict[str, npt.NDArray[np.int32]] = {}  # of who holds KV blocks
         self._round_robin = RoundRobin()
+        # --max-num-scheduled-tokens, where there is one, is the smaller of the two row budgets.
+        self.limits = replace(limits_of(self.vllm_config), rows=self.max_num_scheduled_tokens)
         self._overlaps = self.vllm_config.max_concurrent_batches > 1
-        self._in_flight = PassesInFlight()
+        self._in_flight = PlansInFlight()
         self._clock = RequestClock()
         self.records: dict[str, DecodingRecord] = {}
         self._ended: list[EndedRequest] = []  # since the last statistics
         self._traces = self.vllm_config.observability_config.otlp_traces_endpoint is not None
-
-    @property
-    def limits(self) -> StepLimits:
-        """How much the requests of one step may take together."""
-        return StepLimits.of(
-            self.max_num_scheduled_tokens,
-            self.max_num_running_reqs,
-            self.elastic_config.window,
-            self.elastic_config.max_window,
-            self.max_model_len,
-        )
 
     # One step: admit, plan, and take the results.
 
@@ -191,8 +182,8 @@ class ElasticScheduler(Scheduler):
             )
             if blocks is None:
                 break
-            (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-            self._block_ids[request.request_id] = np.array(block_ids, dtype=np.int32)
+            (own_blocks,) = self.kv_cache_manager.get_block_ids(request.request_id)
+            block_ids = np.array(own_blocks, dtype=np.int32)
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
             resumed = request.status == RequestStatus.PREEMPTED
@@ -208,10 +199,10 @@ class ElasticScheduler(Scheduler):
             self._clock.admitted(request.request_id)
             self.running.append(request)
             if resumed:
-                self._denoising[request.request_id].restart()
+                self._denoising[request.request_id].restart(block_ids)
             else:
                 try:
-                    self._denoising[request.request_id] = self._begin(request)
+                    self._denoising[request.request_id] = self._begin(request, block_ids)
                 except ValueError as error:  # admission has refused it, or knows other knobs
                     logger.error("%s; request %s is ended", error, request.request_id)
                     self._end_with_error(request.request_id)
@@ -246,7 +237,7 @@ class ElasticScheduler(Scheduler):
         own = self._adapter_of(request)
         return not own or own in in_use or len(in_use) < self.lora_config.max_loras
 
-    def _begin(self, request: Request) -> DenoisingRequest:
+    def _begin(self, request: Request, block_ids: BlockIds) -> DenoisingRequest:
         params = request.sampling_params
         assert params is not None and request.prompt_token_ids is not None
         end_token_ids = end_token_ids_of(params)
@@ -261,6 +252,8 @@ class ElasticScheduler(Scheduler):
             # token.
             end_token_ids=frozenset() if config.fixed_steps else frozenset(end_token_ids),
             block_size=self.block_size,
+            block_ids=block_ids,
+            adapter=request.lora_request,
             stored_inputs=_image_positions(request),
             sampling=sampling_of(
                 params,
@@ -289,16 +282,14 @@ class ElasticScheduler(Scheduler):
         ]
         most = None
         if self._overlaps:
-            most = most_in_next([self._plan_of(each) for each in free], len(self._in_flight))
+            most = next_group_size([self._plan_of(each) for each in free], len(self._in_flight))
         taken = self._round_robin.take(free, self._plan_of, self.limits, most)
         if self.lora_config is not None:  # neighbours with one adapter are multiplied at once
             taken.sort(key=lambda each: self._adapter_of(self.requests[each[0]]))
-        for request_id, plan in taken:
+        plans = [plan for _, plan in taken]
+        for plan in plans:
             self._in_flight.add(plan)
-            # A canvas that grows has blocks for all that it may grow to.
-            plan.block_ids = self._block_ids[request_id][: -(-len(plan.tokens) // self.block_size)]
-            plan.adapter = self.requests[request_id].lora_request
-        return [plan for _, plan in taken]
+        return plans
 
     @staticmethod
     def _adapter_of(request: Request) -> int:
@@ -325,14 +316,12 @@ class ElasticScheduler(Scheduler):
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         self._in_flight.drop(request.request_id)
-        del self._block_ids[request.request_id]
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         denoising = self._denoising.pop(request.request_id, None)
-        self._block_ids.pop(request.request_id, None)
         self._round_robin.remove(request.request_id)
         self._in_flight.drop(request.request_id)
         first_commit = self._clock.seconds_to_commit(request.request_id)

@@ -15,7 +15,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_elastic.config import ElasticConfig, elastic_config_of
-from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.policies import make_policy
 from vllm_elastic.decoding.schedule import check_steps, growth_of, make_schedule
 from vllm_elastic.engine.engine_config import is_served_by_us
@@ -25,6 +24,7 @@ from vllm_elastic.models.registry import traits_of
 from vllm_elastic.patches.max_tokens import take_note
 from vllm_elastic.patches.sent_parameters import forget_echo, misplaced_knobs, sent_as
 from vllm_elastic.patches.wrapping import wrap_once
+from vllm_elastic.runner.limits import limits_of
 
 LARGEST_BIAS = 1e4
 """Over HTTP vLLM cuts biases at 100; a `SamplingParams` may hold any number, or none."""
@@ -186,7 +186,7 @@ def check_saved_rows(
     canvas = prompt_length + (params.max_tokens or 1)
     num_layers = traits_of(vllm_config.model_config.hf_config).num_layers
     most = make_policy(config).most_saved_rows(canvas, num_layers)
-    limit = StepLimits.of_engine(vllm_config).saved_rows
+    limit = limits_of(vllm_config).saved_rows
     if most > limit:
         knob = config.bounding_knob
         sent = knob != "max_window"  # which is the engine's

@@ -28,7 +28,6 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
 from vllm_elastic.config import elastic_config_of
-from vllm_elastic.decoding.limits import StepLimits
 from vllm_elastic.decoding.plan import PassPlan, PassResult
 from vllm_elastic.models import ranks
 from vllm_elastic.models.registry import traits_of
@@ -55,6 +54,7 @@ from vllm_elastic.runner.graphed_pass import (
 from vllm_elastic.runner.head import Head
 from vllm_elastic.runner.images import store_images
 from vllm_elastic.runner.in_flight import ElasticRunnerOutput, PassInFlight
+from vllm_elastic.runner.limits import limits_of
 from vllm_elastic.runner.options import RunnerOptions
 from vllm_elastic.runner.quantised_products import check_products
 from vllm_elastic.runner.row_order import RowOrder
@@ -137,7 +137,7 @@ class ElasticRunner:
 
     def _trial_run(self) -> None:
         requests = self.vllm_config.scheduler_config.max_num_seqs
-        limits = StepLimits.of_engine(self.vllm_config)
+        limits = limits_of(self.vllm_config)
         canvas = self.model_config.max_model_len
         trial_run(self.model, self.traits, limits, requests, canvas, self._upload, self._adapters)
 

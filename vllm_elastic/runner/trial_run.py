@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.plan import PassPlan
+from vllm_elastic.decoding.plan import PassKind, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models.rows import MOST_FILLING, bucket
@@ -78,7 +78,7 @@ def _predict_everything(
     window = np.arange(num_rows, dtype=np.int32)
     # On a GPU a kernel draws, and the entropies are what takes most.
     wishes = Sampling(temperature=1.0, top_p=0.9, entropies=True, num_logprobs=1)
-    plan = PassPlan("", "first", 0, [], window, window, sampling=wishes)
+    plan = PassPlan("", PassKind.FIRST, 0, [], window, window, sampling=wishes)
     upload.start()
     head = Head([plan], traits, upload)
     upload.send()

@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from vllm_elastic.decoding.plan import PassPlan, Segment
+from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
 from vllm_elastic.decoding.traits import DecodingTraits
 
 _SHORT, _MANY_ROWS = 32, 192
@@ -33,7 +33,7 @@ def warm_up_passes(
         window = np.arange(num_rows, dtype=np.int32)
         return PassPlan(
             request_id="",
-            kind="window",
+            kind=PassKind.WINDOW,
             denoising_step=0,
             segments=[Segment(0, window)],
             tokens=np.full(length, traits.mask_token_id, dtype=np.int32),

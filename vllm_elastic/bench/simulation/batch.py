@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_elastic.bench.simulation.recording import RecordedPass, RecordedRequest
 from vllm_elastic.decoding.limits import StepLimits
-from vllm_elastic.decoding.overlap import most_in_next
+from vllm_elastic.decoding.overlap import next_group_size
 from vllm_elastic.decoding.round_robin import RoundRobin
 
 
@@ -53,7 +53,7 @@ class Batch:
 
     Admission is the scheduler's: while a seat and the blocks of the next request's whole canvas
     are free. What a step is made of is the scheduler's own code, ``RoundRobin`` and
-    ``most_in_next``.
+    ``next_group_size``.
 
     Attributes:
         outstanding: jobs that were submitted and have not ended.
@@ -94,7 +94,7 @@ class Batch:
         free = [name for name in self.running if name not in flying]
         most = None
         if self._capacity.in_flight > 1:
-            most = most_in_next([self._plan_of(name) for name in free], len(flying))
+            most = next_group_size([self._plan_of(name) for name in free], len(flying))
         step = self._round_robin.take(free, self._plan_of, self._capacity.limits, most)
         if not step:
             return None

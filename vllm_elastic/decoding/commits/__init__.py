@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_elastic.decoding.commits.base import CommitRule
-from vllm_elastic.decoding.commits.by_rank import by_rank
 from vllm_elastic.decoding.commits.credit import Credit
 from vllm_elastic.decoding.commits.entropy import Entropy
 from vllm_elastic.decoding.commits.factor import Factor
@@ -30,4 +29,4 @@ def make_commit_rule(config: ElasticConfig) -> CommitRule:
     return COMMIT_RULES[config.commit](config)
 
 
-__all__ = ["COMMIT_RULES", "CommitRule", "by_rank", "make_commit_rule"]
+__all__ = ["COMMIT_RULES", "CommitRule", "make_commit_rule"]

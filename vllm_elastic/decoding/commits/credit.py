@@ -13,7 +13,7 @@ from vllm_elastic.decoding.commits.threshold import Threshold
 from vllm_elastic.decoding.predictions import Predictions
 
 POWER = 0.2
-"""Of a probability in the credit that it earns; dInfer's ``boost_gamma``."""
+"""The power of a probability in the credit that it earns; dInfer's ``boost_gamma``."""
 
 
 class Credit(Threshold):

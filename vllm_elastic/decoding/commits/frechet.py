@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As ``factor``, with what all of the tokens say and not only the least sure one."""
+"""Commit by what all of the tokens say, where ``factor`` asks only the least sure one."""
 
 from __future__ import annotations
 

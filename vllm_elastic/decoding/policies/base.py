@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import Positions
 from vllm_elastic.decoding.measurement import Measure, Measured
-from vllm_elastic.decoding.plan import PassPlan, StepState
+from vllm_elastic.decoding.plan import PassPlan, Segment
 
 if TYPE_CHECKING:
     from vllm_elastic.config import ElasticConfig
@@ -54,11 +54,18 @@ class RefreshPolicy:
         """Before a step's first pass, once ``rows`` are known: may invalidate more blocks."""
 
     def measure(
-        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+        self,
+        request: DenoisingRequest,
+        segments: list[Segment],
+        window_rows: Positions,
+        rows: Positions,
     ) -> Measure | None:
-        """What the coming pass, planned but for this, is to measure.
+        """What the coming pass is to measure.
 
-        ``rows``: what ``rows`` said.
+        Args:
+            segments: what it computes.
+            rows: what ``rows`` said, and what the canvas has grown by; all of it is computed from
+                layer 0 on, but in a replay.
         """
         return None
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vllm_elastic.decoding.canvas import NO_POSITIONS, Positions, merged
 from vllm_elastic.decoding.measurement import DriftTest, Measured, MeasuredDrift
-from vllm_elastic.decoding.plan import PassPlan, StepState
+from vllm_elastic.decoding.plan import PassPlan, Segment
 from vllm_elastic.decoding.policies.base import RefreshPolicy, Stale
 
 if TYPE_CHECKING:
@@ -44,11 +44,15 @@ class Elastic(RefreshPolicy):
         return merged(request.canvas.length, window_rows, self.tracked, *request.near_commits())
 
     def measure(
-        self, request: DenoisingRequest, plan: PassPlan, state: StepState, rows: Positions
+        self,
+        request: DenoisingRequest,
+        segments: list[Segment],
+        window_rows: Positions,
+        rows: Positions,
     ) -> DriftTest:
         # Where the canvas has grown there were no keys before, and so no attention to compare.
         comparable = not request.validity.all_stale and not request.appended.size
-        compared = state is StepState.FIRST_PASS and comparable
+        compared = comparable and not request.replays
         return DriftTest(
             tested=self.tracked if compared else NO_POSITIONS,
             tested_layers=request.validity.first_stale_layer,
