@@ -53,23 +53,37 @@ def test_a_pass_that_fails_is_not_the_one_before(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("device", "graphs", "done"),
+    ("device", "graphs", "asked", "done"),
     [
-        ("cuda", [8, 16], ["warmed up", "locked"]),
-        ("cuda", [], ["warmed up"]),
-        ("cpu", [], []),
+        ("cuda", [8, 16], "relax", ["products of 99 rows", "warmed up", "locked"]),
+        ("cuda", [], "skip", ["warmed up"]),
+        ("cpu", [], "relax", []),
     ],
 )
 def test_a_card_is_warmed_up(
-    device: str, graphs: list[int], done: list[str], monkeypatch: pytest.MonkeyPatch
+    device: str, graphs: list[int], asked: str, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the first request waits while attention is compiled, on cards where it is. Scratch that
-    graphs point to must not be replaced afterwards."""
+    """Else the first request waits while attention, or products in 8 bits by blocks, are compiled,
+    on cards where they are. Scratch that graphs point to must not be replaced afterwards."""
     seen: list[str] = []
     monkeypatch.setattr(worker_module, "lock_workspace", lambda: seen.append("locked"))
-    runner = SimpleNamespace(warm_up=lambda: seen.append("warmed up"), compile_layers=lambda: 2.5)
+    monkeypatch.setattr(worker_module, "is_deep_gemm_supported", lambda: True)
+    monkeypatch.setenv("VLLM_DEEP_GEMM_WARMUP", asked)
+    monkeypatch.setattr(
+        worker_module,
+        "deep_gemm_warmup",
+        lambda model, rows: seen.append(f"{model} of {rows} rows"),
+    )
+    runner = SimpleNamespace(
+        model="products",
+        warm_up=lambda: seen.append("warmed up"),
+        compile_layers=lambda: 2.5,
+    )
     options = RunnerOptions(graph_rows=graphs, whole_pass_rows=[], compiles=False)
-    config = SimpleNamespace(additional_config={RUNNER_OPTIONS: options})
+    config = SimpleNamespace(
+        additional_config={RUNNER_OPTIONS: options},
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=99),
+    )
     worker: Any = SimpleNamespace(
         device=torch.device(device), model_runner=runner, vllm_config=config
     )

@@ -7,7 +7,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
+from vllm.model_executor.warmup.deep_gemm_warmup import deep_gemm_warmup
 from vllm.platforms import current_platform
+from vllm.utils.deep_gemm import is_deep_gemm_supported
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.worker.worker_base import CompilationTimes
 from vllm.v1.worker.workspace import lock_workspace
@@ -55,6 +58,10 @@ class ElasticWorker(_BaseWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         compiling = self.model_runner.compile_layers()
         if self.device.type != "cpu":  # there kernels come compiled
+            if is_deep_gemm_supported() and envs.VLLM_DEEP_GEMM_WARMUP != "skip":
+                # It compiles for numbers of rows; does nothing without weights of its kind.
+                rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+                deep_gemm_warmup(self.model_runner.model, rows)
             self.model_runner.warm_up()
             if RunnerOptions.of_engine(self.vllm_config).graph_rows:
                 # Scratch of vLLM's that grew now would leave graphs pointing at what was there.

@@ -31,6 +31,11 @@ from vllm_elastic.runner.statistics.memory import LOGITS_AT_ONCE
 from vllm_elastic.runner.upload import Upload
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """Window rows whose logits exist together."""
+    return max(1, LOGITS_AT_ONCE // vocab_size)
+
+
 @dataclass(slots=True)
 class Candidates:
     """What is predicted for all window rows of a pass, plan by plan.
@@ -89,7 +94,7 @@ class Head:
         entropies = None
         if any(plan.sampling is not None and plan.sampling.entropies for plan in self._plans):
             entropies = torch.zeros(num_rows, dtype=torch.float64, device=hidden.device)
-        count = max(1, LOGITS_AT_ONCE // self._traits.vocab_size)
+        count = rows_at_once(self._traits.vocab_size)
         for start in range(0, num_rows, count):
             rows = slice(start, min(start + count, num_rows))
             chunk = hidden[start : start + count]

@@ -14,7 +14,7 @@ from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.decoding.traits import DecodingTraits
 from vllm_elastic.models.rows import MOST_FILLING, bucket
 from vllm_elastic.runner.adapters import Adapters
-from vllm_elastic.runner.head import Head
+from vllm_elastic.runner.head import Head, rows_at_once
 from vllm_elastic.runner.statistics.memory import reading_bytes, saved_bytes, totals_bytes
 from vllm_elastic.runner.upload import Upload
 
@@ -74,7 +74,11 @@ def _predict_everything(
     model: Any, traits: DecodingTraits, hidden: torch.Tensor, num_rows: int, upload: Upload
 ) -> None:
     """The head for a request that wants all that takes memory; of the rows' adapters, what the
-    layers used last."""
+    layers used last.
+
+    As many rows as it takes at a time: thousands, sampled, would take longer and no more memory.
+    """
+    num_rows = min(num_rows, rows_at_once(traits.vocab_size))
     window = np.arange(num_rows, dtype=np.int32)
     # On a GPU a kernel draws, and the entropies are what takes most.
     wishes = Sampling(temperature=1.0, top_p=0.9, entropies=True, num_logprobs=1)
@@ -82,4 +86,4 @@ def _predict_everything(
     upload.start()
     head = Head([plan], traits, upload)
     upload.send()
-    head.predict(model, hidden)
+    head.predict(model, hidden[:num_rows])
