@@ -46,6 +46,7 @@ FILES_THAT_IMPORT_VLLM = {
     "runner/images.py",
     "runner/quantised_products.py",
     "runner/in_flight.py",
+    "runner/limits.py",
     "runner/runner.py",
     "engine/worker.py",
     "patches/ended_requests.py",
