@@ -11,6 +11,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv=${VENV:-.venv-cuda}
 python=${PYTHON:-python3}
 
+fail() {
+    printf '\nsetup: %s\n' "$*" >&2
+    exit 1
+}
+
+# Triton compiles what starts its kernels, at the first one.
+command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+    fail "no C compiler, which Triton needs (Debian, Ubuntu: apt-get install gcc)"
+headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+[ -e "$headers/Python.h" ] ||
+    fail "no Python.h in $headers, which Triton needs (Debian, Ubuntu: apt-get install python3-dev)"
+
 [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
@@ -20,5 +32,8 @@ if [ $# = 0 ]; then
 else
     pip install --quiet --no-index --find-links "$1" --requirement "$1/requirements.txt"
 fi
-"$venv/bin/python" -c 'import torch; assert torch.cuda.is_available(), "torch finds no card"'
+"$venv/bin/python" -c 'import torch; torch.cuda.init()' ||
+    fail "torch finds no card. Its CUDA: $("$venv/bin/python" -c 'import torch; print(torch.version.cuda)')." \
+        "The driver: $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)" \
+        "(CUDA 13 wants 580 or newer; docs/installing.md)"
 echo "setup: done. VENV=$venv make gpu-test"

@@ -155,8 +155,9 @@ def test_by_graphs_and_eagerly(
     args.canvas, args.batch_size = [64], [1, 1000]
     rows = card.measure(engine, shape, Rates(1e9, 1e9), args)
     assert [row["executor"] for row in rows] == ["eager"] * len(KINDS) + ["graphs"] * len(KINDS)
-    # Windows of 12 rows: both parts of 4 layers, the last of which finishes the window's 8 rows.
-    assert replays[0] == 3 * 2 * (2 * 4 - 1)
+    # Four windows of 12 rows, twice: both parts of 4 layers, the last of which finishes the
+    # window's 8 rows.
+    assert replays[0] == 4 * 2 * (2 * 4 - 1)
     assert runner._executor is executor
     assert "(batch 1000 of canvas 64: the KV cache holds" in capsys.readouterr().out
 

@@ -11,18 +11,23 @@ from vllm_elastic.config import ElasticConfig
 from vllm_elastic.decoding.canvas import NO_POSITIONS
 from vllm_elastic.decoding.measurement import BlockProbe, DriftTest, Measure
 from vllm_elastic.decoding.plan import PassKind, PassPlan, Segment
+from vllm_elastic.decoding.sampling import Sampling
 
 TRACKED = 4  # tracked and just committed rows beside the window
 
 KINDS = {
     "full": "none",
     "window": "dual-cache",
+    "window, sampled": "dual-cache",
     "window, elastic": "elastic",
     "window, elastic-block": "elastic-block",
     "refresh": "dual-cache",
 }
 """Passes, and a policy whose scheduling is counted with each. Windows that are named after a policy
-measure what it wants; a refresh computes the whole canvas from a layer on."""
+measure what it wants, sampled ones draw their tokens; a refresh computes the whole canvas from a
+layer on."""
+
+_SAMPLING = {"sampled": Sampling(temperature=0.7, top_p=0.9)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class PlanMaker:
 
     def plan(self, name: str, index: int) -> PassPlan:
         """The plan of request ``index``, which has KV blocks of its own; ``name``: of ``KINDS``."""
-        kind, _, policy = name.partition(", ")
+        kind, _, wish = name.partition(", ")
         everyone = np.arange(self.canvas, dtype=np.int32)
         masked = everyone >= self.canvas // 2
         window = everyone[masked][: self.window]
@@ -65,7 +70,8 @@ class PlanMaker:
             segments=[segment],
             tokens=tokens,
             window=window,
-            measure=self._measure(policy, tracked, segment.positions, ~masked),
+            measure=self._measure(wish, tracked, segment.positions, ~masked),
+            sampling=_SAMPLING.get(wish),
             num_written=self.canvas,  # not a request's first pass
             block_ids=np.arange(first, first + self.blocks_of_canvas, dtype=np.int32),
         )
