@@ -25,7 +25,7 @@ help: ## list the targets
 setup: ## make .venv with vLLM's CPU build and this project in it; at once when it is there
 	@VENV=$(VENV) PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) bash scripts/setup.sh
 
-test: lint ## lint, then what shows in ten minutes that all works, on WORKERS processes
+test: lint ## lint, then the quick tests, on WORKERS processes
 	$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not slow and not long and not cluster" $(PYTEST_ARGS)
 
 test-slow: setup ## the tests that `make test` leaves out and CI does not

@@ -27,7 +27,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("stride", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.slow
 def test_equals_oracle(stride: int, tmp_path: Path) -> None:
     oracle = LLaDA.random(random_config(**RANDOM_MODELS["gqa-tied"]), seed=3)
     stores, starts = compare(oracle, tmp_path, stride)

@@ -268,11 +268,11 @@ def test_batch_of_16_equals_oracle(model: str, count: int, serve: Callable[[str]
 @pytest.mark.parametrize(
     ("model", "count"),
     [
-        (MODELS[0], 20),
-        *(pytest.param(model, 20, marks=pytest.mark.slow) for model in MODELS[1:]),
+        *((model, 20) for model in MODELS),
         *(pytest.param(model, 8, marks=pytest.mark.long) for model in MODELS),
     ],
 )
+@pytest.mark.slow
 def test_batch_of_1_equals_oracle(model: str, count: int, serve: Callable[[str], Served]) -> None:
     """Some of the same requests alone in the engine."""
     served = serve(model)
@@ -286,6 +286,7 @@ def test_batch_of_1_equals_oracle(model: str, count: int, serve: Callable[[str],
     compare(served, cases, results)
 
 
+@pytest.mark.slow
 def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
     """With a model that likes to end; each option has to change some answer."""
     served = serve("eager")
@@ -309,6 +310,7 @@ def test_end_options_equal_oracle(serve: Callable[[str], Served]) -> None:
     assert all(len(a) == p[1] for a, p in zip(answers["never"], prompts, strict=True))
 
 
+@pytest.mark.slow
 def test_commit_rules_equal_oracle(serve: Callable[[str], Served]) -> None:
     """All rules in one batch, with a model that is sure of much; each has to commit several tokens
     at a step, and others than by threshold."""

@@ -86,6 +86,7 @@ class Watched:
         monkeypatch.setattr(PassInFlight, "results", read)
 
 
+@pytest.mark.slow
 def test_batch_of_16_equals_oracle(
     overlapped: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,7 @@ def undisturbed(engine: Any, runner: asyncio.Runner) -> list[Stream]:
 
 @pytest.mark.parametrize("how", ["pause", "sleep"])
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+@pytest.mark.slow
 def test_pause_under_load(
     mode: str, how: str, engine: Any, runner: asyncio.Runner, undisturbed: list[Stream]
 ) -> None:

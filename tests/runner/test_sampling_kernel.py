@@ -155,10 +155,3 @@ def test_broken_rows(name: str) -> None:
     token_ids, probabilities = by_kernel(plans_of([WISHES[name]]), logits)
     assert torch.isnan(probabilities).tolist() == [True, True, False]
     assert token_ids[2] >= VOCAB - 2 and ((token_ids >= 0) & (token_ids < VOCAB)).all()
-
-
-def test_no_draw_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plans_of([None, PLAIN])
-    logits = logits_of(6, torch.float32)
-    monkeypatch.setattr("vllm_elastic.runner.sampling_kernel.sampling_kernel", None)
-    assert by_kernel(plans, logits)[0].tolist() == [-1] * 6

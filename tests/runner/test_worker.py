@@ -68,7 +68,7 @@ def test_a_card_is_warmed_up(
     seen: list[str] = []
     monkeypatch.setattr(worker_module, "lock_workspace", lambda: seen.append("locked"))
     monkeypatch.setattr(worker_module, "is_deep_gemm_supported", lambda: True)
-    monkeypatch.setenv("VLLM_DEEP_GEMM_WARMUP", asked)
+    monkeypatch.setattr(worker_module, "envs", SimpleNamespace(VLLM_DEEP_GEMM_WARMUP=asked))
     monkeypatch.setattr(
         worker_module,
         "deep_gemm_warmup",

@@ -65,6 +65,7 @@ def test_span_is_a_child_of_the_clients(client: Client, traces: TraceReceiver) -
     assert attributes(span)[OURS + "denoising_steps"] > 0
 
 
+@pytest.mark.slow
 def test_copies_have_spans_of_their_own(client: Client, traces: TraceReceiver) -> None:
     options = {"n": 2, "temperature": 0.7, "seed": 3, "vllm_xargs": {"elastic_tokens_per_step": 1}}
     _, answer = client.chat(questions(1)[0], max_tokens=CANVAS, **options)

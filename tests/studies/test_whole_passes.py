@@ -21,7 +21,8 @@ WORDS = ("pin 62 elf 7 fig 91", "ash 18 jet 40", "pin 5 fig 6")
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("seats", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seats", [1, 4])
+@pytest.mark.slow
 def test_they_are_those_that_graphs_take(seats: int, tmp_path: Path) -> None:
     keep_engines()
     oracle = save_family("illada", tmp_path)
