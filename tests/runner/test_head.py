@@ -55,6 +55,7 @@ def predicted(
     upload = Upload(DEVICE)
     upload.device = device
     head = Head(plans, TRAITS, upload)
+    upload.device = DEVICE
     upload.send()
     calls: list[int] = []
 

@@ -79,6 +79,15 @@ def _key(x, BITS: tl.constexpr):
 
 
 @triton.jit
+def _key_from(bound, BITS: tl.constexpr):
+    """The smallest key of a number that is at least ``bound``, float64."""
+    nearest = bound.to(tl.float32)
+    key = _key(nearest, 32) + (nearest.to(tl.float64) < bound).to(tl.int32)
+    # What a coarser type lacks of the bits is 0, and in a key below 0 it is 1.
+    return (key + tl.where(key < 0, 0, (1 << (32 - BITS)) - 1)) >> (32 - BITS)
+
+
+@triton.jit
 def _between(low, high):
     """Half way, rounded down; their sum would not fit."""
     return (low & high) + ((low ^ high) >> 1)
@@ -91,12 +100,12 @@ def _weights(x, best, temperature, stays):
 
 
 @triton.jit
-def _kept(x, tempered, floor, edge, num_equal, num_before, BITS: tl.constexpr):
+def _kept(x, edge, num_equal, num_before, BITS: tl.constexpr):
     """Whether tokens stay; ``num_before``: how many were at the edge, without and with these."""
     key = _key(x, BITS)
     at_edge = (key == edge).to(tl.int32)
     nth = num_before + tl.cumsum(at_edge, axis=0)
-    kept = (tempered >= floor) & (key >= edge) & ((key > edge) | (nth <= num_equal))
+    kept = (key > edge) | ((key == edge) & (nth <= num_equal))
     return kept, num_before + tl.sum(at_edge, axis=0)
 
 
@@ -154,10 +163,9 @@ def sampling_kernel(
     most_probable = tl.min(tl.where(largest == best, place, vocab - 1), axis=0)
     highest = _key(best, BITS)
 
-    # min-p leaves tempered logits from the floor on; top-k keys from the edge on, the smallest key
-    # that fewer than k are above.
-    floor = best.to(tl.float64) / temperature + log_min_p
-    edge = _key(tl.full([], never, tl.float32), BITS)
+    # What stays has keys from the edge on. min-p: a share of the largest probability. top-k: the
+    # smallest key that fewer than k are above.
+    edge = _key_from(best.to(tl.float64) + temperature * log_min_p, BITS)
     if top_k > 0:
         end = highest
         while edge < end:
@@ -176,8 +184,7 @@ def sampling_kernel(
         total = tl.zeros([BLOCK], tl.float64)
         for start in tl.range(0, vocab, BLOCK, num_stages=4):
             x = _numbers(first, start + within, vocab)
-            stays = (x.to(tl.float64) / temperature >= floor) & (_key(x, BITS) >= edge)
-            total += _weights(x, best, temperature, stays)
+            total += _weights(x, best, temperature, _key(x, BITS) >= edge)
         share = top_p * tl.sum(total, axis=0)
         end = highest
         above_end = tl.zeros([], tl.float64)
@@ -186,8 +193,7 @@ def sampling_kernel(
             above = tl.zeros([BLOCK], tl.float64)
             for start in tl.range(0, vocab, BLOCK, num_stages=4):
                 x = _numbers(first, start + within, vocab)
-                stays = (x.to(tl.float64) / temperature >= floor) & (_key(x, BITS) > middle)
-                above += _weights(x, best, temperature, stays)
+                above += _weights(x, best, temperature, _key(x, BITS) > middle)
             above_middle = tl.sum(above, axis=0)
             if above_middle < share:
                 end = middle
@@ -211,11 +217,11 @@ def sampling_kernel(
     for start in tl.range(0, vocab, BLOCK):
         here = start + within
         x = _numbers(first, here, vocab)
-        value = x.to(tl.float64) / temperature
-        kept, num_before = _kept(x, value, floor, edge, num_equal, num_before, BITS)
+        kept, num_before = _kept(x, edge, num_equal, num_before, BITS)
         of_all += tl.exp(x - best).to(tl.float64)
         of_kept += _weights(x, best, temperature, kept)
         second = tl.maximum(second, tl.where(kept & (here != most_probable), x, never))
+        value = x.to(tl.float64) / temperature
         if is_noisy:
             value += _noise(stream, here)
         larger = kept & (value > drawn)
@@ -236,8 +242,7 @@ def sampling_kernel(
         num_before = 0
         for start in tl.range(0, vocab, BLOCK, num_stages=4):
             x = _numbers(first, start + within, vocab)
-            value = x.to(tl.float64) / temperature
-            kept, num_before = _kept(x, value, floor, edge, num_equal, num_before, BITS)
+            kept, num_before = _kept(x, edge, num_equal, num_before, BITS)
             p = _weights(x, best, temperature, kept) / sum_of_kept
             negative += p * tl.log(p + 1e-10)
         result = tl.sum(negative, axis=0)
