@@ -15,7 +15,7 @@ from tests.device import DEVICE
 from vllm_elastic.decoding.plan import PassKind, PassPlan
 from vllm_elastic.decoding.sampling import Sampling
 from vllm_elastic.runner.candidates import as_dream, sampled
-from vllm_elastic.runner.draws import Draws
+from vllm_elastic.runner.draws import Draws, is_drawn
 from vllm_elastic.runner.sampling_kernel import sample_by_kernel
 from vllm_elastic.runner.upload import Upload
 
@@ -82,7 +82,7 @@ def by_torch(plans: list[PassPlan], logits: torch.Tensor) -> tuple[torch.Tensor,
     for plan in plans:
         own, start = logits[start : start + len(plan.window)], start + len(plan.window)
         sampling = plan.sampling
-        if sampling is None or (sampling.temperature == 0 and sampling.alg is None):
+        if sampling is None or not is_drawn(sampling):
             token_ids.append(torch.full((len(own),), -1))
             probabilities.append(torch.full((len(own),), -1.0, dtype=torch.float64))
             continue

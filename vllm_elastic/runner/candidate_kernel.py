@@ -34,28 +34,39 @@ def most_probable_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @triton.jit
+def block_of_row(first, here, vocab):
+    """Numbers of a row as float32. What is behind it counts as -inf: it is never larger, and its
+    exponential is 0."""
+    return tl.load(first + here, mask=here < vocab, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def largest_of_row(first, vocab, BLOCK: tl.constexpr):
+    """The largest number, and the first place of those that are equal to it."""
+    within = tl.arange(0, BLOCK)
+    # Of every lane the largest and its place: a later one has to be larger.
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    place = within
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
+        here = start + within
+        x = block_of_row(first, here, vocab)
+        larger = x > largest
+        largest = tl.where(larger, x, largest)
+        place = tl.where(larger, here, place)
+    best = tl.max(largest, axis=0)
+    return best, tl.min(tl.where(largest == best, place, vocab - 1), axis=0)
+
+
+@triton.jit
 def most_probable_kernel(logits, stride, token_ids, probabilities, vocab, BLOCK: tl.constexpr):
     """Grid: [W]. ``stride``: numbers from a row to the next; ``vocab``: V."""
     row = tl.program_id(0)
     first = logits + row.to(tl.int64) * stride
     within = tl.arange(0, BLOCK)
-    # What is behind the row counts as -inf: it is never larger, and its exponential is 0.
-    never = -float("inf")
-    # Of every lane the largest and its place: a later one has to be larger.
-    largest = tl.full([BLOCK], never, tl.float32)
-    place = within
-    for start in tl.range(0, vocab, BLOCK, num_stages=4):
-        here = start + within
-        x = tl.load(first + here, mask=here < vocab, other=never).to(tl.float32)
-        larger = x > largest
-        largest = tl.where(larger, x, largest)
-        place = tl.where(larger, here, place)
-    best = tl.max(largest, axis=0)
-    token_id = tl.min(tl.where(largest == best, place, vocab - 1), axis=0)
+    best, token_id = largest_of_row(first, vocab, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, vocab, BLOCK, num_stages=4):
-        here = start + within
-        x = tl.load(first + here, mask=here < vocab, other=never).to(tl.float32)
+        x = block_of_row(first, start + within, vocab)
         total += tl.exp(x - best).to(tl.float64)
     tl.store(token_ids + row, token_id.to(tl.int64))
     # A NaN is passed over where the largest is looked for, and then reaches the sum.

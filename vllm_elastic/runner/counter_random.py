@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 _MASK64 = (1 << 64) - 1
@@ -24,8 +22,7 @@ def uniform(seed: int, step: int, positions: torch.Tensor, count: int) -> torch.
     Returns:
         float64 [W, count].
     """
-    streams = _mix(positions * _signed(_GOLDEN) + _signed(key_of(seed, step)))
-    return numbers_of(streams, count)
+    return numbers_of(streams_of(key_of(seed, step), positions), count)
 
 
 def numbers_of(streams: torch.Tensor, count: int) -> torch.Tensor:
@@ -36,25 +33,17 @@ def numbers_of(streams: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def key_of(seed: int, step: int) -> int:
-    """What a request's random numbers of a denoising step begin with, 64 bits."""
-    return _mix_int(_mix_int(seed & _MASK64) + (step + 1) * _GOLDEN)
+    """What a request's random numbers of a denoising step begin with, an int64."""
+    return _signed(_mix_int(_mix_int(seed & _MASK64) + (step + 1) * _GOLDEN))
 
 
-def streams_of(
-    keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """What a position's numbers begin with, on the host, for kernels that make the numbers.
+def streams_of(keys: torch.Tensor | int, positions: torch.Tensor) -> torch.Tensor:
+    """What each position's numbers begin with, int64 [W].
 
     Args:
-        keys: [W] of ``key_of``; positions: [W].
-
-    Returns:
-        [W], the bits of uint64.
+        keys: ``key_of``, one for all or int64 [W]; positions: int64 [W].
     """
-    z = positions.astype(np.uint64) * np.uint64(_GOLDEN) + keys
-    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    return (z ^ (z >> np.uint64(_SHIFTS[2]))).view(np.int64)
+    return _mix(positions * _signed(_GOLDEN) + keys)
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_elastic.decoding.plan import PassPlan
 from vllm_elastic.decoding.sampling import Sampling
@@ -52,12 +53,13 @@ class Draws:
         integers = of_rows([_integers(sampling) for _, sampling, _ in drawn], np.int32)
         integers[:, 0] = self._rows
         keys = of_rows(
-            [key_of(sampling.seed, plan.denoising_step) for plan, sampling, _ in drawn], np.uint64
+            [key_of(sampling.seed, plan.denoising_step) for plan, sampling, _ in drawn], np.int64
         )
         positions = np.concatenate([plan.window for plan, _, _ in drawn], dtype=np.int64)
         self.integers = upload.put(integers)
         self.floats = upload.put(of_rows([_floats(sampling) for _, sampling, _ in drawn], float))
-        self.streams = upload.put(streams_of(keys, positions))
+        streams = streams_of(torch.from_numpy(keys), torch.from_numpy(positions))
+        self.streams = upload.put(streams.numpy())
 
     def within(self, rows: slice) -> slice:
         """Which of the draws are of these window rows."""

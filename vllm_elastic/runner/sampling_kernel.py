@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_elastic.runner.candidate_kernel import block_of_row, largest_of_row
 from vllm_elastic.runner.draws import Confidence, Draws
 
 _BLOCK = 1024
@@ -63,12 +64,6 @@ def sample_by_kernel(
         _BLOCK,
         num_warps=_WARPS,
     )
-
-
-@triton.jit
-def _numbers(first, here, vocab):
-    """A block of a row as float32; what is behind the row counts as -inf."""
-    return tl.load(first + here, mask=here < vocab, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -151,16 +146,7 @@ def sampling_kernel(
     within = tl.arange(0, BLOCK)
     never = -float("inf")
 
-    largest = tl.full([BLOCK], never, tl.float32)
-    place = within
-    for start in tl.range(0, vocab, BLOCK, num_stages=4):
-        here = start + within
-        x = _numbers(first, here, vocab)
-        larger = x > largest
-        largest = tl.where(larger, x, largest)
-        place = tl.where(larger, here, place)
-    best = tl.max(largest, axis=0)
-    most_probable = tl.min(tl.where(largest == best, place, vocab - 1), axis=0)
+    best, most_probable = largest_of_row(first, vocab, BLOCK)
     highest = _key(best, BITS)
 
     # What stays has keys from the edge on. min-p: a share of the largest probability. top-k: the
@@ -172,7 +158,9 @@ def sampling_kernel(
             middle = _between(edge, end)
             count = tl.zeros([BLOCK], tl.int32)
             for start in tl.range(0, vocab, BLOCK, num_stages=4):
-                count += (_key(_numbers(first, start + within, vocab), BITS) > middle).to(tl.int32)
+                count += (_key(block_of_row(first, start + within, vocab), BITS) > middle).to(
+                    tl.int32
+                )
             if tl.sum(count, axis=0) < top_k:
                 end = middle
             else:
@@ -183,7 +171,7 @@ def sampling_kernel(
     if top_p < 1.0:
         total = tl.zeros([BLOCK], tl.float64)
         for start in tl.range(0, vocab, BLOCK, num_stages=4):
-            x = _numbers(first, start + within, vocab)
+            x = block_of_row(first, start + within, vocab)
             total += _weights(x, best, temperature, _key(x, BITS) >= edge)
         share = top_p * tl.sum(total, axis=0)
         end = highest
@@ -192,7 +180,7 @@ def sampling_kernel(
             middle = _between(edge, end)
             above = tl.zeros([BLOCK], tl.float64)
             for start in tl.range(0, vocab, BLOCK, num_stages=4):
-                x = _numbers(first, start + within, vocab)
+                x = block_of_row(first, start + within, vocab)
                 above += _weights(x, best, temperature, _key(x, BITS) > middle)
             above_middle = tl.sum(above, axis=0)
             if above_middle < share:
@@ -202,7 +190,7 @@ def sampling_kernel(
                 edge = middle + 1
         at_edge = tl.zeros([BLOCK], tl.float64)
         for start in tl.range(0, vocab, BLOCK, num_stages=4):
-            x = _numbers(first, start + within, vocab)
+            x = block_of_row(first, start + within, vocab)
             at_edge = tl.maximum(at_edge, _weights(x, best, temperature, _key(x, BITS) == edge))
         each = tl.max(at_edge, axis=0)
         if each > 0.0:
@@ -216,7 +204,7 @@ def sampling_kernel(
     num_before = 0
     for start in tl.range(0, vocab, BLOCK):
         here = start + within
-        x = _numbers(first, here, vocab)
+        x = block_of_row(first, here, vocab)
         kept, num_before = _kept(x, edge, num_equal, num_before, BITS)
         of_all += tl.exp(x - best).to(tl.float64)
         of_kept += _weights(x, best, temperature, kept)
@@ -241,7 +229,7 @@ def sampling_kernel(
         negative = tl.zeros([BLOCK], tl.float64)
         num_before = 0
         for start in tl.range(0, vocab, BLOCK, num_stages=4):
-            x = _numbers(first, start + within, vocab)
+            x = block_of_row(first, start + within, vocab)
             kept, num_before = _kept(x, edge, num_equal, num_before, BITS)
             p = _weights(x, best, temperature, kept) / sum_of_kept
             negative += p * tl.log(p + 1e-10)
